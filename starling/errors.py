@@ -1,0 +1,29 @@
+"""The tree of errors. A message says the value, the rule and the remedy; it never quotes a prompt."""
+
+
+class StarlingError(Exception):
+    """Anything this package raises on purpose."""
+
+
+class RequestError(StarlingError, ValueError):
+    """What a caller asked for cannot be done: bad input, a prompt that leaves no room."""
+
+
+class CheckpointError(StarlingError):
+    """A checkpoint's files are missing, damaged, or of a kind that is not implemented."""
+
+
+class WeightsError(StarlingError):
+    """Weights could not be found, fetched or verified."""
+
+
+class DeviceError(StarlingError):
+    """The device is missing, too small, too old, or lost."""
+
+
+class EngineError(StarlingError):
+    """The engine could not finish a request for a reason that is not the caller's."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine is shut down, dead or hung, and takes no more requests."""

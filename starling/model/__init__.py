@@ -1,0 +1,1 @@
+"""The Mistral forward pass: token ids and KV cache in, logits out."""

@@ -1,0 +1,145 @@
+"""config.json, read with types. What is not implemented is refused by name before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from starling.errors import CheckpointError
+
+ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
+GROUP_SIZES = (32, 64, 128)
+
+
+class ModelConfig(BaseModel):
+    """Shapes and constants of one checkpoint.
+
+    Fields carry the names of Hugging Face's config.json; sizes are in elements, positions in tokens.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    group_size: int
+
+    @property
+    def q_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        """Read `folder`/config.json. Raises CheckpointError when it is missing, damaged or not implemented."""
+        path = folder / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing: a checkpoint folder needs config.json.") from error
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path} holds a {type(raw).__name__}, not an object.")
+        return cls.from_dict(raw, source=str(path))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
+        """`raw`: config.json as parsed. Raises CheckpointError listing every fault at once."""
+        faults: list[str] = []
+
+        def require(holds: bool, fault: str) -> None:
+            if not holds:
+                faults.append(fault)
+
+        architectures = raw.get("architectures") or [None]
+        require(
+            architectures[0] in ARCHITECTURES,
+            f"architectures is {architectures!r}; implemented: {', '.join(ARCHITECTURES)}",
+        )
+        require(raw.get("hidden_act") == "silu", f"hidden_act is {raw.get('hidden_act')!r}; implemented: 'silu'")
+        require(not raw.get("attention_bias"), "attention_bias is set; biases are not implemented")
+        require(not raw.get("mlp_bias"), "mlp_bias is set; biases are not implemented")
+
+        # transformers 5 writes rope_parameters; earlier versions wrote rope_theta and rope_scaling.
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        require(rope_type == "default", f"rope type is {rope_type!r}; implemented: 'default' (no scaling)")
+        rope_theta = raw.get("rope_theta", rope.get("rope_theta", 10000.0))
+
+        quantization = raw.get("quantization_config") or {}
+        expected = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
+        for key, value in expected.items():
+            found = quantization.get(key)
+            found = found.lower() if isinstance(found, str) else found
+            require(found == value, f"quantization_config.{key} is {found!r}; implemented: {value!r}")
+        group_size = quantization.get("group_size")
+        require(
+            group_size in GROUP_SIZES, f"quantization_config.group_size is {group_size!r}; implemented: {GROUP_SIZES}"
+        )
+        skipped = quantization.get("modules_to_not_convert")
+        require(not skipped, f"quantization_config.modules_to_not_convert is {skipped!r}; not implemented")
+
+        heads = raw.get("num_attention_heads") or 0
+        kv_heads = raw.get("num_key_value_heads") or heads
+        hidden = raw.get("hidden_size") or 0
+        if heads and kv_heads and hidden:
+            require(heads % kv_heads == 0, f"{heads} attention heads do not divide by {kv_heads} key/value heads")
+        eos = raw.get("eos_token_id")
+        fields = {
+            "architecture": architectures[0],
+            "num_key_value_heads": kv_heads,
+            "head_dim": raw.get("head_dim") or (hidden // heads if heads else 0),
+            "rope_theta": rope_theta,
+            "sliding_window": raw.get("sliding_window"),
+            "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+            "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
+            "group_size": group_size,
+        }
+        plain = (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+            "max_position_embeddings", "rms_norm_eps", "bos_token_id",
+        )  # fmt: skip
+        missing = [key for key in plain if raw.get(key) is None]
+        require(not missing, f"keys are missing: {', '.join(missing)}")
+        if not faults:
+            try:
+                config = cls(**fields, **{key: raw[key] for key in plain})
+            except ValidationError as error:
+                faults += [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            else:
+                faults += config._shape_faults()
+                if not faults:
+                    return config
+        raise CheckpointError(f"{source} describes a model that is not implemented: {'; '.join(faults)}.")
+
+    def _shape_faults(self) -> list[str]:
+        faults = []
+        for name in ("hidden_size", "intermediate_size", "q_size"):
+            size = getattr(self, name)
+            if size <= 0 or size % self.group_size or size % 8:
+                faults.append(f"{name} {size} does not divide by the group size {self.group_size}")
+        if self.kv_size <= 0 or self.kv_size % 8:
+            faults.append(f"kv_size {self.kv_size} does not divide by 8")
+        if self.head_dim % 2:
+            faults.append(f"head_dim {self.head_dim} is odd")
+        for token in (self.bos_token_id, *self.eos_token_ids):
+            if not 0 <= token < self.vocab_size:
+                faults.append(f"token id {token} lies outside the embedding table of {self.vocab_size} rows")
+        return faults

@@ -1,0 +1,100 @@
+"""The Mistral (and Llama) decoder: a batch of tokens and a KV cache in, logits out, written in terms of ops."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from starling.model.awq import concatenate
+from starling.model.batch import Batch
+from starling.model.checkpoint import Checkpoint, open_checkpoint
+from starling.model.config import ModelConfig
+from starling.model.kv_cache import KVCache
+from starling.model.ops import Ops, Packed
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer's weights, packed for the device. Projections of one input are fused: q|k|v and gate|up."""
+
+    input_norm: torch.Tensor  # [H]
+    qkv: Packed
+    out: Packed
+    post_attention_norm: torch.Tensor  # [H]
+    gate_up: Packed
+    down: Packed
+
+
+@dataclass(frozen=True)
+class Mistral:
+    config: ModelConfig
+    ops: Ops
+    embedding: torch.Tensor  # fp16 [V, H]
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor  # [H]
+    head: Packed
+    rotary: torch.Tensor  # float32 [max_positions, D]
+
+    @classmethod
+    def load(cls, folder: Path, ops: Ops) -> "Mistral":
+        """Read and repack the checkpoint in `folder`. Raises CheckpointError."""
+        config = ModelConfig.from_folder(folder)
+        with open_checkpoint(folder, config) as checkpoint:
+            embedding = checkpoint.tensor("model.embed_tokens.weight")
+            head = embedding if config.tie_word_embeddings else checkpoint.tensor("lm_head.weight")
+            return cls(
+                config=config,
+                ops=ops,
+                embedding=embedding.to(ops.device),
+                layers=tuple(_load_layer(checkpoint, ops, i) for i in range(config.num_hidden_layers)),
+                norm=checkpoint.tensor("model.norm.weight").to(ops.device),
+                head=ops.pack_head(head),
+                rotary=rotary_table(config).to(ops.device),
+            )
+
+    def allocate_cache(self, blocks: int, block_size: int) -> KVCache:
+        return KVCache.allocate(self.config, blocks, block_size, self.ops.kv_dtype, self.ops.device)
+
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Write the batch's keys and values to the cache; float32 logits [rows, V] of its `logit_rows`."""
+        ops, eps = self.ops, self.config.rms_norm_eps
+        residual = ops.embed(batch.token_ids, self.embedding)
+        x = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        for i, layer in enumerate(self.layers):
+            keys, values = cache.keys[i], cache.values[i]
+            qkv = ops.awq_linear(x, layer.qkv, batch.prompt_tokens)
+            q = ops.rotate_and_cache(qkv, batch, self.rotary, keys, values)
+            attended = ops.attention(q, keys, values, batch, self.config.sliding_window)
+            x = ops.awq_linear(attended, layer.out, batch.prompt_tokens)
+            x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
+            gate_up = ops.awq_linear(x, layer.gate_up, batch.prompt_tokens)
+            x = ops.awq_linear(ops.silu_and_mul(gate_up), layer.down, batch.prompt_tokens)
+            if i + 1 < len(self.layers):
+                x, residual = ops.add_rms_norm(x, residual, self.layers[i + 1].input_norm, eps)
+        x, _ = ops.add_rms_norm(x[batch.logit_rows], residual[batch.logit_rows], self.norm, eps)
+        return ops.head(x, self.head)
+
+
+def rotary_table(config: ModelConfig) -> torch.Tensor:
+    """float32 [max_positions, D]: cos then sin of position * theta^(-2i/D) (Su et al. 2021, eq. 15)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _load_layer(checkpoint: Checkpoint, ops: Ops, index: int) -> Layer:
+    prefix = f"model.layers.{index}"
+
+    def linears(*names: str) -> Packed:
+        return ops.pack_awq(concatenate([checkpoint.linear(f"{prefix}.{name}") for name in names]))
+
+    return Layer(
+        input_norm=checkpoint.tensor(f"{prefix}.input_layernorm.weight").to(ops.device),
+        qkv=linears("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        out=linears("self_attn.o_proj"),
+        post_attention_norm=checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight").to(ops.device),
+        gate_up=linears("mlp.gate_proj", "mlp.up_proj"),
+        down=linears("mlp.down_proj"),
+    )

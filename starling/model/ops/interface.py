@@ -1,0 +1,81 @@
+"""The few operations that a device must offer. `reference.py` says in plain torch what each one means."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from starling.model.awq import AwqWeight
+from starling.model.batch import Batch
+
+# A weight in the layout that a device's kernels read: named tensors, so that it can be cached and mapped back.
+Packed = Mapping[str, torch.Tensor]
+
+
+class Ops(Protocol):
+    """One device's operations. Results do not depend on which other requests share the batch.
+
+    Shapes use T for the step's tokens, H for hidden_size, V for vocab_size, D for head_dim.
+    `kv_dtype` is what the KV cache stores; activations are `dtype`.
+    """
+
+    name: str
+    layout: str  # names the packed layout and its version; part of the key of a cached repack
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+    def pack_awq(self, weight: AwqWeight) -> Packed:
+        """Repack one linear layer, once, at load time."""
+        ...
+
+    def pack_head(self, weight: torch.Tensor) -> Packed:
+        """Repack the fp16 matrix [V, H] of the output projection."""
+        ...
+
+    def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:
+        """[T, in] → [T, out]. Rows marked in `prompt_tokens` (bool [T]) may be computed at lower precision."""
+        ...
+
+    def head(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
+        """[rows, H] → float32 logits [rows, V]."""
+        ...
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """int64 [T], fp16 [V, H] → [T, H]."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """[T, H] → x / sqrt(mean(x²) + eps) * weight."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual). Either input may be overwritten."""
+        ...
+
+    def rotate_and_cache(
+        self, qkv: torch.Tensor, batch: Batch, rotary: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Split [T, q + k + v], rotate q and k, write k and v to their slots; returns q as [T, heads, D].
+
+        `rotary` is float32 [max_positions, D]: cosines then sines of each of the D/2 frequencies; element i pairs
+        with i + D/2 (the half-split form of Hugging Face). `keys` and `values` are one layer's
+        [blocks, kv_heads, block_size, D].
+        """
+        ...
+
+    def attention(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int | None
+    ) -> torch.Tensor:
+        """Causal attention of [T, heads, D] over the paged cache → [T, heads * D].
+
+        A token at position p sees positions max(0, p - window + 1) to p; scores are scaled by 1 / sqrt(D); query
+        head h reads key/value head h // (heads / kv_heads).
+        """
+        ...
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[T, 2 * I] → silu(first half) * second half, [T, I]."""
+        ...

@@ -1,0 +1,101 @@
+"""The operations in plain torch: what each one means. The oracle for every kernel, and slow on purpose."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from starling.model.awq import AwqWeight
+from starling.model.batch import Batch
+from starling.model.ops.interface import Packed
+
+
+class ReferenceOps:
+    """Plain torch on any device. Weights are dequantized once, to `dtype`."""
+
+    name = "reference"
+    layout = "reference-1"
+
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.kv_dtype = dtype
+
+    def pack_awq(self, weight: AwqWeight) -> Packed:
+        return {"weight": weight.dequantize(self.dtype).to(self.device)}
+
+    def pack_head(self, weight: torch.Tensor) -> Packed:
+        return {"weight": weight.to(self.device, self.dtype)}
+
+    def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight["weight"])
+
+    def head(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
+        return F.linear(x, weight["weight"]).to(torch.float32)
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return table[token_ids].to(self.dtype)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        # Normalise in float32, cast, then multiply: the order of Hugging Face's MistralRMSNorm.
+        x32 = x.to(torch.float32)
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        return weight.to(self.dtype) * normed.to(self.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def rotate_and_cache(
+        self, qkv: torch.Tensor, batch: Batch, rotary: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        _, kv_heads, block_size, dim = keys.shape
+        kv_size = kv_heads * dim
+        q, k, v = torch.split(qkv, [qkv.shape[1] - 2 * kv_size, kv_size, kv_size], dim=1)
+        q, k, v = q.unflatten(1, (-1, dim)), k.unflatten(1, (-1, dim)), v.unflatten(1, (-1, dim))
+        cos, sin = rotary[batch.positions.long()].unsqueeze(1).chunk(2, dim=-1)  # each [T, 1, D / 2]
+        blocks, offsets = batch.slots.long() // block_size, batch.slots.long() % block_size
+        keys[blocks, :, offsets] = _rotate(k, cos, sin).to(keys.dtype)
+        values[blocks, :, offsets] = v.to(values.dtype)
+        return _rotate(q, cos, sin)
+
+    def attention(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int | None
+    ) -> torch.Tensor:
+        heads, dim = q.shape[1:]
+        kv_heads, block_size = keys.shape[1:3]
+        out = torch.empty_like(q)
+        starts = batch.query_starts.tolist()
+        for request, context in enumerate(batch.context_lens.tolist()):
+            start, end = starts[request], starts[request + 1]
+            first = context - (end - start)  # position of this request's first query
+            first_seen = 0 if window is None else max(0, first - window + 1)
+            table = batch.block_tables[request, first_seen // block_size : -(-context // block_size)].long()
+            base = first_seen // block_size * block_size
+            # [blocks, kv_heads, block_size, D] → [kv_heads, positions, D]
+            k = keys[table].transpose(0, 1).flatten(1, 2)[:, first_seen - base : context - base]
+            v = values[table].transpose(0, 1).flatten(1, 2)[:, first_seen - base : context - base]
+            k = k.to(q.dtype).repeat_interleave(heads // kv_heads, dim=0)
+            v = v.to(q.dtype).repeat_interleave(heads // kv_heads, dim=0)
+            scores = q[start:end].transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(dim)  # [heads, queries, positions]
+            query_at = torch.arange(first, context, device=q.device).unsqueeze(1)
+            key_at = torch.arange(first_seen, context, device=q.device)
+            visible = key_at <= query_at
+            if window is not None:
+                visible &= key_at > query_at - window
+            scores = scores.masked_fill(~visible, -math.inf)
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+            out[start:end] = (weights @ v).transpose(0, 1)
+        return out.flatten(1)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[T, heads, D] turned by its position's angles, [T, 1, D / 2] each."""
+    first, second = x.to(torch.float32).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
