@@ -54,7 +54,7 @@ class ReferenceOps:
         _, kv_heads, block_size, dim = keys.shape
         kv_size = kv_heads * dim
         q, k, v = torch.split(qkv, [qkv.shape[1] - 2 * kv_size, kv_size, kv_size], dim=1)
-        q, k, v = q.unflatten(1, (-1, dim)), k.unflatten(1, (-1, dim)), v.unflatten(1, (-1, dim))
+        q, k, v = q.reshape(len(q), -1, dim), k.reshape(len(k), -1, dim), v.reshape(len(v), -1, dim)
         cos, sin = rotary[batch.positions.long()].unsqueeze(1).chunk(2, dim=-1)  # each [T, 1, D / 2]
         blocks, offsets = batch.slots.long() // block_size, batch.slots.long() % block_size
         keys[blocks, :, offsets] = _rotate(k, cos, sin).to(keys.dtype)

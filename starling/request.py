@@ -1,0 +1,142 @@
+"""What a caller may ask. The one place that knows bounds and defaults."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from starling.errors import RequestError
+
+MAX_TOKENS = 8192  # the model's context, in tokens
+MAX_SEED = 2**32 - 1
+# More text than 8,192 tokens can stand for; refused before it costs any work.
+MAX_TEXT_BYTES = 1 << 20
+MAX_MESSAGES = 1024
+MAX_STOP_SEQUENCES = 16
+MAX_STOP_SEQUENCE_CHARS = 256
+MAX_GRAMMAR_BYTES = 64 << 10
+
+
+class Message(BaseModel):
+    """One earlier turn of a conversation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+def parse_stop_sequences(value: Any) -> Any:
+    """A JSON list of strings, or comma-separated text whose spaces count, or a list already → a list."""
+    if value is None:
+        return []
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if (text.startswith("[") and text.endswith("]")) or text.startswith('["'):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            if text.startswith('["'):
+                raise ValueError(f'is not a JSON list of strings ({error}); write ["first", "second"]') from error
+    return [part for part in value.split(",") if part]
+
+
+StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_SEQUENCE_CHARS)]
+
+
+class Request(BaseModel):
+    """One request for text, checked. Frozen: nothing edits it later."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: str = ""
+    system_prompt: str = ""
+    messages: Annotated[tuple[Message, ...], Field(max_length=MAX_MESSAGES)] = ()
+    mode: Literal["chat", "code"] = "chat"
+    max_tokens: int = Field(512, ge=1, le=MAX_TOKENS)
+    min_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
+    temperature: float = Field(0.7, ge=0, le=5)  # 0 is greedy
+    top_p: float = Field(0.95, ge=0, le=1)  # 0 keeps only the likeliest token
+    top_k: int = Field(0, ge=-1)  # 0 and -1 mean off
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.1, le=10)
+    stop_sequences: Annotated[
+        tuple[StopSequence, ...], Field(max_length=MAX_STOP_SEQUENCES), BeforeValidator(parse_stop_sequences)
+    ] = ()
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)  # None: drawn at random, and reported
+    prompt_template: str | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+
+    @classmethod
+    def parse(cls, **fields: Any) -> "Request":
+        """Check a caller's fields. Raises RequestError naming every fault: the value, the rule, the remedy."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise RequestError("; ".join(_fault(e) for e in error.errors(include_url=False))) from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Request":
+        text_bytes = sum(
+            len(text.encode("utf-8", errors="surrogatepass"))
+            for text in (
+                self.prompt,
+                self.system_prompt,
+                self.prompt_template or "",
+                *(m.content for m in self.messages),
+            )
+        )
+        if text_bytes > MAX_TEXT_BYTES:
+            raise ValueError(
+                f"prompt, system_prompt, messages and prompt_template hold {text_bytes} bytes together; "
+                f"at most {MAX_TEXT_BYTES} are accepted. Shorten them"
+            )
+        for name in ("json_schema", "regex"):
+            grammar = getattr(self, name)
+            if grammar is not None and len(grammar.encode("utf-8", errors="surrogatepass")) > MAX_GRAMMAR_BYTES:
+                raise ValueError(f"{name} is longer than {MAX_GRAMMAR_BYTES} bytes. Shorten it")
+        if self.json_schema is not None and self.regex is not None:
+            raise ValueError("json_schema and regex are both given; an answer can follow one of them. Drop the other")
+        if not self.prompt and not self.messages:
+            raise ValueError(
+                "neither prompt nor messages is given. Give a prompt, or messages that end with a user turn"
+            )
+        if self.messages and not self.prompt and self.messages[-1].role != "user":
+            raise ValueError(
+                f"messages end with a turn of role {self.messages[-1].role!r} and prompt is empty. "
+                "End with a user turn, or give the next one as prompt"
+            )
+        if any(message.role == "system" for message in self.messages[1:]):
+            raise ValueError("messages hold a system turn that is not the first. Put it first, or use system_prompt")
+        if self.system_prompt and self.messages and self.messages[0].role == "system":
+            raise ValueError("system_prompt is given and messages begin with a system turn. Give one of them")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}. Lower it, or raise max_tokens"
+            )
+        if self.prompt_template is not None:
+            self._check_template(self.prompt_template)
+        return self
+
+    def _check_template(self, template: str) -> None:
+        if "{prompt}" not in template:
+            raise ValueError("prompt_template does not contain {prompt}. Put {prompt} where the prompt goes")
+        if not self.prompt:
+            raise ValueError("prompt_template is given without prompt. Give the prompt that it wraps")
+        if self.messages:
+            raise ValueError("prompt_template and messages are both given; a template wraps one prompt. Drop one")
+        if self.system_prompt and "{system_prompt}" not in template:
+            raise ValueError("system_prompt is given, but prompt_template has no {system_prompt}. Add it, or drop one")
+
+
+def _fault(error: Any) -> str:
+    """One pydantic error in our words: no long input is ever quoted, since it may be a prompt."""
+    where = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    shown = f" is {value!r}:" if isinstance(value, int | float | bool) and where else ""
+    return f"{where}{shown} {message}" if where else message
