@@ -79,3 +79,22 @@ class Ops(Protocol):
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[T, 2 * I] → silu(first half) * second half, [T, I]."""
         ...
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        """float32 logits [rows, V] → token ids, int64 [rows]; the other arguments are [rows], on the CPU.
+
+        Temperature 0 takes the largest logit, the lowest id where several are equal. Otherwise p = softmax(logits /
+        temperature), and filters cut p down, in this order: min_p keeps tokens of at least min_p times the largest p;
+        top_k keeps the k likeliest (0: all); top_p keeps, of what is left and renormalised, the likeliest until their
+        sum reaches top_p, at least one. Equal p rank by id. The token is the first, by id, at which the kept mass
+        reaches more than `uniform` (float64, in [0, 1)) of its sum.
+        """
+        ...

@@ -94,6 +94,40 @@ class ReferenceOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        settings = zip(*(t.tolist() for t in (temperature, top_k, top_p, min_p, uniform)), strict=True)
+        rows = [_sample_row(row, *of_row) for row, of_row in zip(logits, settings, strict=True)]
+        return torch.stack(rows) if rows else torch.empty(0, dtype=torch.int64)
+
+
+def _sample_row(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float
+) -> torch.Tensor:
+    if temperature == 0:
+        return (logits == logits.max()).to(torch.uint8).argmax()
+    p = ((logits.to(torch.float64) - logits.max()) / temperature).softmax(dim=-1)
+    kept = p >= min_p * p.max()
+    order = p.argsort(descending=True, stable=True)
+    if top_k > 0:
+        kept[order[top_k:]] = False
+    p = p * kept
+    ranked = p[order] / p.sum()
+    # A token stays while the likelier ones have not reached top_p; the likeliest always stays.
+    past = ranked.cumsum(0) - ranked >= top_p
+    past[0] = False
+    p[order[past]] = 0
+    mass = p.cumsum(0)
+    token = (mass > uniform * mass[-1]).to(torch.uint8).argmax()
+    return token
+
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """[T, heads, D] turned by its position's angles, [T, 1, D / 2] each."""

@@ -1,0 +1,184 @@
+"""Who owns which KV block: allocation, sharing of equal prefixes by content, and the blocks a window leaves behind.
+
+A block is idle (nobody's), owned by one sequence, or shared by several. Only full blocks whose keys and values are
+computed are published, and a published block is never written again, so sharing needs no copy.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+
+import numpy as np
+
+from starling.engine.sequence import Sequence
+
+
+class BlockCache:
+    """Books for `blocks` blocks of `block_size` positions, and the block tables of up to `rows` sequences.
+
+    `window` is the sliding window in positions, or None; blocks that no later token can see are given back.
+    """
+
+    def __init__(self, blocks: int, block_size: int, rows: int, max_positions: int, window: int | None = None) -> None:
+        assert blocks > 0 and block_size > 0
+        self.blocks = blocks
+        self.block_size = block_size
+        self.window = window
+        self.tables = np.full((rows, -(-max_positions // block_size)), -1, dtype=np.int32)
+        self._free_rows = list(range(rows))
+        self._holders = [0] * blocks  # sequences that hold each block
+        self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))  # first to be reused first
+        self._block_of_key: dict[bytes, int] = {}
+        self._key_of_block: dict[int, bytes] = {}
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be allocated now, counting those that only hold a reusable prefix."""
+        return len(self._idle)
+
+    def blocks_needed(self, tokens: int, chunk: int) -> int:
+        """Blocks that a sequence of `tokens` holds at its fullest when computed in steps of at most `chunk`."""
+        whole = -(-tokens // self.block_size)
+        if self.window is None:
+            return whole
+        # The window and a chunk, cut anywhere, touch one more block than they fill.
+        return min(whole, -(-(self.window + chunk) // self.block_size) + 1)
+
+    def held(self, sequence: Sequence) -> int:
+        return len(sequence.blocks) - self._dead(sequence.computed) if sequence.blocks else 0
+
+    # -- a sequence's life ---------------------------------------------------------------------------------------
+
+    def admit(self, sequence: Sequence) -> int:
+        """Give the sequence a table row and whatever prefix of it is cached; the number of tokens found."""
+        assert sequence.row < 0 and not sequence.blocks and sequence.computed == 0
+        sequence.row = self._free_rows.pop()
+        found = self._longest_cached(sequence)
+        full, dead = found // self.block_size, self._dead(found)
+        for index in range(full):
+            block = -1 if index < dead else self._block_of_key[sequence.keys[index]]
+            if block >= 0:
+                self._hold(block)
+            sequence.blocks.append(block)
+        self.tables[sequence.row, :full] = sequence.blocks
+        sequence.computed = found
+        sequence.published = full
+        return found
+
+    def grow(self, sequence: Sequence, positions: int) -> bool:
+        """Make room for `positions` positions in all. False, and nothing taken, when there is not enough."""
+        have = len(sequence.blocks)
+        wanted = -(-positions // self.block_size) - have
+        if wanted <= 0:
+            return True
+        if wanted > len(self._idle):
+            return False
+        for index in range(have, have + wanted):
+            block, _ = self._idle.popitem(last=False)
+            key = self._key_of_block.pop(block, None)
+            if key is not None:
+                del self._block_of_key[key]
+            self._holders[block] = 1
+            sequence.blocks.append(block)
+            self.tables[sequence.row, index] = block
+        return True
+
+    def advance(self, sequence: Sequence) -> None:
+        """After a step: offer the blocks that it filled for sharing, give back those that the window has passed."""
+        full = sequence.computed // self.block_size
+        if sequence.published < full:
+            self._extend_keys(sequence, full)
+            for index in range(sequence.published, full):
+                key, block = sequence.keys[index], sequence.blocks[index]
+                # An equal block computed at the same time by another sequence stays the findable one.
+                if key not in self._block_of_key:
+                    self._block_of_key[key] = block
+                    self._key_of_block[block] = key
+            sequence.published = full
+        if self.window is not None:
+            dead = self._dead(sequence.computed)
+            for index in range(dead - 1, -1, -1):
+                if sequence.blocks[index] < 0:
+                    break
+                self._release(sequence.blocks[index])
+                sequence.blocks[index] = -1
+                self.tables[sequence.row, index] = -1
+
+    def release(self, sequence: Sequence) -> None:
+        """Give everything back. What was published stays findable until its block is needed."""
+        # Last block first: a prefix is worth more than what follows it.
+        for block in reversed(sequence.blocks):
+            if block >= 0:
+                self._release(block)
+        if sequence.row >= 0:
+            self.tables[sequence.row, : len(sequence.blocks)] = -1
+            self._free_rows.append(sequence.row)
+        sequence.row = -1
+        sequence.blocks = []
+        sequence.computed = 0
+        sequence.published = 0
+
+    def forget(self) -> None:
+        """Drop every idle block's content, as after a step that may have left damaged blocks behind."""
+        for block in self._idle:
+            key = self._key_of_block.pop(block, None)
+            if key is not None:
+                del self._block_of_key[key]
+
+    def check(self, sequences: list[Sequence]) -> None:
+        """Assert every invariant; `sequences` are all that hold anything. For tests."""
+        holders = [0] * self.blocks
+        for sequence in sequences:
+            for index, block in enumerate(sequence.blocks):
+                if block >= 0:
+                    holders[block] += 1
+                if index >= sequence.computed // self.block_size:
+                    assert block not in self._key_of_block, "a block that will be written is findable"
+                    assert self._holders[block] == 1, "a block that will be written is shared"
+            assert self.tables[sequence.row, : len(sequence.blocks)].tolist() == sequence.blocks
+            assert (self.tables[sequence.row, len(sequence.blocks) :] == -1).all()
+        assert holders == self._holders
+        assert sorted(self._idle) == [block for block, held in enumerate(holders) if held == 0]
+        assert {block: key for key, block in self._block_of_key.items()} == self._key_of_block
+        assert len(self._free_rows) + len(sequences) == len(self.tables)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _dead(self, computed: int) -> int:
+        """Leading blocks that no token at position `computed` or later can see."""
+        return 0 if self.window is None else max(0, computed - self.window + 1) // self.block_size
+
+    def _longest_cached(self, sequence: Sequence) -> int:
+        # At least one token must be computed: its logits are wanted.
+        full = (len(sequence.tokens) - 1) // self.block_size
+        best = run = 0
+        for index in range(full):
+            self._extend_keys(sequence, index + 1)
+            run = run + 1 if sequence.keys[index] in self._block_of_key else 0
+            if run == 0 and self.window is None:
+                break
+            tokens = (index + 1) * self.block_size
+            if run > 0 and run >= index + 1 - self._dead(tokens):
+                best = tokens
+        return best
+
+    def _extend_keys(self, sequence: Sequence, count: int) -> None:
+        """Content keys chain: equal keys mean equal tokens from the very start."""
+        for index in range(len(sequence.keys), count):
+            start = index * self.block_size
+            content = array("i", sequence.tokens[start : start + self.block_size]).tobytes()
+            parent = sequence.keys[index - 1] if index else b""
+            sequence.keys.append(hashlib.blake2b(parent + content, digest_size=16).digest())
+
+    def _hold(self, block: int) -> None:
+        if self._holders[block] == 0:
+            del self._idle[block]
+        self._holders[block] += 1
+
+    def _release(self, block: int) -> None:
+        assert self._holders[block] > 0, f"block {block} is freed twice"
+        self._holders[block] -= 1
+        if self._holders[block] == 0:
+            self._idle[block] = None
+            if block not in self._key_of_block:
+                self._idle.move_to_end(block, last=False)

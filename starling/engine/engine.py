@@ -1,0 +1,229 @@
+"""The loop: plan, step, deliver. Requests are submitted and cancelled from any thread; one thread does the rest."""
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from starling.engine.runner import StepRunner
+from starling.engine.scheduler import Counters, Outcome, Scheduler
+from starling.engine.sequence import FinishReason, SamplingParams, Sequence, TokenConstraint
+from starling.engine.speculation import PromptLookup
+from starling.errors import EngineError, EngineStoppedError, RequestError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What a step brought one request. The last one has `finish`, and `error` when it failed."""
+
+    tokens: list[int]
+    finish: FinishReason | None = None
+    error: EngineError | None = None
+    cached_tokens: int = 0  # prompt tokens that did not have to be computed
+
+
+class TokenStream:
+    """The caller's end of one request: deliveries to take, and a way to stop it. Safe from any thread."""
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._cancel = cancel
+
+    def get(self, timeout_s: float | None = None) -> Delivery | None:
+        """The next delivery; None when `timeout_s` passes without one."""
+        try:
+            return (
+                self._queue.get(timeout=timeout_s) if timeout_s is None or timeout_s > 0 else self._queue.get_nowait()
+            )
+        except queue.Empty:
+            return None
+
+    def cancel(self) -> None:
+        """Stop at the next step. A last delivery with finish "cancelled" follows unless the request ended before."""
+        self._cancel()
+
+
+@dataclass(slots=True)
+class _Command:
+    kind: Literal["submit", "cancel", "stop"]
+    sequence: Sequence | None = None
+    stream: TokenStream | None = None
+
+
+class Engine:
+    """Serves token ids for many requests at once.
+
+    `context_limit` is the longest prompt and answer together, in tokens; `hang_after_s` is how long a single step may
+    take before the engine counts as hung.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        context_limit: int,
+        vocab_size: int,
+        hang_after_s: float = 120.0,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._context_limit = context_limit
+        self._vocab_size = vocab_size
+        self._hang_after_s = hang_after_s
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._streams: dict[int, TokenStream] = {}
+        self._arrivals = itertools.count()
+        self._gate = threading.Lock()  # held while a command is put, so that none is lost behind "stop"
+        self._closed = False
+        self._step_began_s: float | None = None
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    # -- from any thread -----------------------------------------------------------------------------------------
+
+    def check(self, prompt_length: int, max_tokens: int) -> None:
+        """Raises RequestError when such a request could never finish."""
+        limit = self._context_limit
+        if prompt_length + max_tokens > limit:
+            room = limit - prompt_length
+            remedy = f"Lower max_tokens to {room} or less" if room > 0 else "Shorten the prompt"
+            raise RequestError(
+                f"The prompt is {prompt_length} tokens long and max_tokens is {max_tokens}, {prompt_length + max_tokens} "
+                f"together; the model's context holds {limit}. {remedy}."
+            )
+        if not self._scheduler.fits(prompt_length, max_tokens):
+            blocks, size = self._scheduler.cache.blocks, self._scheduler.cache.block_size
+            raise RequestError(
+                f"The prompt is {prompt_length} tokens long and max_tokens is {max_tokens}; this server's KV cache "
+                f"holds {blocks * size} tokens in all. Lower max_tokens, or give the server more memory."
+            )
+
+    def submit(
+        self, prompt: list[int], params: SamplingParams, constraint: TokenConstraint | None = None
+    ) -> TokenStream:
+        """Queue a request. Raises RequestError when it can never run, EngineStoppedError when nothing runs any more."""
+        if not prompt:
+            raise RequestError("The prompt has no tokens; at least one is needed.")
+        foreign = [token for token in prompt if not 0 <= token < self._vocab_size]
+        if foreign:
+            raise RequestError(
+                f"The prompt holds token id {foreign[0]}; the model's embedding table has ids 0 to {self._vocab_size - 1}."
+            )
+        self.check(len(prompt), params.max_tokens)
+        lookup = PromptLookup() if self._scheduler.limits.speculative_rows > 0 else None
+        sequence = Sequence(next(self._arrivals), prompt, params, constraint, lookup)
+        stream = TokenStream(lambda: self._put(_Command("cancel", sequence)))
+        if not self._put(_Command("submit", sequence, stream)):
+            raise EngineStoppedError("The engine has stopped and takes no requests. Restart the container.")
+        return stream
+
+    @property
+    def healthy(self) -> bool:
+        """The thread lives, and no step has been running for longer than `hang_after_s`."""
+        began = self._step_began_s
+        return (
+            self._thread.is_alive()
+            and not self._closed
+            and (began is None or time.monotonic() - began < self._hang_after_s)
+        )
+
+    @property
+    def counters(self) -> Counters:
+        return self._scheduler.counters
+
+    def close(self) -> None:
+        """End every request with EngineStoppedError and join the thread."""
+        self._put(_Command("stop"))
+        self._thread.join(timeout=self._hang_after_s)
+
+    def _put(self, command: _Command) -> bool:
+        with self._gate:
+            if self._closed:
+                return False
+            self._inbox.put(command)
+            return True
+
+    # -- the engine's thread -------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        error = EngineStoppedError("The engine was stopped while the request ran.")
+        try:
+            while self._take_commands():
+                self._step()
+        except BaseException as fault:
+            logger.critical("the engine's thread died", exc_info=True)
+            error = EngineStoppedError(f"The engine died: {type(fault).__name__}. Restart the container.")
+        finally:
+            with self._gate:
+                self._closed = True
+            while not self._inbox.empty():
+                self._book(self._inbox.get())
+            for arrival in list(self._streams):
+                self._deliver(arrival, Delivery([], "error", error))
+
+    def _take_commands(self) -> bool:
+        """Book what callers asked since the last step; sleep while there is nothing to do. False: stop."""
+        idle = not self._scheduler.running and not self._scheduler.waiting
+        while idle or not self._inbox.empty():
+            command = self._inbox.get()
+            if command.kind == "stop":
+                return False
+            self._book(command)
+            idle = not self._scheduler.running and not self._scheduler.waiting
+        return True
+
+    def _book(self, command: _Command) -> None:
+        sequence = command.sequence
+        if sequence is None:
+            return
+        if command.kind == "submit" and command.stream is not None:
+            self._streams[sequence.arrival] = command.stream
+            self._scheduler.add(sequence)
+        elif self._scheduler.remove(sequence):
+            self._deliver(sequence.arrival, Delivery([], "cancelled"))
+
+    def _step(self) -> None:
+        plan = self._scheduler.plan()
+        if not plan:
+            return
+        self._step_began_s = time.monotonic()
+        try:
+            outcomes = self._scheduler.complete(plan, self._runner.run(plan))
+            for outcome in outcomes:
+                self._constrain(outcome)
+        except Exception as fault:
+            logger.error("a step failed; its %d requests end", len(plan), exc_info=True)
+            error = EngineError(f"The request's step failed: {type(fault).__name__}. The server goes on; try again.")
+            for work in plan:
+                self._scheduler.remove(work.sequence)
+                self._deliver(work.sequence.arrival, Delivery([], "error", error))
+            self._scheduler.cache.forget()
+            return
+        finally:
+            self._step_began_s = None
+        for outcome in outcomes:
+            sequence = outcome.sequence
+            self._deliver(sequence.arrival, Delivery(outcome.tokens, outcome.finish, None, sequence.cached or 0))
+
+    @staticmethod
+    def _constrain(outcome: Outcome) -> None:
+        """Tell the grammar what was chosen."""
+        constraint = outcome.sequence.constraint
+        if constraint is not None:
+            for token in outcome.tokens:
+                if token not in outcome.sequence.params.stop_ids:
+                    constraint.advance(token)
+
+    def _deliver(self, arrival: int, delivery: Delivery) -> None:
+        stream = self._streams.get(arrival)
+        if stream is None:
+            return
+        if delivery.finish is not None:
+            del self._streams[arrival]
+        stream._queue.put(delivery)

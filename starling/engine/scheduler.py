@@ -1,0 +1,215 @@
+"""Who runs in the next step. No clock, no randomness, no model: a step's plan follows from the state alone.
+
+Every running stream decodes in every step. Prompts share what is left of the step's prefill budget in equal parts, so
+that a long one delays others by one chunk and no more. Requests enter in order of arrival; when blocks run short the
+newest is paused, and computed again later, so the oldest always moves and everything ends.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from starling.engine.cache import BlockCache
+from starling.engine.sequence import FinishReason, Sequence
+from starling.engine.speculation import MAX_DRAFT
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of a step."""
+
+    max_running: int = 32  # sequences computed side by side
+    prefill_tokens: int = 512  # prompt tokens per step, over all sequences
+    speculative_rows: int = 16  # guess only while a step decodes at most this many tokens; 0 turns guessing off
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute `count` tokens of one sequence from position `start`, then `drafts` after them."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    drafts: list[int]
+    samples: bool  # the last of the tokens is computed, so something new can be sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step gave one sequence."""
+
+    sequence: Sequence
+    tokens: list[int]
+    finish: FinishReason | None
+
+
+@dataclass
+class Counters:
+    """Totals since start."""
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    cached_tokens: int = 0
+    pauses: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+
+@dataclass
+class Scheduler:
+    cache: BlockCache
+    limits: Limits
+    waiting: deque[Sequence] = field(default_factory=deque)  # by arrival; the paused come first
+    running: list[Sequence] = field(default_factory=list)  # by arrival
+    counters: Counters = field(default_factory=Counters)
+
+    def fits(self, prompt_length: int, max_tokens: int) -> bool:
+        """Whether a request could ever finish, alone on the device."""
+        return self._need(prompt_length + max_tokens) <= self.cache.blocks
+
+    def add(self, sequence: Sequence) -> None:
+        assert self.fits(sequence.prompt_length, sequence.params.max_tokens)
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> bool:
+        """Take a sequence out at any stage, its blocks given back. False when it is not here (any more)."""
+        if sequence.row >= 0:
+            self.running.remove(sequence)
+            self.cache.release(sequence)
+            return True
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+            return True
+        return False
+
+    def plan(self) -> list[Work]:
+        """The next step: decodes first, then chunks of prompts. Empty when there is nothing to do."""
+        plan = self._plan_decodes()
+        self._admit()
+        plan += self._plan_prefills()
+        # Making room for an older sequence may have paused one that was planned already.
+        return [work for work in plan if work.sequence.row >= 0]
+
+    def complete(self, plan: list[Work], sampled: list[list[int]]) -> list[Outcome]:
+        """Book a step's results. `sampled` holds, per work, one token for its last row and one after each draft."""
+        outcomes = []
+        self.counters.steps += 1
+        for work, candidates in zip(plan, sampled, strict=True):
+            sequence = work.sequence
+            if not work.samples:
+                self.counters.prefill_tokens += work.count
+                sequence.computed = work.start + work.count
+                self.cache.advance(sequence)
+                continue
+            # A draft was right if it is what the model chose in its place; what follows it is then valid too.
+            right = 0
+            while right < len(work.drafts) and work.drafts[right] == candidates[right]:
+                right += 1
+            tokens, finish = self._cut(sequence, candidates[: right + 1])
+            sequence.computed = work.start + work.count + min(right, len(tokens))
+            sequence.tokens += tokens
+            self.counters.prefill_tokens += work.count - 1
+            self.counters.decode_tokens += len(tokens)
+            if work.drafts and sequence.lookup is not None:
+                sequence.lookup.judge(len(work.drafts), right, len(sequence.tokens))
+                self.counters.proposed += len(work.drafts)
+                self.counters.accepted += right
+            self.cache.advance(sequence)
+            if finish is not None:
+                self.remove(sequence)
+            outcomes.append(Outcome(sequence, tokens, finish))
+        return outcomes
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _plan_decodes(self) -> list[Work]:
+        plan: list[Work] = []
+        rows = sum(sequence.pending == 1 for sequence in self.running)
+        for sequence in list(self.running):
+            if sequence.pending != 1 or sequence.row < 0:
+                continue
+            size = len(sequence.tokens)
+            drafts = self._drafts(sequence, rows)
+            if drafts and not self.cache.grow(sequence, size + len(drafts)):
+                drafts = []  # nobody is paused for a guess
+            while sequence.row >= 0 and not self.cache.grow(sequence, size):
+                self._pause(self.running[-1])
+            if sequence.row >= 0:
+                rows += len(drafts)
+                plan.append(Work(sequence, size - 1, 1, drafts, samples=True))
+        return plan
+
+    def _drafts(self, sequence: Sequence, rows: int) -> list[int]:
+        if sequence.lookup is None or sequence.constraint is not None or rows > self.limits.speculative_rows:
+            return []
+        # The last token of an answer is never worth guessing: it comes with the step anyway.
+        room = sequence.longest - len(sequence.tokens) - 1
+        return sequence.lookup.draft(sequence.tokens, min(MAX_DRAFT, room, self.limits.speculative_rows - rows))
+
+    def _plan_prefills(self) -> list[Work]:
+        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        if not prompts:
+            return []
+        budget = self.limits.prefill_tokens
+        counts = {}
+        for index, sequence in enumerate(prompts):  # equal shares, the first ones rounded up
+            counts[sequence.arrival] = min(
+                sequence.pending, -(-(budget - sum(counts.values())) // (len(prompts) - index))
+            )
+        spare = budget - sum(counts.values())
+        plan = []
+        for sequence in prompts:
+            extra = min(spare, sequence.pending - counts[sequence.arrival])
+            spare -= extra
+            count = counts[sequence.arrival] + extra
+            while count > 0 and sequence.row >= 0 and not self.cache.grow(sequence, sequence.computed + count):
+                # Only a sequence that arrived later makes way; else this one waits for the older ones to end.
+                newest = self.running[-1]
+                if newest is sequence:
+                    count = 0
+                    if len(self.running) == 1:
+                        raise AssertionError("a sequence that fits alone found no room alone")
+                    break
+                self._pause(newest)
+            if count > 0 and sequence.row >= 0:
+                samples = count == sequence.pending
+                plan.append(Work(sequence, sequence.computed, count, [], samples))
+        return plan
+
+    def _admit(self) -> None:
+        promised = sum(
+            max(0, self._need(len(s.tokens) + 1) - self.cache.held(s)) for s in self.running if s.pending > 1
+        )
+        while self.waiting and len(self.running) < self.limits.max_running:
+            sequence = self.waiting[0]
+            need = self._need(len(sequence.tokens) + 1)
+            if self.running and need + promised > self.cache.available:
+                return
+            self.waiting.popleft()
+            found = self.cache.admit(sequence)
+            if sequence.cached is None:
+                sequence.cached = min(found, sequence.prompt_length)
+                self.counters.cached_tokens += sequence.cached
+            promised += max(0, need - self.cache.held(sequence))
+            self.running.append(sequence)
+
+    def _pause(self, sequence: Sequence) -> None:
+        assert self.running[-1] is sequence
+        self.running.pop()
+        self.cache.release(sequence)
+        self.waiting.appendleft(sequence)
+        self.counters.pauses += 1
+
+    def _need(self, tokens: int) -> int:
+        return self.cache.blocks_needed(tokens, self.limits.prefill_tokens)
+
+    def _cut(self, sequence: Sequence, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
+        """As many of `tokens` as belong to the answer, and whether it ends there."""
+        params = sequence.params
+        for index, token in enumerate(tokens):
+            generated = sequence.generated + index + 1
+            if token in params.stop_ids and generated > params.min_tokens:
+                return tokens[: index + 1], "stop"
+            if generated >= params.max_tokens:
+                return tokens[: index + 1], "length"
+        return tokens, None

@@ -1,0 +1,103 @@
+"""One request as the engine knows it: its tokens, how far they are computed, and the blocks that hold them."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from starling.engine.speculation import PromptLookup
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class TokenConstraint(Protocol):
+    """What may come next, for an answer that must follow a grammar. Owned by one sequence."""
+
+    def mask(self) -> np.ndarray:
+        """int32 [ceil(V / 32)]: bit t of the whole says whether token t may come next."""
+        ...
+
+    def advance(self, token: int) -> None: ...
+
+    @property
+    def finished(self) -> bool:
+        """The answer is complete, and nothing may follow but its end."""
+        ...
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Values are checked above; see starling/request.py for their bounds."""
+
+    max_tokens: int
+    stop_ids: frozenset[int]
+    seed: int
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def penalized(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+
+class Sequence:
+    """Mutable, and touched by the engine's thread alone."""
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "cached",
+        "computed",
+        "constraint",
+        "keys",
+        "lookup",
+        "params",
+        "prompt_length",
+        "published",
+        "row",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        arrival: int,
+        prompt: list[int],
+        params: SamplingParams,
+        constraint: TokenConstraint | None = None,
+        lookup: PromptLookup | None = None,
+    ) -> None:
+        self.arrival = arrival  # order of submission; also the identity
+        self.tokens = list(prompt)  # the prompt, then what was generated
+        self.prompt_length = len(prompt)
+        self.params = params
+        self.constraint = constraint
+        self.lookup = lookup
+        self.computed = 0  # positions whose keys and values are in the cache
+        self.blocks: list[int] = []  # block of each block_size positions; -1 where the window has passed
+        self.keys: list[bytes] = []  # content keys of the full blocks, as far as they were needed
+        self.published = 0  # leading blocks that were offered for sharing
+        self.row = -1  # row of the block-table array while running
+        self.cached: int | None = None  # prompt tokens found in the cache at first admission
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the next steps must compute: 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it can grow to."""
+        return self.prompt_length + self.params.max_tokens
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.arrival}, {self.computed}/{len(self.tokens)} of {self.longest})"

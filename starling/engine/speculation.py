@@ -1,0 +1,52 @@
+"""Prompt lookup: guess the next tokens from an earlier occurrence of the last few, and let the model check them.
+
+A guess costs rows in a step, so guessing is earned: drafts grow while they are accepted, and stop for longer and
+longer while they are not. (Saxena 2023, "Prompt lookup decoding".)
+"""
+
+NGRAM = 3  # tokens that must match before a guess is made
+MAX_DRAFT = 8  # tokens guessed at once, at most
+MAX_BACKOFF = 256  # tokens without a guess after repeated failures, at most
+
+
+class PromptLookup:
+    """Drafts for one sequence. Holds the last position of every n-gram seen so far."""
+
+    __slots__ = ("_backoff", "_indexed", "_last", "_length", "_resume_at", "accepted", "proposed")
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, ...], int] = {}  # n-gram → position after it
+        self._indexed = 0  # n-grams ending before this position are in the table
+        self._length = 2  # tokens of the next draft
+        self._backoff = 4
+        self._resume_at = 0  # no drafts before the sequence has this many tokens
+        self.proposed = 0
+        self.accepted = 0
+
+    def draft(self, tokens: list[int], limit: int) -> list[int]:
+        """Up to `limit` tokens that followed the last occurrence of the final n-gram; often none."""
+        size = len(tokens)
+        if size < self._resume_at or size <= NGRAM or limit <= 0:
+            return []
+        # The final n-gram itself is indexed only once something follows it.
+        for end in range(max(self._indexed, NGRAM), size):
+            self._last[tuple(tokens[end - NGRAM : end])] = end
+        self._indexed = size
+        found = self._last.get(tuple(tokens[size - NGRAM :]))
+        if found is None:
+            return []
+        return tokens[found : found + min(self._length, limit)]
+
+    def judge(self, proposed: int, accepted: int, size: int) -> None:
+        """Learn from a draft: `accepted` of its tokens were right; the sequence now has `size` tokens."""
+        self.proposed += proposed
+        self.accepted += accepted
+        if accepted == proposed:
+            self._length = min(MAX_DRAFT, self._length * 2)
+            self._backoff = 4
+        elif accepted * 2 >= proposed:
+            self._length = max(2, accepted + 1)
+        else:
+            self._length = 2
+            self._resume_at = size + self._backoff
+            self._backoff = min(MAX_BACKOFF, self._backoff * 2)
