@@ -27,3 +27,7 @@ class EngineError(StarlingError):
 
 class EngineStoppedError(EngineError):
     """The engine is shut down, dead or hung, and takes no more requests."""
+
+
+class GenerationCancelled(StarlingError):  # noqa: N818 - an outcome that was asked for, not a fault
+    """The generation was cancelled while somebody waited for its text."""

@@ -18,7 +18,13 @@ class Settings(BaseModel):
 
     weights: Path | None = Field(None, alias="STARLING_WEIGHTS")  # a checkpoint folder; None: weights/ or a download
     device: Literal["auto", "cpu", "cuda"] = Field("auto", alias="STARLING_DEVICE")
-    max_concurrency: int = Field(1, ge=1, alias="COG_MAX_CONCURRENCY")
+    # Requests that Cog accepts at a time; the engine computes as many side by side.
+    max_concurrency: int = Field(1, ge=1, le=256, alias="COG_MAX_CONCURRENCY")
+    kv_cache_bytes: int | None = Field(None, ge=1, alias="STARLING_KV_CACHE_BYTES")  # None: from what is free
+    block_size: Literal[16, 32] = Field(16, alias="STARLING_BLOCK_SIZE")  # positions in a KV block
+    prefill_tokens: int = Field(256, ge=16, le=8192, alias="STARLING_PREFILL_TOKENS")  # prompt tokens in one step
+    speculative_rows: int = Field(8, ge=0, le=256, alias="STARLING_SPECULATIVE_ROWS")  # 0: never guess ahead
+    hang_after_s: float = Field(120.0, gt=0, alias="STARLING_HANG_AFTER_S")  # a step that takes longer is a hang
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Settings":

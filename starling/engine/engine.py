@@ -31,16 +31,14 @@ class Delivery:
 class TokenStream:
     """The caller's end of one request: deliveries to take, and a way to stop it. Safe from any thread."""
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(self, cancel: Callable[[], object]) -> None:
         self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._cancel = cancel
 
     def get(self, timeout_s: float | None = None) -> Delivery | None:
         """The next delivery; None when `timeout_s` passes without one."""
         try:
-            return (
-                self._queue.get(timeout=timeout_s) if timeout_s is None or timeout_s > 0 else self._queue.get_nowait()
-            )
+            return self._queue.get(block=timeout_s is None or timeout_s > 0, timeout=timeout_s)
         except queue.Empty:
             return None
 
@@ -94,8 +92,8 @@ class Engine:
             room = limit - prompt_length
             remedy = f"Lower max_tokens to {room} or less" if room > 0 else "Shorten the prompt"
             raise RequestError(
-                f"The prompt is {prompt_length} tokens long and max_tokens is {max_tokens}, {prompt_length + max_tokens} "
-                f"together; the model's context holds {limit}. {remedy}."
+                f"The prompt is {prompt_length} tokens long and max_tokens is {max_tokens}, "
+                f"{prompt_length + max_tokens} together; the model's context holds {limit}. {remedy}."
             )
         if not self._scheduler.fits(prompt_length, max_tokens):
             blocks, size = self._scheduler.cache.blocks, self._scheduler.cache.block_size
@@ -113,7 +111,8 @@ class Engine:
         foreign = [token for token in prompt if not 0 <= token < self._vocab_size]
         if foreign:
             raise RequestError(
-                f"The prompt holds token id {foreign[0]}; the model's embedding table has ids 0 to {self._vocab_size - 1}."
+                f"The prompt holds token id {foreign[0]}; "
+                f"the model's embedding table has ids 0 to {self._vocab_size - 1}."
             )
         self.check(len(prompt), params.max_tokens)
         lookup = PromptLookup() if self._scheduler.limits.speculative_rows > 0 else None
@@ -189,10 +188,8 @@ class Engine:
             self._deliver(sequence.arrival, Delivery([], "cancelled"))
 
     def _step(self) -> None:
-        plan = self._scheduler.plan()
-        if not plan:
-            return
         self._step_began_s = time.monotonic()
+        plan = self._scheduler.plan()
         try:
             outcomes = self._scheduler.complete(plan, self._runner.run(plan))
             for outcome in outcomes:

@@ -90,5 +90,5 @@ def _penalize(logits: torch.Tensor, sequence: Sequence, drafts: list[int]) -> No
         factor = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / factor, values * factor)
     if generated and (params.frequency_penalty or params.presence_penalty):
-        ids, counts = torch.tensor(generated, device=logits.device).unique(return_counts=True)
+        ids, counts = torch.unique(torch.tensor(generated, device=logits.device), return_counts=True)
         logits[ids] -= params.frequency_penalty * counts + params.presence_penalty

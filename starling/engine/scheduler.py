@@ -86,7 +86,7 @@ class Scheduler:
         """The next step: decodes first, then chunks of prompts. Empty when there is nothing to do."""
         plan = self._plan_decodes()
         self._admit()
-        plan += self._plan_prefills()
+        plan += self._plan_prefills({work.sequence.arrival for work in plan})
         # Making room for an older sequence may have paused one that was planned already.
         return [work for work in plan if work.sequence.row >= 0]
 
@@ -146,22 +146,19 @@ class Scheduler:
         room = sequence.longest - len(sequence.tokens) - 1
         return sequence.lookup.draft(sequence.tokens, min(MAX_DRAFT, room, self.limits.speculative_rows - rows))
 
-    def _plan_prefills(self) -> list[Work]:
-        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+    def _plan_prefills(self, decoding: set[int]) -> list[Work]:
+        prompts = [sequence for sequence in self.running if sequence.arrival not in decoding]
         if not prompts:
             return []
         budget = self.limits.prefill_tokens
-        counts = {}
+        shares = []
         for index, sequence in enumerate(prompts):  # equal shares, the first ones rounded up
-            counts[sequence.arrival] = min(
-                sequence.pending, -(-(budget - sum(counts.values())) // (len(prompts) - index))
-            )
-        spare = budget - sum(counts.values())
+            shares.append(min(sequence.pending, -(-budget // (len(prompts) - index))))
+            budget -= shares[-1]
         plan = []
-        for sequence in prompts:
-            extra = min(spare, sequence.pending - counts[sequence.arrival])
-            spare -= extra
-            count = counts[sequence.arrival] + extra
+        for sequence, share in zip(prompts, shares, strict=True):
+            count = min(sequence.pending, share + budget)  # what others did not need goes to the oldest
+            budget -= count - share
             while count > 0 and sequence.row >= 0 and not self.cache.grow(sequence, sequence.computed + count):
                 # Only a sequence that arrived later makes way; else this one waits for the older ones to end.
                 newest = self.running[-1]

@@ -125,8 +125,7 @@ def _sample_row(
     past[0] = False
     p[order[past]] = 0
     mass = p.cumsum(0)
-    token = (mass > uniform * mass[-1]).to(torch.uint8).argmax()
-    return token
+    return (mass > uniform * mass[-1]).to(torch.uint8).argmax()
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
