@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from starling.chat import END_OF_TURN, Chat, ReplyStart
 from starling.engine.cache import BlockCache
 from starling.engine.engine import Delivery, Engine, TokenStream
