@@ -205,7 +205,7 @@ class Service:
             repetition_penalty=request.repetition_penalty,
         )
         stream = self._engine.submit(prompt, params)
-        return Generation(stream, self._tokenizer.decoder(), request, len(prompt), seed)
+        return Generation(stream, IncrementalDecoder(self._tokenizer), request, len(prompt), seed)
 
     def answer(self, request: Request) -> GenerationResult:
         """The whole answer at once."""
