@@ -163,6 +163,8 @@ class Engine:
                 self._closed = True
             while not self._inbox.empty():
                 self._book(self._inbox.get())
+            for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+                self._scheduler.remove(sequence)
             for arrival in list(self._streams):
                 self._deliver(arrival, Delivery([], "error", error))
 

@@ -1,0 +1,66 @@
+"""The house: imports point down only, and the pins agree."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Which parts of starling each room may import, beside itself and errors.
+ROOMS = {
+    "starling/model/ops": {"starling.model.awq", "starling.model.batch"},
+    "starling/model": set(),
+    "starling/engine": {"starling.model"},
+    "starling/request.py": set(),
+    "starling/settings.py": set(),
+    "starling/stops.py": set(),
+    "starling/tokenizer.py": set(),
+    "starling/chat.py": {"starling.request"},
+    "starling/errors.py": set(),
+}
+# What no room of the serving path imports at its top: slow, or not installed there.
+HEAVY = {"transformers", "awq", "accelerate", "datasets", "sentencepiece", "gguf", "mistral_common", "huggingface_hub"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def sources(room: str) -> list[Path]:
+    path = ROOT / room
+    return [path] if path.suffix else sorted(path.rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down_only(room: str) -> None:
+    own = room.removesuffix(".py").replace("/", ".")
+    allowed = {own, "starling.errors", *ROOMS[room]}
+    for path in sources(room):
+        for name in imports(path):
+            if name.split(".")[0] == "starling":
+                assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{path} imports {name}"
+            assert name.split(".")[0] not in HEAVY, f"{path} imports {name}"
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return dict(re.split("==", line, maxsplit=1) for line in lines if "==" in line)  # type: ignore[misc]
+
+
+def test_the_image_and_the_cpu_install_agree() -> None:
+    image, cpu = pins("requirements.txt"), pins("requirements-cpu.txt")
+    del image["torch"], cpu["torch"]
+    assert image.items() <= cpu.items()
+
+
+def test_every_requirement_is_pinned() -> None:
+    for path in ROOT.glob("requirements*.txt"):
+        for line in path.read_text().splitlines():
+            assert not line or line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.+]+", line), f"{path.name}: {line}"

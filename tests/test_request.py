@@ -1,0 +1,86 @@
+"""What may be asked: bounds and defaults, stop sequences as people write them, faults in plain words."""
+
+from typing import Any
+
+import pytest
+
+from starling.errors import RequestError
+from starling.request import MAX_STOP_SEQUENCES, MAX_TEXT_BYTES, Request
+
+USER = {"role": "user", "content": "Hello"}
+ASSISTANT = {"role": "assistant", "content": "Hi"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("", ()),
+        (None, ()),
+        ("END", ("END",)),
+        ("a,b", ("a", "b")),
+        ("a, b,", ("a", " b")),
+        ("\n\n", ("\n\n",)),
+        ('["a,b", "\\n"]', ("a,b", "\n")),
+        (' ["a"] ', ("a",)),
+        ("[]", ()),
+        ("[END]", ("[END]",)),
+        (["a"], ("a",)),
+    ],
+)
+def test_stop_sequences(written: Any, meant: tuple[str, ...]) -> None:
+    assert Request.parse(prompt="x", stop_sequences=written).stop_sequences == meant
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, ["neither prompt nor messages", "Give a prompt"]),
+        ({"prompt": "x", "temperature": 5.5}, ["temperature is 5.5", "less than or equal to 5"]),
+        ({"prompt": "x", "temperature": float("nan")}, ["temperature", "finite"]),
+        ({"prompt": "x", "max_tokens": 0}, ["max_tokens is 0", "greater than or equal to 1"]),
+        ({"prompt": "x", "max_tokens": 2.5}, ["max_tokens is 2.5", "integer"]),
+        ({"prompt": "x", "min_tokens": 9, "max_tokens": 8}, ["min_tokens is 9", "max_tokens 8", "Lower"]),
+        ({"prompt": "x", "seed": -1}, ["seed is -1", "greater than or equal to 0"]),
+        ({"prompt": "x", "mode": "poem"}, ["mode", "'chat' or 'code'"]),
+        ({"prompt": "x", "unknown": 1}, ["unknown", "not permitted"]),
+        ({"prompt": "x", "stop_sequences": '["a", "b"'}, ["stop_sequences", "JSON list"]),
+        ({"prompt": "x", "stop_sequences": "[1]"}, ["stop_sequences.0", "string"]),
+        ({"prompt": "x", "stop_sequences": '[""]'}, ["stop_sequences.0", "at least 1"]),
+        ({"prompt": "x", "stop_sequences": "a," * (MAX_STOP_SEQUENCES + 1)}, ["stop_sequences", "at most 16"]),
+        ({"prompt": "x", "prompt_template": "no place"}, ["{prompt}"]),
+        ({"prompt": "x", "prompt_template": "{prompt}", "messages": [USER]}, ["prompt_template and messages"]),
+        ({"prompt": "x", "prompt_template": "{prompt}", "system_prompt": "s"}, ["{system_prompt}"]),
+        ({"messages": [USER], "prompt_template": "{prompt}"}, ["without prompt"]),
+        ({"messages": [USER, ASSISTANT]}, ["'assistant'", "user turn"]),
+        ({"prompt": "x", "messages": [USER, SYSTEM]}, ["system turn that is not the first"]),
+        ({"prompt": "x", "messages": [SYSTEM], "system_prompt": "s"}, ["Give one of them"]),
+        ({"prompt": "x", "messages": [{"role": "bot", "content": "x"}]}, ["messages.0.role", "'assistant'"]),
+        ({"prompt": "x", "messages": [{"role": "user"}]}, ["messages.0.content", "required"]),
+        ({"prompt": "x", "messages": [USER | {"name": "n"}]}, ["messages.0.name", "not permitted"]),
+        ({"prompt": "x" * (MAX_TEXT_BYTES + 1)}, [str(MAX_TEXT_BYTES + 1), str(MAX_TEXT_BYTES), "Shorten"]),
+        ({"prompt": "x", "json_schema": "{}", "regex": "a"}, ["json_schema and regex"]),
+    ],
+)
+def test_faults_say_the_value_the_rule_and_the_remedy(fields: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RequestError) as caught:
+        Request.parse(**fields)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_fault_is_named_at_once() -> None:
+    with pytest.raises(RequestError) as caught:
+        Request.parse(prompt="x", temperature=9, top_p=2, seed=-5)
+    assert all(name in str(caught.value) for name in ("temperature is 9", "top_p is 2", "seed is -5"))
+
+
+def test_a_fault_never_quotes_the_prompt() -> None:
+    with pytest.raises(RequestError) as caught:
+        Request.parse(prompt="my secret", system_prompt=["my secret"], messages=[{"role": "my secret"}], temperature=9)
+    assert "my secret" not in str(caught.value)
+
+
+def test_whole_floats_are_integers_and_seed_zero_counts() -> None:
+    request = Request.parse(prompt="x", max_tokens=3.0, seed=0.0)
+    assert (request.max_tokens, request.seed) == (3, 0)
