@@ -41,8 +41,9 @@ class BlockCache:
         whole = -(-tokens // self.block_size)
         if self.window is None:
             return whole
-        # The window and a chunk, cut anywhere, touch one more block than they fill.
-        return min(whole, -(-(self.window + chunk) // self.block_size) + 1)
+        # The window and a chunk, cut anywhere, touch one more block than they fill; and a block that the window has
+        # passed is given back only when the next one is full.
+        return min(whole, -(-(self.window + chunk) // self.block_size) + 2)
 
     def held(self, sequence: Sequence) -> int:
         return len(sequence.blocks) - self._dead(sequence.computed) if sequence.blocks else 0
@@ -68,9 +69,9 @@ class BlockCache:
     def grow(self, sequence: Sequence, positions: int) -> bool:
         """Make room for `positions` positions in all. False, and nothing taken, when there is not enough."""
         have = len(sequence.blocks)
-        wanted = -(-positions // self.block_size) - have
-        if wanted <= 0:
+        if positions <= have * self.block_size:
             return True
+        wanted = -(-positions // self.block_size) - have
         if wanted > len(self._idle):
             return False
         for index in range(have, have + wanted):
@@ -86,23 +87,22 @@ class BlockCache:
     def advance(self, sequence: Sequence) -> None:
         """After a step: offer the blocks that it filled for sharing, give back those that the window has passed."""
         full = sequence.computed // self.block_size
-        if sequence.published < full:
-            self._extend_keys(sequence, full)
-            for index in range(sequence.published, full):
-                key, block = sequence.keys[index], sequence.blocks[index]
-                # An equal block computed at the same time by another sequence stays the findable one.
-                if key not in self._block_of_key:
-                    self._block_of_key[key] = block
-                    self._key_of_block[block] = key
-            sequence.published = full
-        if self.window is not None:
-            dead = self._dead(sequence.computed)
-            for index in range(dead - 1, -1, -1):
-                if sequence.blocks[index] < 0:
-                    break
-                self._release(sequence.blocks[index])
-                sequence.blocks[index] = -1
-                self.tables[sequence.row, index] = -1
+        if full == sequence.published:
+            return
+        self._extend_keys(sequence, full)
+        for index in range(sequence.published, full):
+            key, block = sequence.keys[index], sequence.blocks[index]
+            # An equal block computed at the same time by another sequence stays the findable one.
+            if key not in self._block_of_key:
+                self._block_of_key[key] = block
+                self._key_of_block[block] = key
+        sequence.published = full
+        for index in range(self._dead(sequence.computed) - 1, -1, -1):
+            if sequence.blocks[index] < 0:
+                break
+            self._release(sequence.blocks[index])
+            sequence.blocks[index] = -1
+            self.tables[sequence.row, index] = -1
 
     def release(self, sequence: Sequence) -> None:
         """Give everything back. What was published stays findable until its block is needed."""

@@ -40,42 +40,37 @@ class Runner:
 def build_batch(plan: list[Work], books: BlockCache, device: torch.device) -> Batch:
     """The plan's tokens, flattened in plan order."""
     tokens: list[int] = []
-    positions: list[int] = []
-    owners: list[int] = []  # table row of each token
-    prompt: list[bool] = []
-    starts = [0]
-    contexts: list[int] = []
     logit_rows: list[int] = []
+    shapes: list[tuple[int, int, int, int]] = []
     for work in plan:
-        sequence, start = work.sequence, work.start
-        end = start + work.count
-        tokens += sequence.tokens[start:end]
-        tokens += work.drafts
-        size = work.count + len(work.drafts)
-        positions += range(start, start + size)
-        owners += [sequence.row] * size
-        of_prompt = max(0, min(end, sequence.prompt_length) - start)
-        prompt += [True] * of_prompt + [False] * (size - of_prompt)
-        contexts.append(start + size)
-        starts.append(starts[-1] + size)
+        sequence, start, count, drafts = work.sequence, work.start, work.count, work.drafts
+        if count == 1:
+            tokens.append(sequence.tokens[start])
+        else:
+            tokens += sequence.tokens[start : start + count]
+        if drafts:
+            tokens += drafts
         if work.samples:
-            logit_rows += range(starts[-1] - 1 - len(work.drafts), starts[-1])
-    at = np.array(positions, dtype=np.int32)
-    row = np.array(owners, dtype=np.int32)
-    slots = books.tables[row, at // books.block_size] * books.block_size + at % books.block_size
-    width = -(-max(contexts) // books.block_size)
-    tables = books.tables[[work.sequence.row for work in plan], :width]
+            logit_rows += range(len(tokens) - 1 - len(drafts), len(tokens))
+        shapes.append((start, count + len(drafts), sequence.row, sequence.prompt_length))
+    start_of, size_of, row_of, prompt_of = np.array(shapes, dtype=np.int32).T
+    query_starts = np.zeros(len(plan) + 1, dtype=np.int32)
+    np.cumsum(size_of, out=query_starts[1:])
+    positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(start_of - query_starts[:-1], size_of)
+    blocks = books.tables[np.repeat(row_of, size_of), positions // books.block_size]
+    contexts = start_of + size_of
+    width = -(-int(contexts.max()) // books.block_size)
 
-    def tensor(values: list[int] | list[bool] | np.ndarray, dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).to(device)
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device)
 
     return Batch(
-        token_ids=tensor(tokens, np.int64),
-        positions=tensor(at, np.int32),
-        slots=tensor(slots, np.int32),
-        query_starts=tensor(starts, np.int32),
-        context_lens=tensor(contexts, np.int32),
-        block_tables=tensor(tables, np.int32),
-        prompt_tokens=tensor(prompt, np.bool_),
-        logit_rows=tensor(logit_rows, np.int64),
+        token_ids=tensor(np.array(tokens, dtype=np.int64)),
+        positions=tensor(positions),
+        slots=tensor(blocks * books.block_size + positions % books.block_size),
+        query_starts=tensor(query_starts),
+        context_lens=tensor(contexts),
+        block_tables=tensor(books.tables[row_of, :width]),
+        prompt_tokens=tensor(positions < np.repeat(prompt_of, size_of)),
+        logit_rows=tensor(np.array(logit_rows, dtype=np.int64)),
     )

@@ -22,7 +22,7 @@ class Limits:
     speculative_rows: int = 16  # guess only while a step decodes at most this many tokens; 0 turns guessing off
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Work:
     """Compute `count` tokens of one sequence from position `start`, then `drafts` after them."""
 
@@ -33,7 +33,7 @@ class Work:
     samples: bool  # the last of the tokens is computed, so something new can be sampled
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Outcome:
     """What a step gave one sequence."""
 
@@ -93,31 +93,28 @@ class Scheduler:
     def complete(self, plan: list[Work], sampled: list[list[int]]) -> list[Outcome]:
         """Book a step's results. `sampled` holds, per work, one token for its last row and one after each draft."""
         outcomes = []
-        self.counters.steps += 1
+        prefilled = decoded = 0
         for work, candidates in zip(plan, sampled, strict=True):
             sequence = work.sequence
-            if not work.samples:
-                self.counters.prefill_tokens += work.count
-                sequence.computed = work.start + work.count
+            computed = work.start + work.count
+            prefilled += work.count
+            if work.samples:
+                right = self._judge(work, candidates) if work.drafts else 0
+                tokens, finish = self._cut(sequence, candidates[: right + 1] if work.drafts else candidates)
+                computed += min(right, len(tokens))
+                sequence.tokens += tokens
+                prefilled -= 1
+                decoded += len(tokens)
+                outcomes.append(Outcome(sequence, tokens, finish))
+            sequence.computed = computed
+            if computed // self.cache.block_size != sequence.published:
                 self.cache.advance(sequence)
-                continue
-            # A draft was right if it is what the model chose in its place; what follows it is then valid too.
-            right = 0
-            while right < len(work.drafts) and work.drafts[right] == candidates[right]:
-                right += 1
-            tokens, finish = self._cut(sequence, candidates[: right + 1])
-            sequence.computed = work.start + work.count + min(right, len(tokens))
-            sequence.tokens += tokens
-            self.counters.prefill_tokens += work.count - 1
-            self.counters.decode_tokens += len(tokens)
-            if work.drafts and sequence.lookup is not None:
-                sequence.lookup.judge(len(work.drafts), right, len(sequence.tokens))
-                self.counters.proposed += len(work.drafts)
-                self.counters.accepted += right
-            self.cache.advance(sequence)
-            if finish is not None:
-                self.remove(sequence)
-            outcomes.append(Outcome(sequence, tokens, finish))
+        for outcome in outcomes:
+            if outcome.finish is not None:
+                self.remove(outcome.sequence)
+        self.counters.steps += 1
+        self.counters.prefill_tokens += prefilled
+        self.counters.decode_tokens += decoded
         return outcomes
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -129,7 +126,7 @@ class Scheduler:
             if sequence.pending != 1 or sequence.row < 0:
                 continue
             size = len(sequence.tokens)
-            drafts = self._drafts(sequence, rows)
+            drafts = self._drafts(sequence, rows) if rows <= self.limits.speculative_rows else []
             if drafts and not self.cache.grow(sequence, size + len(drafts)):
                 drafts = []  # nobody is paused for a guess
             while sequence.row >= 0 and not self.cache.grow(sequence, size):
@@ -140,7 +137,7 @@ class Scheduler:
         return plan
 
     def _drafts(self, sequence: Sequence, rows: int) -> list[int]:
-        if sequence.lookup is None or sequence.constraint is not None or rows > self.limits.speculative_rows:
+        if sequence.lookup is None or sequence.constraint is not None:
             return []
         # The last token of an answer is never worth guessing: it comes with the step anyway.
         room = sequence.longest - len(sequence.tokens) - 1
@@ -200,13 +197,26 @@ class Scheduler:
     def _need(self, tokens: int) -> int:
         return self.cache.blocks_needed(tokens, self.limits.prefill_tokens)
 
-    def _cut(self, sequence: Sequence, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
+    def _judge(self, work: Work, candidates: list[int]) -> int:
+        """How many drafts were right: each is, if it is what the model chose in its place after right ones."""
+        right = 0
+        while right < len(work.drafts) and work.drafts[right] == candidates[right]:
+            right += 1
+        self.counters.proposed += len(work.drafts)
+        self.counters.accepted += right
+        if work.sequence.lookup is not None:
+            work.sequence.lookup.judge(len(work.drafts), right, len(work.sequence.tokens) + right + 1)
+        return right
+
+    @staticmethod
+    def _cut(sequence: Sequence, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
         """As many of `tokens` as belong to the answer, and whether it ends there."""
         params = sequence.params
-        for index, token in enumerate(tokens):
-            generated = sequence.generated + index + 1
+        generated = len(sequence.tokens) - sequence.prompt_length
+        for token in tokens:
+            generated += 1
             if token in params.stop_ids and generated > params.min_tokens:
-                return tokens[: index + 1], "stop"
+                return tokens[: generated - sequence.generated], "stop"
             if generated >= params.max_tokens:
-                return tokens[: index + 1], "length"
+                return tokens[: generated - sequence.generated], "length"
         return tokens, None
