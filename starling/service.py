@@ -15,6 +15,7 @@ from starling.engine.runner import Runner
 from starling.engine.scheduler import Limits, Scheduler
 from starling.engine.sequence import SamplingParams
 from starling.errors import DeviceError, GenerationCancelled
+from starling.grammar import Grammars
 from starling.model.kv_cache import KVCache
 from starling.model.memory import free_bytes
 from starling.model.mistral import Mistral
@@ -156,6 +157,7 @@ class Service:
         end_of_turn = tokenizer.token_id(END_OF_TURN)
         self._stop_ids = stop_ids | {end_of_turn}
         self._chat = Chat(tokenizer, bos, end_of_turn)
+        self._grammars = Grammars(tokenizer, self._stop_ids)
 
     @classmethod
     def from_folder(cls, folder: Path, settings: Settings | None = None) -> "Service":
@@ -204,7 +206,7 @@ class Service:
             frequency_penalty=request.frequency_penalty,
             repetition_penalty=request.repetition_penalty,
         )
-        stream = self._engine.submit(prompt, params)
+        stream = self._engine.submit(prompt, params, self._grammars.constraint(request))
         return Generation(stream, IncrementalDecoder(self._tokenizer), request, len(prompt), seed)
 
     def answer(self, request: Request) -> GenerationResult:

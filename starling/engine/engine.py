@@ -194,8 +194,6 @@ class Engine:
         plan = self._scheduler.plan()
         try:
             outcomes = self._scheduler.complete(plan, self._runner.run(plan))
-            for outcome in outcomes:
-                self._constrain(outcome)
         except Exception as fault:
             logger.error("a step failed; its %d requests end", len(plan), exc_info=True)
             error = EngineError(f"The request's step failed: {type(fault).__name__}. The server goes on; try again.")
@@ -208,16 +206,20 @@ class Engine:
             self._step_began_s = None
         for outcome in outcomes:
             sequence = outcome.sequence
-            self._deliver(sequence.arrival, Delivery(outcome.tokens, outcome.finish, None, sequence.cached or 0))
+            delivery = Delivery(outcome.tokens, outcome.finish, None, sequence.cached or 0)
+            if sequence.constraint is not None and outcome.finish is None:
+                fault = self._constrain(sequence.constraint, outcome)
+                if fault is not None:
+                    self._scheduler.remove(sequence)
+                    delivery = Delivery([], "error", EngineError(f"The answer's grammar cannot go on: {fault}."))
+            self._deliver(sequence.arrival, delivery)
 
     @staticmethod
-    def _constrain(outcome: Outcome) -> None:
-        """Tell the grammar what was chosen."""
-        constraint = outcome.sequence.constraint
-        if constraint is not None:
-            for token in outcome.tokens:
-                if token not in outcome.sequence.params.stop_ids:
-                    constraint.advance(token)
+    def _constrain(constraint: TokenConstraint, outcome: Outcome) -> str | None:
+        """Tell the grammar what was chosen; its fault, if that breaks it."""
+        for token in outcome.tokens:
+            constraint.advance(token)
+        return constraint.fault
 
     def _deliver(self, arrival: int, delivery: Delivery) -> None:
         stream = self._streams.get(arrival)

@@ -72,10 +72,12 @@ class Sampler:
         params = sequence.params
         if params.penalized:
             _penalize(logits, sequence, drafts)
-        if sequence.generated + len(drafts) < params.min_tokens:
+        constraint = sequence.constraint
+        # Where a grammar leaves nothing but the end, min_tokens cannot hold.
+        if sequence.generated + len(drafts) < params.min_tokens and not (constraint and constraint.finished):
             logits[list(params.stop_ids)] = -torch.inf
-        if sequence.constraint is not None:
-            words = torch.from_numpy(sequence.constraint.mask()).to(logits.device)
+        if constraint is not None:
+            words = torch.from_numpy(constraint.mask()).to(logits.device)
             bits = torch.arange(logits.numel(), device=logits.device)
             allowed = (words[bits >> 5] >> (bits & 31)) & 1
             logits.masked_fill_(allowed == 0, -torch.inf)

@@ -24,6 +24,11 @@ class TokenConstraint(Protocol):
         """The answer is complete, and nothing may follow but its end."""
         ...
 
+    @property
+    def fault(self) -> str | None:
+        """Why the grammar cannot go on, if it cannot; the request then fails alone."""
+        ...
+
 
 @dataclass(frozen=True)
 class SamplingParams:

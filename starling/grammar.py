@@ -1,0 +1,104 @@
+"""Answers that must follow a JSON Schema or a regular expression: which tokens may come next, through llguidance."""
+
+import json
+import re
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from llguidance._tokenizer import TokenizerWrapper
+
+from starling.errors import RequestError
+from starling.request import Request
+from starling.tokenizer import Tokenizer
+
+# One space or line break at most between two parts: without a bound, a small model can write spaces for ever.
+WHITESPACE = r"[ \n]"
+
+
+class GrammarConstraint:
+    """The state of one answer in its grammar; satisfies the engine's TokenConstraint.
+
+    The space before the answer is allowed and not part of it (starling/chat.py drops it).
+    """
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._words = -(-vocab_size // 32)
+
+    def mask(self) -> np.ndarray:
+        mask = np.zeros(self._words, dtype=np.int32)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        return mask
+
+    def advance(self, token: int) -> None:
+        self._matcher.consume_token(token)
+
+    @property
+    def finished(self) -> bool:
+        return self._matcher.is_stopped()
+
+    @property
+    def fault(self) -> str | None:
+        """What went wrong inside the grammar (it grew too complex, say); the request cannot go on."""
+        return self._matcher.get_error() or None
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, whose turns end with any of `stop_ids`."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> None:
+        self._vocab_size = tokenizer.vocab_size
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, stop_ids)), eos_token=sorted(stop_ids))
+
+    def constraint(self, request: Request) -> GrammarConstraint | None:
+        """The request's constraint, or None. Raises RequestError with the grammar's fault. Takes up to a second."""
+        if request.json_schema is not None:
+            name, grammar = "json_schema", _json_grammar(request.json_schema)
+        elif request.regex is not None:
+            name, grammar = "regex", LLMatcher.grammar_from_regex(f" ?(?:{request.regex})")
+        else:
+            return None
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise RequestError(f"{name} cannot be followed: {_brief(matcher.get_error())}. Mend or simplify it.")
+        return GrammarConstraint(matcher, self._vocab_size)
+
+
+def _json_grammar(schema: str) -> str:
+    try:
+        parsed = json.loads(schema)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RequestError(f"json_schema is not JSON: {error}. Give a JSON Schema as text.") from None
+    if not isinstance(parsed, dict):
+        raise RequestError(f"json_schema is a JSON {type(parsed).__name__}; give an object that is a JSON Schema.")
+    options = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+    schema = json.dumps({**parsed, "x-guidance": options})
+    return LLMatcher.grammar_from_lark(f'start: " "? body\nbody: %json {schema}\n')
+
+
+def _brief(error: str) -> str:
+    """llguidance adds its state and the whole grammar to its errors; only what comes before them helps."""
+    return " ".join(re.split(r"<state>|\n\s*1 \| ", error)[0].split())[:300].rstrip(".")
+
+
+class _Vocabulary:
+    """The tokens' bytes, in the form that llguidance asks for."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> None:
+        self.eos_token_id = min(stop_ids)
+        self.bos_token_id = None
+        self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+        self.special_token_ids = [token for token, spelt in enumerate(self.tokens) if not spelt]
+        for token in self.special_token_ids:
+            self.tokens[token] = f"<control {token}>".encode()
+        self._tokenizer = tokenizer
+        self._lead = tokenizer.encode("\n") if tokenizer.decode(tokenizer.encode("a")) == " a" else []
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Ids of text in the middle of an answer. SentencePiece would put a space before it: a line break, taken off
+        again with that space, stands there instead."""
+        if not self._lead:
+            return self._tokenizer.encode(text.decode("utf-8", errors="replace"))
+        ids = self._tokenizer.encode("\n" + text.decode("utf-8", errors="replace"))
+        assert ids[: len(self._lead)] == self._lead
+        return ids[len(self._lead) :]
