@@ -51,14 +51,16 @@ class Predictor(BasePredictor):
 
     @streaming
     @concurrent(max=32)
-    async def predict(  # noqa: PLR0917 - the form's inputs, in its order
+    async def predict(
         self,
         prompt: str = Input(default="", description="What to ask. May be blank if messages end with a user turn."),
         system_prompt: str = Input(default="", description="Instructions that the conversation starts with."),
         messages: list[dict[str, str]] = Input(
             default=[], description="Earlier turns, oldest first, each with role (system, user, assistant) and content."
         ),
-        mode: str = Input(default="chat", choices=["chat", "code"], description="code is for programming."),
+        mode: str = Input(
+            default="chat", choices=["chat", "code"], description="chat, or code for programming questions."
+        ),
         max_tokens: int = Input(default=512, ge=1, le=8192, description="The answer stops at this many tokens."),
         min_tokens: int = Input(default=0, ge=0, le=8192, description="The answer does not end by itself before this."),
         temperature: float = Input(default=0.7, ge=0, le=5, description="Higher is more varied. 0 is greedy."),
