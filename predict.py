@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cog import BasePredictor, ConcatenateIterator, Input, concurrent, streaming
 
+from starling.checkpoint_folder import locate
 from starling.coglet import current_signal, drain, install_cancellation
 from starling.errors import RequestError
 from starling.request import Request
@@ -43,7 +44,7 @@ class Predictor(BasePredictor):
     def load_service(self, settings: Settings) -> "Service":
         from starling.service import Service  # here, so that a failed import is printed with its traceback too
 
-        return Service.load(settings)
+        return Service.from_folder(locate(settings), settings)
 
     async def healthcheck(self) -> bool:
         """True while the engine makes progress. Async: a dead event loop then fails it too."""

@@ -5,6 +5,7 @@ python -m starling.local_server        # what scripts/serve runs: in the foregro
 with LocalServer(root, {"STARLING_WEIGHTS": "weights/demo"}) as server: ...    # demo, tests, bench
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,13 +19,12 @@ from types import TracebackType
 
 import httpx
 
-from starling.errors import StarlingError, WeightsError
+from starling.checkpoint_folder import locate
+from starling.errors import StarlingError
 from starling.openapi import read_signature
 from starling.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-WEIGHTS = Path("weights/starling-lm-7b-alpha-awq")
-NEEDED_FILES = ("config.json", "tokenizer.json", "*.safetensors")
 PREDICTOR = "predict.py:Predictor"
 COMMAND = ("-m", "cog.server.http", "--host")
 POLL_S = 0.05
@@ -61,18 +61,6 @@ def server_environment(root: Path, port: int, environ: Mapping[str, str], predic
     }
 
 
-def check_weights(weights: Path) -> None:
-    """Raises WeightsError when `weights` is no checkpoint folder: what is missing, and how to get it."""
-    missing = [name for name in NEEDED_FILES if not any(weights.glob(name))]
-    if missing:
-        raise WeightsError(
-            f"No weights to serve: {weights} has no {', no '.join(missing)}.\n"
-            "  To fetch Starling-LM-7B-alpha (AWQ, 4.15 GB):  .venv/bin/python -m starling weights pull\n"
-            "  To serve a checkpoint folder that you have:    STARLING_WEIGHTS=FOLDER scripts/serve\n"
-            "  To try it with a small model instead:          scripts/demo"
-        )
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -93,7 +81,8 @@ class LocalServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._root = root
         self._environ = server_environment(root, self.port, {**os.environ, **(environ or {})}, predictor)
-        self._log = tempfile.NamedTemporaryFile(prefix="starling-server-", suffix=".log")  # noqa: SIM115 - until stop
+        self._log_path: Path | None = None  # while the process lives
+        self._log = ""
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "LocalServer":
@@ -106,20 +95,22 @@ class LocalServer:
     @property
     def log(self) -> str:
         """All that the server and its worker have written."""
-        return Path(self._log.name).read_text(errors="replace")
+        return self._log if self._log_path is None else self._log_path.read_text(errors="replace")
 
     def spawn(self) -> None:
         """Start the process and return at once. In a session of its own, so that Ctrl-C here is not Ctrl-C there."""
         place_schema(self._root)
-        self.process = subprocess.Popen(
-            [sys.executable, *COMMAND, "127.0.0.1"],
-            cwd=self._root,
-            env=self._environ,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with tempfile.NamedTemporaryFile(prefix="starling-server-", suffix=".log", delete=False) as log:
+            self._log_path = Path(log.name)
+            self.process = subprocess.Popen(
+                [sys.executable, *COMMAND, "127.0.0.1"],
+                cwd=self._root,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def start(self, timeout_s: float = 900, waiting: Callable[[float], None] = lambda seconds: None) -> None:
         """Start the process and wait until it is ready; `waiting` is called with the seconds so far.
@@ -150,25 +141,18 @@ class LocalServer:
         return body
 
     def stop(self, timeout_s: float = 30) -> None:
-        """End the server: running predictions finish within timeout_s, then everything is killed."""
-        if self.process is None:
+        """End the server: running predictions finish within timeout_s, then everything is killed. The log stays."""
+        if self.process is None or self._log_path is None:
             return
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self._kill()
-        else:
-            self._kill()  # a worker may have outlived its parent
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # also a worker that outlived its parent
         self.process.wait()
-
-    def _kill(self) -> None:
-        assert self.process is not None
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+        self._log = self.log
+        self._log_path.unlink()
+        self._log_path = None
 
     def _tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.splitlines()[-lines:])
@@ -178,7 +162,7 @@ def main() -> None:
     """Become the server: on all interfaces, as in an image."""
     os.chdir(ROOT)
     try:
-        check_weights(Settings.from_env(os.environ).weights or WEIGHTS)
+        locate(Settings.from_env(os.environ))
     except StarlingError as error:
         sys.exit(str(error))
     place_schema(ROOT)

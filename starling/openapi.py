@@ -89,6 +89,7 @@ def _field(argument: ast.arg, default: ast.expr) -> Field:
             raise SignatureError(f"line {default.lineno}: the default of {argument.arg} is not a plain Input(...) call")
     if "default" not in options:
         raise SignatureError(f"line {default.lineno}: {argument.arg} has no default; a request may leave any input out")
+    _check_default(argument, options)
     annotation = ast.unparse(argument.annotation) if argument.annotation else ""
     required = annotation.removesuffix(" | None")
     schema = _schema(required)
@@ -96,7 +97,20 @@ def _field(argument: ast.arg, default: ast.expr) -> Field:
         raise SignatureError(
             f"line {argument.lineno}: {argument.arg} is annotated {annotation!r}, which is not built in"
         )
-    return Field(argument.arg, schema, annotation != required, options)
+    nullable = annotation != required
+    if options["default"] is None and not nullable:
+        raise SignatureError(
+            f"line {argument.lineno}: {argument.arg} has the default None, and Cog would require it. "
+            f"Annotate it {annotation} | None"
+        )
+    return Field(argument.arg, schema, nullable, options)
+
+
+def _check_default(argument: ast.arg, options: dict[str, Any]) -> None:
+    """Cog does not notice a default outside its own bounds."""
+    default = options["default"]
+    if isinstance(default, int | float) and not options.get("ge", default) <= default <= options.get("le", default):
+        raise SignatureError(f"line {argument.lineno}: the default of {argument.arg}, {default}, is outside its bounds")
 
 
 def _schema(annotation: str) -> dict[str, Any] | None:
