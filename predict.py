@@ -1,0 +1,116 @@
+"""Cog's face: inputs → a request; a stream of text back.
+
+Cog reads the signature of `predict` from this source and never runs it: `Input` is called by its bare name, bounds and
+defaults are literals, and a description is one literal without a backslash. starling/request.py decides the bounds
+and defaults; a test holds the two equal.
+"""
+
+import os
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from cog import BasePredictor, ConcatenateIterator, Input, concurrent, streaming
+
+from starling.checkpoint_folder import locate
+from starling.coglet import current_signal, drain, install_cancellation
+from starling.errors import RequestError
+from starling.request import Request
+from starling.settings import Settings
+
+if TYPE_CHECKING:
+    from starling.service import Generation, Service
+
+METRICS = (
+    "input_token_count",
+    "output_token_count",
+    "cached_token_count",
+    "time_to_first_token",
+    "tokens_per_second",
+    "finish_reason",
+    "seed",
+)
+
+
+class Predictor(BasePredictor):
+    def setup(self) -> None:  # type: ignore[override]
+        """Load the model. Cog keeps one line of what is raised here, so the whole traceback is printed."""
+        try:
+            install_cancellation()
+            self.service = self.load_service(Settings.from_env(os.environ))
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+    def load_service(self, settings: Settings) -> "Service":
+        from starling.service import Service  # here, so that a failed import is printed with its traceback too
+
+        return Service.from_folder(locate(settings), settings)
+
+    async def healthcheck(self) -> bool:
+        """True while the engine makes progress. Async: a dead event loop then fails it too."""
+        return self.service.healthy
+
+    @streaming
+    @concurrent(max=32)
+    async def predict(
+        self,
+        prompt: str = Input(default="", description="What to ask. May be blank if messages end with a user turn."),
+        system_prompt: str = Input(default="", description="Instructions that the conversation starts with."),
+        messages: list[dict[str, str]] = Input(
+            default=[], description="Earlier turns, oldest first, each with role (system, user, assistant) and content."
+        ),
+        mode: str = Input(
+            default="chat", choices=["chat", "code"], description="chat, or code for programming questions."
+        ),
+        max_tokens: int = Input(default=512, ge=1, le=8192, description="The answer stops at this many tokens."),
+        min_tokens: int = Input(default=0, ge=0, le=8192, description="The answer does not end by itself before this."),
+        temperature: float = Input(default=0.7, ge=0, le=5, description="Higher is more varied. 0 is greedy."),
+        top_p: float = Input(
+            default=0.95, ge=0, le=1, description="Keep the likeliest tokens up to this share of probability. 1 is off."
+        ),
+        top_k: int = Input(default=0, ge=-1, description="Keep this many of the likeliest tokens. 0 and -1 are off."),
+        min_p: float = Input(
+            default=0.0, ge=0, le=1, description="Drop tokens below this share of the likeliest one's chance. 0 is off."
+        ),
+        presence_penalty: float = Input(
+            default=0.0, ge=-2, le=2, description="Above 0, tokens already in the answer become less likely. 0 is off."
+        ),
+        frequency_penalty: float = Input(
+            default=0.0, ge=-2, le=2, description="Above 0, the same, more with each occurrence. 0 is off."
+        ),
+        repetition_penalty: float = Input(
+            default=1.0, ge=0.1, le=10, description="Above 1, tokens of prompt and answer become less likely. 1 is off."
+        ),
+        stop_sequences: str = Input(
+            default="", description="Texts that end the answer: a JSON list of strings, or separated by commas."
+        ),
+        seed: int | None = Input(
+            default=None, ge=0, le=4294967295, description="Repeats an answer. Blank is random; the metrics tell which."
+        ),
+        prompt_template: str | None = Input(
+            default=None, description="Raw text sent in place of the chat format. It must contain {prompt}."
+        ),
+        max_new_tokens: int | None = Input(
+            default=None, ge=1, le=8192, deprecated=True, description="The old name of max_tokens."
+        ),
+        json_schema: str | None = Input(default=None, description="A JSON Schema that the answer follows."),
+        regex: str | None = Input(default=None, description="A regular expression that the whole answer matches."),
+    ) -> ConcatenateIterator[str]:
+        """Answer a prompt. A coroutine that returns a generator: coglet streams nothing else side by side."""
+        inputs = {name: value for name, value in locals().items() if name != "self"}
+        return drain(lambda: self.service.generate(to_request(**inputs)), self.record, current_signal())  # type: ignore[return-value]
+
+    def record(self, generation: "Generation") -> None:
+        for name in METRICS:
+            self.record_metric(name, getattr(generation.result, name))
+
+
+def to_request(max_tokens: int, max_new_tokens: int | None, **inputs: Any) -> Request:
+    """Check Cog's inputs; a text left blank in the form is one that is not given. Raises RequestError."""
+    if max_new_tokens is not None:
+        if max_tokens not in (max_new_tokens, Request.model_fields["max_tokens"].default):
+            raise RequestError(
+                f"max_tokens is {max_tokens} and max_new_tokens, its old name, is {max_new_tokens}. Give one of them"
+            )
+        max_tokens = max_new_tokens
+    return Request.parse(max_tokens=max_tokens, **{name: value for name, value in inputs.items() if value != ""})

@@ -1,0 +1,91 @@
+"""Ask a running server over HTTP, and read its answer as it is made."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+from httpx_sse import EventSource
+
+from starling.errors import StarlingError
+
+# A slot is free again slightly after its answer, so a full server is asked again for this long.
+BUSY_RETRY_S = 2.0
+BUSY_PAUSE_S = 0.05
+
+
+class AnswerError(StarlingError):
+    """The server refused the request or failed on it; the message is what it said."""
+
+
+class Answer:
+    """One streamed prediction. Iterate over its text once; the rest is known when that ends."""
+
+    def __init__(self, events: EventSource) -> None:
+        self.id = ""
+        self.status = "starting"  # then "processing", and at the end "succeeded", "failed" or "canceled"
+        self.metrics: dict[str, Any] = {}
+        self._events = events
+
+    def __iter__(self) -> Iterator[str]:
+        """Chunks of text. Raises AnswerError when the prediction fails or the connection ends before it."""
+        for event in self._events.iter_sse():
+            data = json.loads(event.data)
+            match event.event:
+                case "start":
+                    self.id, self.status = data["id"], data["status"]
+                case "output":
+                    yield data["chunk"]
+                case "error":
+                    raise AnswerError(data["error"])
+                case "completed":
+                    self.status, self.metrics = data["status"], data.get("metrics", {})
+                    if self.status == "failed":
+                        raise AnswerError(data["error"])
+                    return
+        raise AnswerError("The server closed the connection before the answer was complete")
+
+
+class Client:
+    """A server at a base URL, such as http://127.0.0.1:5000. Safe to use from many threads."""
+
+    def __init__(self, url: str, timeout_s: float = 600) -> None:
+        self._http = httpx.Client(base_url=url, timeout=timeout_s, limits=httpx.Limits(max_connections=None))
+
+    def close(self) -> None:
+        self._http.close()
+
+    @contextmanager
+    def stream(self, **inputs: Any) -> Iterator[Answer]:
+        """Start a prediction. Leaving the block before the answer has ended cancels it on the server.
+
+        Raises AnswerError when the request is refused.
+        """
+        begun_s = time.monotonic()
+        while True:
+            with self._http.stream(
+                "POST", "/predictions", json={"input": inputs}, headers={"Accept": "text/event-stream"}
+            ) as response:
+                if response.is_success:
+                    yield Answer(EventSource(response))
+                    return
+                if response.status_code != httpx.codes.CONFLICT or time.monotonic() - begun_s > BUSY_RETRY_S:
+                    raise AnswerError(_refusal(response))
+            time.sleep(BUSY_PAUSE_S)
+
+    def cancel(self, prediction_id: str) -> bool:
+        """True if there was such a prediction to cancel."""
+        return self._http.post(f"/predictions/{prediction_id}/cancel").is_success
+
+
+def _refusal(response: httpx.Response) -> str:
+    """Why a request was refused, in one line."""
+    text = response.read().decode(errors="replace")
+    try:
+        body = json.loads(text)
+        faults = [f"{detail['loc'][-1]}: {detail['msg']}" for detail in body.get("detail", [])]
+    except (ValueError, AttributeError, KeyError, TypeError):
+        body, faults = {}, []
+    return f"{response.status_code} {'; '.join(faults) or body.get('error') or text}"

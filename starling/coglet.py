@@ -1,0 +1,120 @@
+"""How streaming, concurrency and cancelling meet in Cog's server (coglet).
+
+coglet streams side by side only what `async def predict` *returns* as a sync generator, and it drains that generator
+on a thread of its own, after the coroutine has ended. It cancels a prediction by calling `.cancel()` on the future
+that `asyncio.run_coroutine_threadsafe` gave it, which by then is done, so nothing would reach the generator. Therefore
+`install_cancellation` wraps that function once: each future carries a `CancelSignal`, and `predict` finds its own
+through `current_signal`.
+"""
+
+import asyncio
+import threading
+import traceback
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeVar
+
+from starling.errors import EngineError, GenerationCancelled, RequestError, StarlingError
+
+T = TypeVar("T")
+
+
+class CancelSignal:
+    """Says once, from any thread, that the caller wants no more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fired = False
+        self._action: Callable[[], None] | None = None
+
+    def fire(self) -> None:
+        with self._lock:
+            self._fired = True
+            action = self._action
+        if action is not None:
+            action()
+
+    def connect(self, action: Callable[[], None]) -> None:
+        """Have `action` called when the signal fires: at once if it has fired already."""
+        with self._lock:
+            self._action = action
+            fired = self._fired
+        if fired:
+            action()
+
+
+_signal: ContextVar[CancelSignal | None] = ContextVar("starling_cancel_signal", default=None)
+_run_coroutine_threadsafe = asyncio.run_coroutine_threadsafe
+
+
+def current_signal() -> CancelSignal:
+    """The signal of the prediction that this coroutine serves; outside coglet one that never fires."""
+    return _signal.get() or CancelSignal()
+
+
+def install_cancellation() -> None:
+    """Make every future that coglet gets from now on carry a signal. Calling it again changes nothing."""
+    asyncio.run_coroutine_threadsafe = _submit  # type: ignore[assignment]
+
+
+def _submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> "Future[T]":
+    """asyncio.run_coroutine_threadsafe, whose future also fires a signal when it is cancelled."""
+    signal = CancelSignal()
+    token = _signal.set(signal)  # the loop copies this thread's context into the coroutine
+    try:
+        future = _run_coroutine_threadsafe(coroutine, loop)
+    finally:
+        _signal.reset(token)
+    cancel_future = future.cancel
+
+    def cancel() -> bool:
+        signal.fire()
+        return cancel_future()
+
+    future.cancel = cancel  # type: ignore[method-assign]
+    return future
+
+
+class Generation(Protocol):
+    """What the service hands out for one request."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
+
+
+G = TypeVar("G", bound=Generation)
+
+
+def drain(start: Callable[[], G], record: Callable[[G], None], signal: CancelSignal) -> Iterator[str]:
+    """Start a generation and yield its text; when it has ended by itself, record it.
+
+    Nothing happens before the first `next`: a prediction that is cancelled before coglet drains it has started
+    nothing. Everything is raised here rather than in the coroutine, where coglet takes any error whose text holds the
+    word "cancelled" for a cancelled prediction.
+
+    Raises asyncio.CancelledError, which coglet reports as "canceled" with the text so far; RequestError for the
+    caller; other StarlingErrors as they are. An error of any other kind is logged and reported without its text,
+    which may quote the prompt's.
+    """
+    try:
+        generation = start()
+        signal.connect(generation.cancel)
+        try:
+            yield from generation
+            record(generation)
+        finally:
+            generation.close()
+    except GenerationCancelled:
+        raise asyncio.CancelledError from None
+    except RequestError:
+        raise
+    except StarlingError:
+        traceback.print_exc()
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise EngineError(
+            f"The server failed on this request ({type(error).__name__}). Its log has the traceback"
+        ) from error

@@ -1,0 +1,174 @@
+"""Cog's own HTTP server as a process of this machine, without an image.
+
+python -m starling.local_server        # what scripts/serve runs: in the foreground, on PORT or 5000
+
+with LocalServer(root, {"STARLING_WEIGHTS": "weights/demo"}) as server: ...    # demo, tests, bench
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+from starling.checkpoint_folder import locate
+from starling.errors import StarlingError
+from starling.openapi import read_signature
+from starling.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PREDICTOR = "predict.py:Predictor"
+COMMAND = ("-m", "cog.server.http", "--host")
+POLL_S = 0.05
+
+
+class ServerError(StarlingError):
+    """The server did not start, or ended. The message holds the end of its log."""
+
+
+def place_schema(root: Path) -> None:
+    """Put openapi.json where Cog's server looks for it; `cog build` does the same in an image."""
+    target = root / ".cog" / "openapi_schema.json"
+    document = (root / "openapi.json").read_bytes()
+    if not target.exists() or target.read_bytes() != document:
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as new:
+            new.write(document)
+        Path(new.name).replace(target)
+
+
+def server_environment(root: Path, port: int, environ: Mapping[str, str], predictor: str = PREDICTOR) -> dict[str, str]:
+    """What the server's process needs on top of `environ`.
+
+    As many requests at a time as predict.py's @concurrent says, as in an image, unless COG_MAX_CONCURRENCY is set.
+    """
+    concurrency = read_signature((root / "predict.py").read_text()).concurrency
+    interpreter_dir = str(Path(sys.executable).parent)  # the worker is started as bare `python`
+    return {
+        "COG_MAX_CONCURRENCY": str(concurrency),
+        **environ,
+        "COG_PREDICT_TYPE_STUB": predictor,
+        "PATH": os.pathsep.join([interpreter_dir, environ.get("PATH", os.defpath)]),
+        "PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class LocalServer:
+    """The server on a free port of the loopback device, from `start` to `stop`.
+
+    Args:
+        root: the folder of predict.py and openapi.json
+        environ: variables on top of this process's own
+        predictor: FILE:CLASS, relative to `root`
+    """
+
+    def __init__(self, root: Path = ROOT, environ: Mapping[str, str] | None = None, predictor: str = PREDICTOR) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._root = root
+        self._environ = server_environment(root, self.port, {**os.environ, **(environ or {})}, predictor)
+        self._log_path: Path | None = None  # while the process lives
+        self._log = ""
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "LocalServer":
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def log(self) -> str:
+        """All that the server and its worker have written."""
+        return self._log if self._log_path is None else self._log_path.read_text(errors="replace")
+
+    def spawn(self) -> None:
+        """Start the process and return at once. In a session of its own, so that Ctrl-C here is not Ctrl-C there."""
+        place_schema(self._root)
+        with tempfile.NamedTemporaryFile(prefix="starling-server-", suffix=".log", delete=False) as log:
+            self._log_path = Path(log.name)
+            self.process = subprocess.Popen(
+                [sys.executable, *COMMAND, "127.0.0.1"],
+                cwd=self._root,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def start(self, timeout_s: float = 900, waiting: Callable[[float], None] = lambda seconds: None) -> None:
+        """Start the process and wait until it is ready; `waiting` is called with the seconds so far.
+
+        Raises ServerError with the end of the log when it fails or takes longer than timeout_s.
+        """
+        self.spawn()
+        begun_s = time.monotonic()
+        try:
+            while (status := self.health().get("status")) not in ("READY", "BUSY"):
+                waited_s = time.monotonic() - begun_s
+                if status == "SETUP_FAILED" or self.process is None or self.process.poll() is not None:
+                    raise ServerError(f"The server did not start ({status or 'its process ended'}):\n{self._tail()}")
+                if waited_s > timeout_s:
+                    raise ServerError(f"The server is not ready after {timeout_s:.0f} s ({status}):\n{self._tail()}")
+                waiting(waited_s)
+                time.sleep(POLL_S)
+        except BaseException:
+            self.stop()
+            raise
+
+    def health(self) -> dict[str, object]:
+        """The body of /health-check; empty while nothing listens."""
+        try:
+            body: dict[str, object] = httpx.get(f"{self.url}/health-check", timeout=10).json()
+        except httpx.TransportError:
+            return {}
+        return body
+
+    def stop(self, timeout_s: float = 30) -> None:
+        """End the server: running predictions finish within timeout_s, then everything is killed. The log stays."""
+        if self.process is None or self._log_path is None:
+            return
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # also a worker that outlived its parent
+        self.process.wait()
+        self._log = self.log
+        self._log_path.unlink()
+        self._log_path = None
+
+    def _tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.splitlines()[-lines:])
+
+
+def main() -> None:
+    """Become the server: on all interfaces, as in an image."""
+    os.chdir(ROOT)
+    try:
+        locate(Settings.from_env(os.environ))
+    except StarlingError as error:
+        sys.exit(str(error))
+    place_schema(ROOT)
+    port = int(os.environ.get("PORT", "5000"))
+    os.execve(sys.executable, [sys.executable, *COMMAND, "0.0.0.0"], server_environment(ROOT, port, os.environ))
+
+
+if __name__ == "__main__":
+    main()

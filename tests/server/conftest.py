@@ -1,0 +1,96 @@
+"""Cog's real server, in a process of its own, over a service whose pace the tests set."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from starling.client import Client
+from starling.local_server import LocalServer
+
+SLOTS = 8
+# A bound for what would otherwise wait for ever; nothing is judged by it.
+HANG_S = 120.0
+
+
+def wait_for(happened: Callable[[], Any]) -> Any:
+    """The first true value of `happened()`."""
+    end_s = time.monotonic() + HANG_S
+    while not (value := happened()):
+        assert time.monotonic() < end_s, "waited in vain"
+        time.sleep(0.005)
+    return value
+
+
+class Echo:
+    """A running echo server, its gates and its journal."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.server = LocalServer(
+            environ={"ECHO_FOLDER": str(folder), "COG_MAX_CONCURRENCY": str(SLOTS)},
+            predictor="tests/server/echo_predictor.py:Predictor",
+        )
+        self.server.start(timeout_s=HANG_S)
+        self.client = Client(self.server.url, timeout_s=HANG_S)
+        self._names = iter(range(10**9))
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.stop()
+
+    def name(self) -> str:
+        """A word that no request has used: it names a request in the journal, and gates."""
+        return f"n{next(self._names)}"
+
+    def open(self, gate: str) -> None:
+        (self.folder / gate).touch()
+
+    def journal(self, name: str) -> list[tuple[str, int]]:
+        """What happened to the request whose first word is `name`: (event, words said by then)."""
+        path = self.folder / "journal"
+        lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        return [(event, int(said)) for event, first, said in lines if first == name]
+
+    def post(
+        self, headers: dict[str, str] | None = None, request_id: str | None = None, **inputs: Any
+    ) -> httpx.Response:
+        """One whole answer as JSON. A slot is free slightly after its answer, so a full server is asked again."""
+        body = {"input": inputs} | ({"id": request_id} if request_id else {})
+        return self.retry(
+            lambda: httpx.post(f"{self.server.url}/predictions", json=body, headers=headers, timeout=HANG_S)
+        )
+
+    def retry(self, ask: Callable[[], httpx.Response]) -> httpx.Response:
+        response = ask()
+        while response.status_code == httpx.codes.CONFLICT:
+            time.sleep(0.01)
+            response = ask()
+        return response
+
+
+@pytest.fixture(scope="session")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Echo]:
+    """One server for all tests that leave it as it was."""
+    echo = Echo(tmp_path_factory.mktemp("echo"))
+    yield echo
+    echo.close()
+
+
+@pytest.fixture
+def own_echo(tmp_path: Path) -> Iterator[Echo]:
+    """A server of the test's own, to break."""
+    echo = Echo(tmp_path)
+    yield echo
+    echo.close()
+
+
+@pytest.fixture
+def background() -> Iterator[Callable[..., Any]]:
+    """Runs a call on a thread of its own; returns its future."""
+    with ThreadPoolExecutor(32) as pool:
+        yield pool.submit

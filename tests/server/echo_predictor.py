@@ -1,0 +1,99 @@
+"""predict.Predictor over a service that says the prompt back, word for word, at the pace that the test sets.
+
+What happened is written to $ECHO_FOLDER/journal. Words that act:
+    gate:NAME   waits until the file NAME is in $ECHO_FOLDER
+    fail:KIND   raises: request, engine or surprise
+    die         kills the worker's process
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import predict
+from starling.errors import EngineError, GenerationCancelled, RequestError
+from starling.request import Request
+from starling.settings import Settings
+
+FAILURES: dict[str, Exception] = {
+    "request": RequestError("max_tokens is 9, and the word cancelled stands here. Lower it"),
+    "engine": EngineError("the engine is out of luck"),
+    "surprise": KeyError("a surprise"),
+}
+
+
+class EchoGeneration:
+    def __init__(self, folder: Path, request: Request) -> None:
+        self.result: SimpleNamespace | None = None
+        self._folder = folder
+        self._request = request
+        self._words = request.prompt.split()
+        self._cancelled = threading.Event()
+        self._said = 0
+        self._chunks = self._speak()
+        self._note("start")
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._chunks)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def close(self) -> None:
+        self.cancel()
+        self._note("close")
+
+    def _note(self, event: str) -> None:
+        with (self._folder / "journal").open("a") as journal:
+            journal.write(f"{event} {self._words[0]} {self._said}\n")
+
+    def _speak(self) -> Iterator[str]:
+        for word in self._words:
+            kind, _, name = word.partition(":")
+            if kind == "gate":
+                while not (self._folder / name).exists():
+                    if self._cancelled.wait(0.002):
+                        self._note("cancelled")
+                        raise GenerationCancelled("cancelled")
+            elif kind == "fail":
+                raise FAILURES[name]
+            elif kind == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            else:
+                self._said += 1
+                self._note("said")
+                yield word + " "
+        self.result = SimpleNamespace(
+            finish_reason="stop",
+            input_token_count=len(self._words),
+            output_token_count=self._said,
+            cached_token_count=0,
+            time_to_first_token=0.25,
+            tokens_per_second=10.0,
+            seed=7 if self._request.seed is None else self._request.seed,
+        )
+
+
+class EchoService:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def generate(self, request: Request) -> EchoGeneration:
+        return EchoGeneration(self._folder, request)
+
+    @property
+    def healthy(self) -> bool:
+        if (self._folder / "kill-the-event-loop").exists():
+            raise SystemExit
+        return not (self._folder / "sick").exists()
+
+
+class Predictor(predict.Predictor):
+    def load_service(self, settings: Settings) -> EchoService:  # type: ignore[override]
+        return EchoService(Path(os.environ["ECHO_FOLDER"]))

@@ -1,0 +1,81 @@
+"""How the server starts, falls ill, and ends."""
+
+import re
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from starling.local_server import LocalServer, ServerError
+from tests.server.conftest import HANG_S, Echo, wait_for
+
+
+def worker(echo: Echo) -> psutil.Process:
+    assert echo.server.process is not None
+    [child] = psutil.Process(echo.server.process.pid).children()
+    return child
+
+
+def test_sigterm_lets_streams_finish(own_echo: Echo, background) -> None:
+    def read() -> list[str]:
+        with own_echo.client.stream(prompt="a gate:end b") as answer:
+            return list(answer)
+
+    stream = background(read)
+    whole = background(own_echo.post, prompt="c gate:end d")
+    wait_for(lambda: own_echo.journal("a") and own_echo.journal("c"))
+    assert own_echo.server.process is not None
+    own_echo.server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: not own_echo.server.health())  # it takes no more
+    own_echo.open("end")
+    assert stream.result() == ["a ", "b "]
+    assert whole.result().json()["output"] == ["c ", "d "]
+    assert own_echo.server.process.wait(HANG_S) == 0
+
+
+def test_an_unhealthy_service_turns_the_health_check(own_echo: Echo) -> None:
+    assert own_echo.server.health()["status"] == "READY"
+    (own_echo.folder / "sick").touch()
+    health = own_echo.server.health()
+    assert health["status"] == "UNHEALTHY"
+    assert "healthcheck returned False" in str(health["user_healthcheck_error"])
+    (own_echo.folder / "sick").unlink()
+    assert own_echo.server.health()["status"] == "READY"
+
+
+def test_a_dead_event_loop_turns_the_health_check(own_echo: Echo) -> None:
+    (own_echo.folder / "kill-the-event-loop").touch()
+    assert own_echo.server.health()["status"] == "UNHEALTHY"
+    (own_echo.folder / "kill-the-event-loop").unlink()
+    assert own_echo.server.health()["status"] == "UNHEALTHY"
+
+
+def test_a_worker_that_is_killed_is_not_replaced(own_echo: Echo, background) -> None:
+    """The state that tells an operator to restart the container."""
+    stream = background(own_echo.post, prompt="a gate:never")
+    wait_for(lambda: own_echo.journal("a"))
+    worker(own_echo).kill()
+    assert stream.result().json()["status"] == "failed"
+    wait_for(lambda: own_echo.server.health().get("status") == "UNHEALTHY")
+    assert own_echo.post(prompt="b").json()["status"] == "failed"
+    assert own_echo.server.health()["status"] == "UNHEALTHY"
+
+
+def test_a_setup_that_fails_says_why(tmp_path: Path) -> None:
+    server = LocalServer(environ={"STARLING_WEIGHTS": str(tmp_path)})
+    server.spawn()
+    try:
+        health = wait_for(lambda: (h := server.health()).get("status") not in (None, "STARTING") and h)
+        assert health["status"] == "SETUP_FAILED"
+        assert f"No weights to serve: {tmp_path} has no config.json" in str(health["setup"])
+        assert "Traceback (most recent call last)" in server.log
+        assert re.search(r"predict\.py\W+, line \d+, in setup", server.log)
+        assert "scripts/demo" in server.log
+    finally:
+        server.stop()
+
+
+def test_the_local_server_tells_why_it_did_not_start(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match=r"(?s)SETUP_FAILED.*No weights to serve"):
+        LocalServer(environ={"STARLING_WEIGHTS": str(tmp_path)}).start(timeout_s=HANG_S)

@@ -1,0 +1,83 @@
+"""Answers stream as they are made, side by side."""
+
+import threading
+
+import httpx
+from httpx_sse import connect_sse
+
+from tests.server.conftest import HANG_S, SLOTS, Echo, wait_for
+
+
+def test_eight_streams_start_before_any_goes_on(echo: Echo, background) -> None:
+    """The gate opens only when this side has read a first chunk of every stream; were streams collected before they
+    are sent, or run one after the other, none would ever get past it."""
+    gate = echo.name()
+    order: list[tuple[int, str]] = []
+    firsts = threading.Semaphore(0)
+
+    def read(stream: int) -> str:
+        with echo.client.stream(prompt=f"first gate:{gate} second third") as answer:
+            chunks = []
+            for chunk in answer:
+                order.append((stream, chunk))
+                chunks.append(chunk)
+                if len(chunks) == 1:
+                    firsts.release()
+            return "".join(chunks)
+
+    texts = [background(read, stream) for stream in range(SLOTS)]
+    for _ in range(SLOTS):
+        assert firsts.acquire(timeout=HANG_S)
+    echo.open(gate)
+    assert [text.result() for text in texts] == ["first second third "] * SLOTS
+    assert sorted(order[:SLOTS]) == [(stream, "first ") for stream in range(SLOTS)]
+
+
+def test_the_events_of_a_stream(echo: Echo) -> None:
+    with (
+        httpx.Client(timeout=HANG_S) as http,
+        connect_sse(
+            http, "POST", f"{echo.server.url}/predictions", json={"input": {"prompt": "a b c", "seed": 0}}
+        ) as sse,
+    ):
+        events = [(event.event, event.json()) for event in sse.iter_sse()]
+    kinds = [kind for kind, _ in events]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "completed"
+    assert [data for kind, data in events if kind == "output"] == [
+        {"chunk": f"{word} ", "index": index} for index, word in enumerate("abc")
+    ]
+    metrics = {
+        "input_token_count": 3,
+        "output_token_count": 3,
+        "cached_token_count": 0,
+        "time_to_first_token": 0.25,
+        "tokens_per_second": 10.0,
+        "finish_reason": "stop",
+        "seed": 0,
+    }
+    assert {data["name"]: data["value"] for kind, data in events if kind == "metric"} == metrics
+    completed = events[-1][1]
+    assert completed["status"] == "succeeded"
+    assert completed["output"] == ["a ", "b ", "c "]
+    assert completed["metrics"].items() >= metrics.items()
+
+
+def test_the_whole_answer_as_json(echo: Echo) -> None:
+    answer = echo.post(prompt="a b").json()
+    assert answer["status"] == "succeeded"
+    assert answer["output"] == ["a ", "b "]
+    assert answer["metrics"]["finish_reason"] == "stop"
+
+
+def test_one_more_than_the_slots_is_refused_at_once(echo: Echo, background) -> None:
+    gate = echo.name()
+    names = [echo.name() for _ in range(SLOTS)]
+    held = [background(echo.post, prompt=f"{name} gate:{gate}") for name in names]
+    wait_for(lambda: all(echo.journal(name) for name in names))
+    refused = httpx.post(f"{echo.server.url}/predictions", json={"input": {"prompt": "late"}}, timeout=HANG_S)
+    assert refused.status_code == httpx.codes.CONFLICT
+    assert "capacity" in refused.json()["error"]
+    echo.open(gate)
+    assert [answer.result().json()["status"] for answer in held] == ["succeeded"] * SLOTS
+    assert echo.post(prompt="again").json()["output"] == ["again "]

@@ -1,0 +1,158 @@
+"""Cancelling reaches the generation whenever it comes, on a real event loop as coglet uses one."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+
+import pytest
+
+from starling.coglet import CancelSignal, current_signal, drain, install_cancellation
+from starling.errors import EngineError, EngineStoppedError, GenerationCancelled, RequestError
+
+
+class Counting:
+    """0 1 2 … for ever, until it is cancelled; raises `fault` after 2."""
+
+    def __init__(self, fault: Exception | None = None, length: int = 10**9) -> None:
+        self.cancelled = threading.Event()
+        self.closed = 0
+        self._fault = fault
+        self._length = length
+
+    def __iter__(self) -> Iterator[str]:
+        for number in range(self._length):
+            if self.cancelled.is_set():
+                raise GenerationCancelled
+            if number == 2 and self._fault:
+                raise self._fault
+            yield str(number)
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop on a thread of its own, with cancellation installed for as long."""
+    original = asyncio.run_coroutine_threadsafe
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    install_cancellation()
+    install_cancellation()
+    yield loop
+    asyncio.run_coroutine_threadsafe = original
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def nothing(_: Counting) -> None:
+    pass
+
+
+def test_cancelling_a_future_that_is_done_stops_its_generator(loop: asyncio.AbstractEventLoop) -> None:
+    counting = Counting()
+
+    async def predict() -> Iterator[str]:
+        return drain(lambda: counting, nothing, current_signal())
+
+    future = asyncio.run_coroutine_threadsafe(predict(), loop)
+    chunks = future.result()
+    assert [next(chunks), next(chunks)] == ["0", "1"]
+    assert not future.cancel()  # done already: asyncio alone would do nothing
+    with pytest.raises(asyncio.CancelledError):
+        next(chunks)
+    assert counting.closed == 1
+
+
+def test_each_prediction_has_its_own_signal(loop: asyncio.AbstractEventLoop) -> None:
+    async def predict(counting: Counting) -> Iterator[str]:
+        await asyncio.sleep(0)
+        return drain(lambda: counting, nothing, current_signal())
+
+    generations = [Counting() for _ in range(4)]
+    futures = [asyncio.run_coroutine_threadsafe(predict(generation), loop) for generation in generations]
+    streams = [future.result() for future in futures]
+    for stream in streams:
+        next(stream)
+    futures[2].cancel()
+    assert [generation.cancelled.is_set() for generation in generations] == [False, False, True, False]
+
+
+def test_cancelling_before_the_generator_is_drained(loop: asyncio.AbstractEventLoop) -> None:
+    """The signal has fired by then: the generation is cancelled as soon as it exists."""
+    counting = Counting()
+
+    async def predict() -> Iterator[str]:
+        return drain(lambda: counting, nothing, current_signal())
+
+    future = asyncio.run_coroutine_threadsafe(predict(), loop)
+    chunks = future.result()
+    future.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        next(chunks)
+    assert counting.closed == 1
+
+
+def test_cancelling_a_coroutine_that_still_runs(loop: asyncio.AbstractEventLoop) -> None:
+    running, ended = threading.Event(), threading.Event()
+
+    async def predict() -> None:
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    future = asyncio.run_coroutine_threadsafe(predict(), loop)
+    running.wait()
+    assert future.cancel()
+    with pytest.raises(CancelledError):
+        future.result()
+    ended.wait()
+
+
+def test_nothing_starts_before_it_is_drained() -> None:
+    drain(pytest.fail, nothing, CancelSignal())
+
+
+def test_a_whole_answer_is_recorded_then_closed() -> None:
+    recorded: list[int] = []
+    counting = Counting(length=3)
+    assert list(drain(lambda: counting, lambda g: recorded.append(g.closed), CancelSignal())) == ["0", "1", "2"]
+    assert recorded == [0]
+    assert counting.closed == 1
+
+
+def test_leaving_in_the_middle_closes() -> None:
+    counting = Counting()
+    chunks = drain(lambda: counting, nothing, CancelSignal())
+    next(chunks)
+    chunks.close()  # type: ignore[attr-defined]
+    assert counting.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised", "text", "logged"),
+    [
+        (RequestError("too long"), RequestError, "too long", False),
+        (EngineStoppedError("stopped"), EngineStoppedError, "stopped", True),
+        (ValueError("boom"), EngineError, r"failed on this request \(ValueError\)", True),
+    ],
+)
+def test_faults(
+    fault: Exception, raised: type[Exception], text: str, logged: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counting = Counting(fault)
+    said: list[str] = []
+    with pytest.raises(raised, match=text):
+        for chunk in drain(lambda: counting, nothing, CancelSignal()):
+            said.append(chunk)
+    assert said == ["0", "1"]
+    assert counting.closed == 1
+    assert ("Traceback" in capsys.readouterr().err) == logged
