@@ -136,6 +136,17 @@ class Engine:
     def counters(self) -> Counters:
         return self._scheduler.counters
 
+    @property
+    def load(self) -> dict[str, int]:
+        """A snapshot, taken beside the running engine: sequences and KV blocks."""
+        cache = self._scheduler.cache
+        return {
+            "running": len(self._scheduler.running),
+            "waiting": len(self._scheduler.waiting),
+            "kv_blocks": cache.blocks,
+            "kv_blocks_free": cache.available,
+        }
+
     def close(self) -> None:
         """End every request with EngineStoppedError and join the thread."""
         self._put(_Command("stop"))

@@ -1,0 +1,156 @@
+"""One answer in the making: deliveries of tokens in, chunks of text out."""
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from starling.chat import ReplyStart
+from starling.engine.engine import Delivery, TokenStream
+from starling.errors import GenerationCancelled
+from starling.request import Request
+from starling.stops import StopMatcher
+from starling.tokenizer import IncrementalDecoder
+
+# Chunks after the first are sent this far apart at least: a reader sees no difference, a server does.
+COALESCE_S = 0.04
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What one request came to."""
+
+    text: str
+    finish_reason: Literal["stop", "length", "stop_sequence"]
+    input_token_count: int
+    output_token_count: int  # without the token that ends the turn
+    cached_token_count: int  # prompt tokens that were still in the cache
+    time_to_first_token: float  # seconds from submission
+    tokens_per_second: float  # from the first token to the last; of a single token, from submission
+    seed: int
+
+
+class Generation(Iterator[str]):
+    """One answer in the making: chunks of text, the first at once and later ones about 40 ms apart.
+
+    Iterating raises GenerationCancelled after `cancel`, EngineError when the engine failed. `result` is set once
+    iteration has ended by itself.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        decoder: IncrementalDecoder,
+        request: Request,
+        input_token_count: int,
+        seed: int,
+        on_end: Callable[["Generation", str], None] = lambda generation, outcome: None,
+    ) -> None:
+        """`on_end` is called once, with a finish reason, "cancelled", "disconnected" or an error's name."""
+        self.request = request
+        self.result: GenerationResult | None = None
+        self._on_end = on_end
+        self._stream = stream
+        self._decoder = decoder
+        self._reply = ReplyStart()
+        self._stops = StopMatcher(request.stop_sequences)
+        self._min_tokens = request.min_tokens
+        self._input_token_count = input_token_count
+        self._seed = seed
+        self._submitted_s = time.monotonic()
+        self._first_s: float | None = None
+        self._last_s = self._submitted_s
+        self._tokens = 0
+        self._cached_tokens = 0
+        self._text: list[str] = []
+        self._chunks = self._coalesce()
+
+    def __next__(self) -> str:
+        return next(self._chunks)
+
+    def cancel(self) -> None:
+        """Stop the generation; from any thread."""
+        self._stream.cancel()
+
+    def close(self) -> None:
+        """Stop the generation if it still runs; the iterator ends."""
+        self._chunks.close()
+        self._stream.cancel()  # in case it was never iterated
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._submitted_s
+
+    def _coalesce(self) -> Generator[str, None, None]:
+        buffer, sent_s = "", -COALESCE_S
+        finish: str | None = None
+        outcome = "disconnected"  # what it is if nobody asks for the next chunk
+        try:
+            while finish is None:
+                delivery = self._stream.get(max(0.0, sent_s + COALESCE_S - time.monotonic()) if buffer else None)
+                if delivery is not None:
+                    text, finish = self._take(delivery)
+                    buffer += text
+                if finish is None and buffer and time.monotonic() - sent_s >= COALESCE_S:
+                    self._text.append(buffer)
+                    yield buffer
+                    buffer, sent_s = "", time.monotonic()
+            self._text.append(buffer)
+            self.result = self.summary(finish)
+            outcome = finish
+            if buffer:
+                yield buffer
+        except GenerationCancelled:
+            outcome = "cancelled"
+            raise
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            if outcome not in ("stop", "length"):  # the engine does not know yet
+                self._stream.cancel()
+            self._on_end(self, outcome)
+
+    def _take(self, delivery: Delivery) -> tuple[str, str | None]:
+        """The text that a delivery adds, and why the answer ends with it, if it does."""
+        if delivery.error is not None:
+            raise delivery.error
+        if delivery.finish == "cancelled":
+            raise GenerationCancelled("The generation was cancelled.")
+        self._cached_tokens = delivery.cached_tokens
+        tokens = delivery.tokens[:-1] if delivery.finish == "stop" else delivery.tokens
+        self._last_s = time.monotonic()
+        if self._first_s is None:
+            self._first_s = self._last_s
+        text = ""
+        for token in tokens:
+            self._tokens += 1
+            text += self._show(self._decoder.feed(token))
+            if self._stops.matched is not None:
+                return text, "stop_sequence"
+        if delivery.finish is not None:
+            text += self._show(self._decoder.flush())
+            if self._stops.matched is not None:
+                return text, "stop_sequence"
+            text += self._stops.flush()
+        return text, delivery.finish
+
+    def _show(self, text: str) -> str:
+        text = self._reply.feed(text)
+        # A stop counts only once min_tokens have been made; what came before it is plain text.
+        return self._stops.feed(text) if self._tokens > self._min_tokens else text
+
+    def summary(self, finish: str) -> GenerationResult:
+        """What has been made so far."""
+        first_s = self._first_s or self._last_s
+        since, made = (first_s, self._tokens - 1) if self._tokens > 1 else (self._submitted_s, self._tokens)
+        return GenerationResult(
+            text="".join(self._text),
+            finish_reason=finish,  # type: ignore[arg-type]
+            input_token_count=self._input_token_count,
+            output_token_count=self._tokens,
+            cached_token_count=self._cached_tokens,
+            time_to_first_token=first_s - self._submitted_s,
+            tokens_per_second=made / max(self._last_s - since, 1e-9),
+            seed=self._seed,
+        )
