@@ -17,7 +17,9 @@ class FakeRunner:
 
     def run(self, plan: list[Work]) -> list[list[int]]:
         return [
-            [next_token(w.sequence.tokens + w.drafts[:ahead]) for ahead in range(1 + len(w.drafts))] if w.samples else []
+            [next_token(w.sequence.tokens + w.drafts[:ahead]) for ahead in range(1 + len(w.drafts))]
+            if w.samples
+            else []
             for w in plan
         ]
 
