@@ -1,13 +1,13 @@
 """Where weights come from: a lock that names them exactly, a download that can be stopped anywhere, verification.
 
-In call order: locate → verify (→ ledger, digest) → pull → source (hub, local_folder) → progress. `lock` is the form.
+In call order: location → inspection (→ ledger, digest) → download → source (hub, local_folder). `lock` is the form.
 """
 
-from starling.weights.locate import LOCK_PATH, Located, locate
+from starling.weights.location import LOCK_PATH, Located, locate
 from starling.weights.lock import Lock, LockedFile
-from starling.weights.pull import pull
+from starling.weights.download import pull
 from starling.weights.source import Patience
-from starling.weights.verify import FileReport, State, faults, inspect, verify
+from starling.weights.inspection import FileReport, State, faults, inspect, verify
 
 __all__ = [
     "LOCK_PATH",

@@ -66,13 +66,16 @@ def origin_of(lock: Lock) -> str:
     return f"{lock.repository}@{lock.revision}"
 
 
-def record(folder: Path, lock: Lock, name: str, sha256: str, stat: os.stat_result) -> None:
-    """Write down that `folder`/`name` had this digest when its stat was `stat`, taken before it was hashed.
+def record(folder: Path, lock: Lock, file: LockedFile, sha256: str, stat: os.stat_result) -> None:
+    """Write down that `file` had this digest in `folder` when its stat was `stat`, taken before it was hashed.
 
-    A folder that cannot be written is said in the log, no more.
+    First use of a digest that the lock does not know is said in the log, and so is a folder that cannot be written.
     """
+    known = Ledger.read(folder)
+    if known.expected(lock, file) is None:
+        logger.warning("%s: the lock knows no digest; sha256 %s is trusted on first use", file.name, sha256)
     entry = Entry(origin=origin_of(lock), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256)
-    files = {**Ledger.read(folder).files, name: entry}
+    files = {**known.files, file.name: entry}
     beside = folder / f"{LEDGER_NAME}.{os.getpid()}"
     try:
         beside.write_text(Ledger(files=files).model_dump_json(indent=2), encoding="utf-8")

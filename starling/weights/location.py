@@ -7,9 +7,9 @@ from typing import Literal
 
 from starling.errors import WeightsError
 from starling.weights.lock import Lock
-from starling.weights.pull import pull
+from starling.weights.download import pull
 from starling.weights.source import Patience
-from starling.weights.verify import FileReport, State, faults, inspect, verify
+from starling.weights.inspection import FileReport, State, faults, inspect, verify
 
 logger = logging.getLogger(__name__)
 

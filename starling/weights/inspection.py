@@ -1,6 +1,5 @@
 """Is a folder what the lock says? Sizes first, then digests; every fault is reported."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -11,8 +10,6 @@ from starling.weights.digest import sha256_of
 from starling.weights.ledger import Ledger
 from starling.weights.lock import Lock, LockedFile
 from starling.weights.progress import Progress
-
-logger = logging.getLogger(__name__)
 
 
 class State(Enum):
@@ -105,9 +102,7 @@ def _hash_file(folder: Path, lock: Lock, file: LockedFile) -> FileReport:
     known = Ledger.read(folder)
     report = _judge(lock, file, known, sha256)
     if not report.is_fault:
-        if known.expected(lock, file) is None:
-            logger.warning("%s: the lock knows no digest; sha256 %s is trusted on first use", path, sha256)
-        ledger.record(folder, lock, file.name, sha256, before)
+        ledger.record(folder, lock, file, sha256, before)
     return report
 
 

@@ -20,7 +20,7 @@ from starling.weights.ledger import Ledger
 from starling.weights.lock import Lock, LockedFile
 from starling.weights.progress import Progress
 from starling.weights.source import FileFaultError, Offer, Patience, Source, SourceLostError, open_source
-from starling.weights.verify import FileReport, State, faults, verify
+from starling.weights.inspection import FileReport, State, faults, verify
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _adopt(lock: Lock, folder: Path, wanted: _Wanted) -> bool:
     sha256 = sha256_of(path)
     if stat.st_size != wanted.offer.size or _doubt(lock, folder, wanted, path, sha256):
         return False
-    ledger.record(folder, lock, path.name, sha256, stat)
+    ledger.record(folder, lock, wanted.file, sha256, stat)
     return True
 
 
@@ -141,7 +141,7 @@ def _fetch_file(lock: Lock, folder: Path, wanted: _Wanted, source: Source) -> No
             return _fetch_file(lock, folder, wanted, source)
         raise FileFaultError(f"{name}: {doubt}; what came was thrown away")
     _promote(partial, folder / name)
-    ledger.record(folder, lock, name, sha256, (folder / name).stat())
+    ledger.record(folder, lock, wanted.file, sha256, (folder / name).stat())
     return None
 
 
@@ -190,4 +190,4 @@ def _alone(folder: Path) -> Iterator[None]:
 def _raise_if(found: Sequence[str], folder: Path) -> None:
     if found:
         lines = "".join(f"\n  - {fault}" for fault in found)
-        raise WeightsError(f"The weights in {folder} are not whole:{lines}")
+        raise WeightsError(f"The weights in {folder} could not be made whole:{lines}")
