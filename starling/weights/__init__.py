@@ -3,11 +3,11 @@
 In call order: location → inspection (→ ledger, digest) → download → source (hub, local_folder). `lock` is the form.
 """
 
+from starling.weights.download import pull
+from starling.weights.inspection import FileReport, State, faults, inspect, verify
 from starling.weights.location import LOCK_PATH, Located, locate
 from starling.weights.lock import Lock, LockedFile
-from starling.weights.download import pull
 from starling.weights.source import Patience
-from starling.weights.inspection import FileReport, State, faults, inspect, verify
 
 __all__ = [
     "LOCK_PATH",

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from starling.errors import WeightsError
+from starling.weights.download import pull
+from starling.weights.inspection import FileReport, State, inspect, verify
 from starling.weights.location import LOCK_PATH
 from starling.weights.lock import Lock
-from starling.weights.download import pull
 from starling.weights.source import Patience
-from starling.weights.inspection import FileReport, State, inspect, verify
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 

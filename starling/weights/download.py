@@ -16,11 +16,11 @@ from pathlib import Path
 from starling.errors import WeightsError
 from starling.weights import ledger
 from starling.weights.digest import git_blob_sha1_of, sha256_of
+from starling.weights.inspection import FileReport, State, faults, verify
 from starling.weights.ledger import Ledger
 from starling.weights.lock import Lock, LockedFile
 from starling.weights.progress import Progress
 from starling.weights.source import FileFaultError, Offer, Patience, Source, SourceLostError, open_source
-from starling.weights.inspection import FileReport, State, faults, verify
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def pull(lock: Lock, folder: Path, where: str | None = None, patience: Patience 
             if files:
                 source = open_source(where, lock, patience or Patience())
                 _raise_if(extra + _fetch(lock, folder, files, source), folder)
-            shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
+            _clear(folder)
             reports = verify(folder, lock)
     except OSError as error:
         raise WeightsError(f"The weights cannot be written to {folder}: {error}.") from error
@@ -173,6 +173,13 @@ def _promote(partial: Path, path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what stopped pulls left behind."""
+    shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
+    for left in folder.glob(f"{ledger.LEDGER_NAME}.*"):
+        left.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from starling.errors import WeightsError
-from starling.weights.lock import Lock
 from starling.weights.download import pull
-from starling.weights.source import Patience
 from starling.weights.inspection import FileReport, State, faults, inspect, verify
+from starling.weights.lock import Lock
+from starling.weights.source import Patience
 
 logger = logging.getLogger(__name__)
 
