@@ -1,0 +1,25 @@
+"""Where weights come from: a lock that names them exactly, a download that can be stopped anywhere, verification.
+
+In call order: location → inspection (→ ledger, digest) → download → source (hub, local_folder). `lock` is the form.
+"""
+
+from starling.weights.download import pull
+from starling.weights.inspection import FileReport, State, faults, inspect, verify
+from starling.weights.location import LOCK_PATH, Located, locate
+from starling.weights.lock import Lock, LockedFile
+from starling.weights.source import Patience
+
+__all__ = [
+    "LOCK_PATH",
+    "FileReport",
+    "Located",
+    "Lock",
+    "LockedFile",
+    "Patience",
+    "State",
+    "faults",
+    "inspect",
+    "locate",
+    "pull",
+    "verify",
+]

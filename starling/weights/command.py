@@ -1,0 +1,122 @@
+"""`python -m starling weights pull|verify|status|pin`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from starling.errors import WeightsError
+from starling.weights.download import pull
+from starling.weights.inspection import FileReport, State, inspect, verify
+from starling.weights.location import LOCK_PATH
+from starling.weights.lock import Lock
+from starling.weights.source import Patience
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def add_weights_command(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]", default_source: str | None = None
+) -> None:
+    """Add `weights` to the command line; `args.run(args)` returns the exit code. `default_source`: of `--from`."""
+    weights = subparsers.add_parser("weights", help="fetch and verify the model's weights")
+    actions = weights.add_subparsers(dest="action", required=True, metavar="pull|verify|status|pin")
+    for name, text in (
+        ("pull", "download what is missing or wrong; goes on where an earlier pull stopped"),
+        ("verify", "hash every file and compare it with the lock"),
+        ("status", "what is known of every file, without hashing"),
+        ("pin", "write the sizes and digests that the lock does not know yet into it, for review"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("--lock", type=Path, default=LOCK_PATH, help="the lock (default: %(default)s)")
+        action.add_argument("--folder", type=Path, help="where the weights are kept (default: beside the lock)")
+        if name == "pull":
+            action.add_argument(
+                "--from",
+                dest="source",
+                metavar="URL|FOLDER",
+                default=default_source,
+                help="a mirror of the hub, or a folder that holds the files (default: the hub, or HF_ENDPOINT)",
+            )
+            action.add_argument(
+                "--timeout",
+                type=_seconds,
+                default=Patience().stall_s,
+                metavar="SECONDS",
+                help="give a silent connection up after this long; five in a row end the pull (default: %(default)g)",
+            )
+    weights.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: as asked. 1: faults, which are printed. 130: interrupted."""
+    try:
+        lock = Lock.read(args.lock)
+        folder = args.folder or args.lock.with_suffix("")
+        return {"pull": _pull, "verify": _verify, "status": _status, "pin": _pin}[args.action](args, lock, folder)
+    except WeightsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. What has arrived is kept; the next pull goes on from there.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _pull(args: argparse.Namespace, lock: Lock, folder: Path) -> int:
+    print(f"{lock.repository} at {lock.revision}\nLicence: {lock.licence}", flush=True)
+    reports = pull(lock, folder, args.source, Patience(stall_s=args.timeout))
+    _show(lock, folder, reports)
+    return 0
+
+
+def _verify(args: argparse.Namespace, lock: Lock, folder: Path) -> int:
+    return _show(lock, folder, verify(folder, lock, afresh=True))
+
+
+def _status(args: argparse.Namespace, lock: Lock, folder: Path) -> int:
+    return _show(lock, folder, inspect(folder, lock))
+
+
+def _show(lock: Lock, folder: Path, reports: list[FileReport]) -> int:
+    """Print every file's state, and what to do about it. 1 when something is missing or wrong."""
+    print(f"In {folder}:")
+    for report in reports:
+        print(f"  {report}")
+    unpinned = {file.name for file in lock.files if file.sha256 is None}
+    if found := [report for report in reports if report.first_use and report.name in unpinned]:
+        print("\nThe lock knows no digest of these; they were trusted at first use. Compare them with another source,")
+        print("then commit them: `python -m starling weights pin` writes them into the lock.")
+        for report in found:
+            print(f"  {report.sha256}  {report.name}")
+    if any(report.is_fault for report in reports):
+        print("\nNot usable as it is: `python -m starling weights pull` fetches what is missing or wrong.")
+        return 1
+    if any(report.state is State.UNCHECKED for report in reports):
+        print("\nSizes are right; `python -m starling weights verify` computes the digests.")
+    return 0
+
+
+def _pin(args: argparse.Namespace, lock: Lock, folder: Path) -> int:
+    reports = verify(folder, lock)
+    if any(report.is_fault for report in reports):
+        return _show(lock, folder, reports)
+    found = {r.name: ((folder / r.name).stat().st_size, r.sha256) for r in reports if r.sha256 is not None}
+    filled = lock.filled(found)
+    if filled == lock:
+        print(f"{args.lock} knows every size and digest already.")
+        return 0
+    beside = args.lock.with_name(f"{args.lock.name}.{os.getpid()}")
+    beside.write_text(filled.to_json(), encoding="utf-8")
+    beside.replace(args.lock)
+    for before, after in zip(lock.files, filled.files, strict=True):
+        if before != after:
+            print(f"  {after.name}: {after.size} bytes, sha256 {after.sha256}")
+    print(f"Written into {args.lock}; what it knew before is unchanged. Review the difference and commit it.")
+    return 0
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value

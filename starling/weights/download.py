@@ -1,0 +1,200 @@
+"""Bring a folder to what the lock says, from the hub, a mirror or a local folder.
+
+A file is fetched under another name, flushed to disk, checked, and only then renamed into place, so whatever has its
+final name is whole. A pull that is stopped at any point leaves nothing to clean up; the next one goes on from there.
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from starling.errors import WeightsError
+from starling.weights import ledger
+from starling.weights.digest import git_blob_sha1_of, sha256_of
+from starling.weights.inspection import FileReport, State, faults, verify
+from starling.weights.ledger import Ledger
+from starling.weights.lock import Lock, LockedFile
+from starling.weights.progress import Progress
+from starling.weights.source import FileFaultError, Offer, Patience, Source, SourceLostError, open_source
+
+logger = logging.getLogger(__name__)
+
+PARTIAL_FOLDER = ".partial"
+PULL_LOCK_NAME = ".pull.lock"
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A file to fetch, what the source says of it, and where its bytes gather."""
+
+    file: LockedFile
+    offer: Offer
+    partial: Path
+
+    @property
+    def had_bytes(self) -> int:
+        return self.partial.stat().st_size if self.partial.exists() else 0
+
+
+def pull(lock: Lock, folder: Path, where: str | None = None, patience: Patience | None = None) -> list[FileReport]:
+    """Make `folder` what `lock` says; every file's report is VERIFIED. `where`: see `open_source`.
+
+    Two pulls of one folder take turns, and the second finds the work done.
+    Raises WeightsError that lists every fault; files that were right before stay as they are.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            reports = verify(folder, lock, first_use=False)
+            extra = [str(report) for report in reports if report.state is State.EXTRA]
+            names = {report.name for report in reports if report.state is not State.VERIFIED}
+            files = [file for file in lock.files if file.name in names]
+            if files:
+                source = open_source(where, lock, patience or Patience())
+                _raise_if(extra + _fetch(lock, folder, files, source), folder)
+            _clear(folder)
+            reports = verify(folder, lock)
+    except OSError as error:
+        raise WeightsError(f"The weights cannot be written to {folder}: {error}.") from error
+    _raise_if(faults(reports), folder)
+    return reports
+
+
+def _fetch(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source) -> list[str]:
+    """Fetch `files` into `folder`, and return what went wrong."""
+    wanted, found = _ask(lock, folder, files, source)
+    if found:
+        return found
+    wanted = [one for one in wanted if not _adopt(lock, folder, one)]
+    need_bytes = sum(one.offer.size - one.had_bytes for one in wanted)
+    free_bytes = shutil.disk_usage(folder).free
+    if need_bytes > free_bytes:
+        return [f"the disk has {free_bytes} bytes free, {need_bytes} more are needed; make room or name another folder"]
+    (folder / PARTIAL_FOLDER).mkdir(exist_ok=True)
+    for one in sorted(wanted, key=lambda one: one.offer.size):
+        try:
+            _fetch_file(lock, folder, one, source)
+        except FileFaultError as error:
+            found.append(str(error))
+        except SourceLostError as error:
+            found.append(f"{error}. What has arrived is kept; the next pull goes on from there")
+            break
+    return found
+
+
+def _ask(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source) -> tuple[list[_Wanted], list[str]]:
+    """What the source says of `files`, and what is wrong with it, before any of them is fetched."""
+    wanted, found = [], []
+    for file in files:
+        try:
+            offer = source.offer(file.name)
+        except FileFaultError as error:
+            found.append(str(error))
+            continue
+        except SourceLostError as error:
+            found.append(str(error))
+            break
+        if file.size is not None and offer.size != file.size:
+            found.append(f"{file.name}: the source has {offer.size} bytes, the lock says {file.size}")
+        elif offer.sha256 and file.sha256 and offer.sha256 != file.sha256:
+            found.append(f"{file.name}: the source has sha256 {offer.sha256}, the lock says {file.sha256}")
+        partial = folder / PARTIAL_FOLDER / f"{file.name}.{lock.revision}"  # bytes of two revisions never mix
+        if partial.exists() and partial.stat().st_size > offer.size:
+            partial.unlink()
+        wanted.append(_Wanted(file, offer, partial))
+    return wanted, found
+
+
+def _adopt(lock: Lock, folder: Path, wanted: _Wanted) -> bool:
+    """Whether the file was there already, though only the source's checksum could tell that it is right."""
+    path = folder / wanted.file.name
+    if not path.is_file() or not (wanted.offer.sha256 or wanted.offer.git_blob_sha1):
+        return False
+    stat = path.stat()
+    sha256 = sha256_of(path)
+    if stat.st_size != wanted.offer.size or _doubt(lock, folder, wanted, path, sha256):
+        return False
+    ledger.record(folder, lock, wanted.file, sha256, stat)
+    return True
+
+
+def _fetch_file(lock: Lock, folder: Path, wanted: _Wanted, source: Source) -> None:
+    """Raises FileFaultError or SourceLostError."""
+    name, size, partial = wanted.file.name, wanted.offer.size, wanted.partial
+    resumed = wanted.had_bytes > 0
+    logger.info("Fetching %s (%d bytes, %d of them are here)", name, size, wanted.had_bytes)
+    if wanted.had_bytes < size:
+        with Progress(name, size, wanted.had_bytes) as progress:
+            source.fetch(name, partial, size, progress.advance)
+    with Progress(f"Hashing {name}", size) as progress:
+        sha256 = sha256_of(partial, progress.advance)
+    doubt = _doubt(lock, folder, wanted, partial, sha256)
+    if doubt:
+        partial.unlink()
+        if resumed:
+            logger.warning("%s: %s; part of it was from an earlier pull, so it is fetched again", name, doubt)
+            return _fetch_file(lock, folder, wanted, source)
+        raise FileFaultError(f"{name}: {doubt}; what came was thrown away")
+    _promote(partial, folder / name)
+    ledger.record(folder, lock, wanted.file, sha256, (folder / name).stat())
+    return None
+
+
+def _doubt(lock: Lock, folder: Path, wanted: _Wanted, path: Path, sha256: str) -> str | None:
+    """Why `path`, whose digest is `sha256`, is not the wanted file; None when it is."""
+    expected = Ledger.read(folder).expected(lock, wanted.file) or wanted.offer.sha256
+    if expected is not None:
+        return None if sha256 == expected else f"sha256 is {sha256}, expected {expected}"
+    if wanted.offer.git_blob_sha1 is not None:
+        found = git_blob_sha1_of(path)
+        return (
+            None
+            if found == wanted.offer.git_blob_sha1
+            else (f"git's id of it is {found}, the source said {wanted.offer.git_blob_sha1}")
+        )
+    return None
+
+
+def _promote(partial: Path, path: Path) -> None:
+    """Give a whole, checked file its name, so that a power cut leaves the old state or the new one."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    # Whole seconds survive archives and image layers, and with them the ledger's record of this file.
+    now_ns = int(partial.stat().st_mtime) * 10**9
+    os.utime(partial, ns=(now_ns, now_ns))
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what stopped pulls left behind."""
+    shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
+    for left in folder.glob(f"{ledger.LEDGER_NAME}.*"):
+        left.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's pull lock. The kernel drops it with the process, however that ends."""
+    with (folder / PULL_LOCK_NAME).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Another pull is at work in %s; waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _raise_if(found: Sequence[str], folder: Path) -> None:
+    if found:
+        lines = "".join(f"\n  - {fault}" for fault in found)
+        raise WeightsError(f"The weights in {folder} could not be made whole:{lines}")

@@ -1,0 +1,204 @@
+"""The hub, or a mirror that speaks like it, through huggingface_hub.
+
+Addresses, metadata, tokens, redirects and the HTTP session are huggingface_hub's. The bytes are read here: its own
+download begins anew in every process and drops up to 10 MB at each cut, so a bad line might never finish 4 GB.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but not marked so
+
+import starling
+from starling.errors import WeightsError
+from starling.weights.source import FileFaultError, Offer, Patience, SourceLostError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
+LONGEST_WAIT_S = 60.0
+# Less than this in `stall_s` is a stall, and less than this between two failures is no progress.
+LEAST_PROGRESS_BYTES = 64 << 10
+
+
+class _TryAgainError(Exception):
+    """A failure that may pass: the connection was cut, slow, or refused for now."""
+
+    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+class Hub:
+    """The files of `repository` at `revision`. `endpoint`: a mirror's URL, or None for the hub or HF_ENDPOINT."""
+
+    def __init__(self, repository: str, revision: str, endpoint: str | None, patience: Patience) -> None:
+        if is_offline_mode():
+            raise WeightsError(
+                f"HF_HUB_OFFLINE is set, so {repository} may not be downloaded. "
+                "Unset it, or name a local folder that holds the files."
+            )
+        # Otherwise building the request's headers calls the public hub, even when a mirror is named.
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+        self._repository = repository
+        self._revision = revision
+        self._endpoint = endpoint.rstrip("/") if endpoint else None
+        # The caller's token is for the hub (or HF_ENDPOINT); a mirror named to us only is not shown it.
+        self._token = False if endpoint else None
+        self._patience = patience
+        self.name = _without_secrets(self._endpoint or constants.ENDPOINT)
+
+    def offer(self, name: str) -> Offer:
+        def ask() -> Offer:
+            metadata = get_hf_file_metadata(
+                self._url(name),
+                token=self._token,
+                timeout=self._patience.stall_s,
+                library_name="starling",
+                library_version=starling.__version__,
+                endpoint=self._endpoint,
+            )
+            if metadata.commit_hash not in {None, self._revision}:
+                raise FileFaultError(
+                    f"{name}: {self.name} serves revision {metadata.commit_hash}, not {self._revision}"
+                )
+            if metadata.size is None:
+                raise FileFaultError(f"{name}: {self.name} does not say how large it is")
+            tag = metadata.etag or ""  # of other servers: anything
+            return Offer(
+                size=metadata.size,
+                sha256=tag if re.fullmatch("[0-9a-f]{64}", tag) else None,
+                git_blob_sha1=tag if re.fullmatch("[0-9a-f]{40}", tag) else None,
+            )
+
+        return self._patiently(name, ask, progress_bytes=lambda: 0)
+
+    def fetch(self, name: str, partial: Path, size: int, advance: Callable[[int], None]) -> None:
+        with partial.open("ab") as file:
+
+            def go_on() -> None:
+                try:
+                    self._stream(name, file, size, advance)
+                finally:
+                    file.flush()
+
+            self._patiently(name, go_on, progress_bytes=file.tell)
+
+    def _patiently(self, name: str, action: Callable[[], Result], progress_bytes: Callable[[], int]) -> Result:
+        failures = 0
+        while True:
+            before_bytes = progress_bytes()
+            try:
+                return self._translated(name, action)
+            except _TryAgainError as error:
+                if progress_bytes() - before_bytes >= LEAST_PROGRESS_BYTES:
+                    failures = 0
+                failures += 1
+                if failures >= self._patience.attempts:
+                    raise SourceLostError(
+                        f"{name}: {self.name}: {error}; given up after {failures} attempts"
+                    ) from error
+                wait_s = max(error.wait_s, self._patience.first_wait_s * 2 ** (failures - 1))
+                logger.info("%s: %s; trying again in %.0f s", name, error, min(wait_s, LONGEST_WAIT_S))
+                time.sleep(min(wait_s, LONGEST_WAIT_S))
+
+    def _translated(self, name: str, action: Callable[[], Result]) -> Result:
+        """Errors of the libraries → ours. Their texts may hold signed addresses, so only parts of them are kept."""
+        try:
+            return action()
+        except (HfHubHTTPError, httpx2.HTTPStatusError) as error:
+            self._raise_for(name, error.response)
+        except httpx2.TimeoutException as error:
+            raise _TryAgainError(f"nothing came for {self._patience.stall_s:g} s") from error
+        except httpx2.TransportError as error:
+            raise _TryAgainError(_without_secrets(str(error)) or type(error).__name__) from error
+        except httpx2.HTTPError as error:
+            raise FileFaultError(f"{name}: {self.name}: {_without_secrets(str(error))}") from error
+
+    def _raise_for(self, name: str, response: httpx2.Response) -> NoReturn:
+        status = response.status_code
+        if status in RETRIED_STATUSES:
+            asked = response.headers.get("Retry-After", "")
+            raise _TryAgainError(f"it answers {status}", wait_s=float(asked) if asked.isdigit() else 0.0)
+        remedy = {
+            401: "the repository is private or does not exist",
+            403: "access is not granted to you",
+            404: f"{self._repository} has no such file at revision {self._revision}",
+        }.get(status, "this is not what a hub answers; is the address right?")
+        raise FileFaultError(f"{name}: {self.name} answers {status}: {remedy}")
+
+    def _stream(self, name: str, file: BinaryIO, size: int, advance: Callable[[int], None]) -> None:
+        """One connection: append to `file` until it holds `size` bytes."""
+        have = file.tell()
+        headers = build_hf_headers(token=self._token, library_name="starling", library_version=starling.__version__) | {
+            "Accept-Encoding": "identity"
+        }
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        timeout = httpx2.Timeout(self._patience.stall_s)
+        with get_session().stream("GET", self._url(name), headers=headers, timeout=timeout) as response:
+            if response.status_code == 416:
+                _empty(file, advance)
+                raise _TryAgainError(f"it has no byte {have}")
+            if response.status_code >= 400:
+                self._raise_for(name, response)
+            if have and not _continues_at(response, have):
+                _empty(file, advance)  # the server sends the file from its beginning
+            pace = _Pace(self._patience.stall_s)
+            for chunk in response.iter_raw():
+                if file.tell() + len(chunk) > size:
+                    raise FileFaultError(f"{name}: {self.name} sends more than the {size} bytes that it should hold")
+                file.write(chunk)
+                advance(len(chunk))
+                pace.keep(len(chunk))
+        if file.tell() < size:
+            raise _TryAgainError(f"the connection ended at byte {file.tell()} of {size}")
+
+    def _url(self, name: str) -> str:
+        return hf_hub_url(self._repository, name, revision=self._revision, endpoint=self._endpoint)
+
+
+class _Pace:
+    """Finds a server that sends, but next to nothing: a read timeout alone never ends that."""
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._start_s = time.monotonic()
+        self._bytes = 0
+
+    def keep(self, count_bytes: int) -> None:
+        self._bytes += count_bytes
+        if self._bytes >= LEAST_PROGRESS_BYTES:
+            self._start_s, self._bytes = time.monotonic(), 0
+        elif time.monotonic() - self._start_s > self._window_s:
+            raise _TryAgainError(f"only {self._bytes} bytes came in {self._window_s:g} s")
+
+
+def _continues_at(response: httpx2.Response, offset: int) -> bool:
+    return response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
+
+
+def _empty(file: BinaryIO, advance: Callable[[int], None]) -> None:
+    advance(-file.tell())
+    file.seek(0)
+    file.truncate()
+
+
+def _without_secrets(text: str) -> str:
+    """Addresses lose what may sign or open them: the user part and the query."""
+
+    def bare(match: re.Match[str]) -> str:
+        url = urlsplit(match.group())
+        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+
+    return re.sub(r"https?://[^\s'\"<>]+", bare, text)

@@ -1,0 +1,113 @@
+"""Is a folder what the lock says? Sizes first, then digests; every fault is reported."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from starling.weights import ledger
+from starling.weights.digest import sha256_of
+from starling.weights.ledger import Ledger
+from starling.weights.lock import Lock, LockedFile
+from starling.weights.progress import Progress
+
+
+class State(Enum):
+    """What is known of one file."""
+
+    VERIFIED = "verified"
+    UNCHECKED = "not hashed yet"
+    MISSING = "missing"
+    WRONG_SIZE = "wrong size"
+    WRONG_DIGEST = "wrong digest"
+    EXTRA = "not in the lock"
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """One file's state; `detail` says what was found and what was expected."""
+
+    name: str
+    state: State
+    detail: str = ""
+    sha256: str | None = None
+    first_use: bool = False  # nothing but this folder's own record vouches for the digest
+
+    @property
+    def is_fault(self) -> bool:
+        return self.state not in {State.VERIFIED, State.UNCHECKED}
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.state.value}" + (f" ({self.detail})" if self.detail else "")
+
+
+def inspect(folder: Path, lock: Lock) -> list[FileReport]:
+    """Quick: sizes, and digests that the ledger remembers. Nothing is hashed."""
+    known = Ledger.read(folder)
+    return [_inspect_file(folder, lock, file, known) for file in lock.files] + _extra_files(folder, lock)
+
+
+def verify(folder: Path, lock: Lock, *, afresh: bool = False, first_use: bool = True) -> list[FileReport]:
+    """Hash what the ledger does not remember, or everything when `afresh`, and record what is right.
+
+    A digest that neither the lock nor the ledger knows is recorded and from then on expected; with `first_use` False
+    such a file stays UNCHECKED.
+    """
+    known = Ledger.read(folder)
+    files = {file.name: file for file in lock.files}
+    reports = []
+    for report in inspect(folder, lock):
+        checkable = first_use or (report.name in files and known.expected(lock, files[report.name]) is not None)
+        if checkable and (report.state is State.UNCHECKED or (afresh and report.state is State.VERIFIED)):
+            report = _hash_file(folder, lock, files[report.name])  # noqa: PLW2901
+        reports.append(report)
+    return reports
+
+
+def faults(reports: Sequence[FileReport]) -> list[str]:
+    return [str(report) for report in reports if report.is_fault]
+
+
+def _judge(lock: Lock, file: LockedFile, known: Ledger, sha256: str) -> FileReport:
+    """Compare a digest with the one that the lock or the ledger expects."""
+    expected = known.expected(lock, file)
+    if expected is not None and sha256 != expected:
+        source = "the lock says" if file.sha256 else "at first use it was"
+        return FileReport(file.name, State.WRONG_DIGEST, f"sha256 is {sha256}, {source} {expected}", sha256)
+    entry = known.files.get(file.name)
+    if expected is None and entry is not None and entry.sha256 == sha256:
+        return FileReport(file.name, State.WRONG_DIGEST, f"it was fetched for {entry.origin}", sha256)
+    detail = "" if file.sha256 else "the lock knows no digest; trusted as first found"
+    return FileReport(file.name, State.VERIFIED, detail, sha256, first_use=file.sha256 is None)
+
+
+def _inspect_file(folder: Path, lock: Lock, file: LockedFile, known: Ledger) -> FileReport:
+    path = folder / file.name
+    if not path.is_file():
+        return FileReport(file.name, State.MISSING)
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        return FileReport(file.name, State.WRONG_SIZE, f"{size} bytes, the lock says {file.size}")
+    sha256 = known.remembered(path)
+    if sha256 is None:
+        return FileReport(file.name, State.UNCHECKED)
+    return _judge(lock, file, known, sha256)
+
+
+def _hash_file(folder: Path, lock: Lock, file: LockedFile) -> FileReport:
+    path = folder / file.name
+    before = path.stat()
+    with Progress(f"Hashing {file.name}", before.st_size) as progress:
+        sha256 = sha256_of(path, progress.advance)
+    known = Ledger.read(folder)
+    report = _judge(lock, file, known, sha256)
+    if not report.is_fault:
+        ledger.record(folder, lock, file, sha256, before)
+    return report
+
+
+def _extra_files(folder: Path, lock: Lock) -> list[FileReport]:
+    """Tensors that the loader would read though the lock does not name them."""
+    named = {file.name for file in lock.files}
+    extra = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in named)
+    return [FileReport(name, State.EXTRA, "it would be loaded; move it away") for name in extra]

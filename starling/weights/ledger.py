@@ -1,0 +1,84 @@
+"""The ledger: which digests were computed for which files of a folder, kept beside them.
+
+It saves hashing 4 GB at every start: an entry holds while the file's size and time of change stay. It also holds the
+digests that the lock does not know yet, as they were found at first use.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from starling.weights.lock import Lock, LockedFile
+
+logger = logging.getLogger(__name__)
+
+LEDGER_NAME = ".verified.json"
+
+
+class Entry(BaseModel):
+    """One file as it was when it was hashed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    origin: str  # repository@revision that the file was checked for
+    size: int  # bytes
+    mtime_ns: int
+    sha256: str
+
+
+class Ledger(BaseModel):
+    """name → Entry. Read with `read`, changed with `record`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    files: dict[str, Entry] = {}
+
+    @classmethod
+    def read(cls, folder: Path) -> "Ledger":
+        """The folder's ledger; an empty one when there is none, or when it cannot be read (said in the log)."""
+        try:
+            return cls.model_validate_json((folder / LEDGER_NAME).read_bytes())
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValidationError) as error:
+            logger.warning("%s is unreadable and counts as empty: %s", folder / LEDGER_NAME, type(error).__name__)
+            return cls()
+
+    def remembered(self, path: Path) -> str | None:
+        """The sha256 of `path` if it was hashed before and has not changed since."""
+        entry = self.files.get(path.name)
+        if entry is None:
+            return None
+        stat = path.stat()
+        return entry.sha256 if (entry.size, entry.mtime_ns) == (stat.st_size, stat.st_mtime_ns) else None
+
+    def expected(self, lock: Lock, file: LockedFile) -> str | None:
+        """The sha256 that `file` must have: the lock's, or the one found at first use; None before that."""
+        entry = self.files.get(file.name)
+        if file.sha256 is None and entry is not None and entry.origin == origin_of(lock):
+            return entry.sha256
+        return file.sha256
+
+
+def origin_of(lock: Lock) -> str:
+    return f"{lock.repository}@{lock.revision}"
+
+
+def record(folder: Path, lock: Lock, file: LockedFile, sha256: str, stat: os.stat_result) -> None:
+    """Write down that `file` had this digest in `folder` when its stat was `stat`, taken before it was hashed.
+
+    First use of a digest that the lock does not know is said in the log, and so is a folder that cannot be written.
+    """
+    known = Ledger.read(folder)
+    if known.expected(lock, file) is None:
+        logger.warning("%s: the lock knows no digest; sha256 %s is trusted on first use", file.name, sha256)
+    entry = Entry(origin=origin_of(lock), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256)
+    files = {**known.files, file.name: entry}
+    beside = folder / f"{LEDGER_NAME}.{os.getpid()}"
+    try:
+        beside.write_text(Ledger(files=files).model_dump_json(indent=2), encoding="utf-8")
+        beside.replace(folder / LEDGER_NAME)
+    except OSError as error:
+        logger.info("%s takes no record of its digests (%s): they are computed again at the next start", folder, error)

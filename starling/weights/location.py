@@ -1,0 +1,82 @@
+"""Where this process's weights are: an explicit folder, the folder that was baked in, or a download."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from starling.errors import WeightsError
+from starling.weights.download import pull
+from starling.weights.inspection import FileReport, State, faults, inspect, verify
+from starling.weights.lock import Lock
+from starling.weights.source import Patience
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).parents[2] / "weights"
+LOCK_PATH = ROOT / "starling-lm-7b-alpha-awq.lock"
+REMEDY = (
+    "Fetch them with `python -m starling weights pull`, or name the folder of an AWQ checkpoint in STARLING_WEIGHTS. "
+    "To try the container without them, run scripts/demo."
+)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A checkpoint's folder, how it was found, and the digest of its tensors where the lock vouches for it."""
+
+    folder: Path
+    origin: Literal["explicit", "baked", "downloaded"]
+    model_sha256: str | None = None
+
+
+def locate(
+    explicit: Path | None = None,
+    *,
+    allow_download: bool = False,
+    where: str | None = None,
+    lock_path: Path = LOCK_PATH,
+    folder: Path | None = None,
+    patience: Patience | None = None,
+) -> Located:
+    """The first that applies: `explicit` (not checked against the lock), `folder` (checked), a download into it.
+
+    `folder` defaults to the one beside the lock that has its name; `where` names a mirror, see `open_source`.
+    Raises WeightsError that says what is missing and how to get it.
+    """
+    if explicit is not None:
+        return _explicit(explicit)
+    lock = Lock.read(lock_path)
+    folder = folder or lock_path.with_suffix("")
+    reports = inspect(folder, lock)
+    if not faults(reports):  # sizes are right: the digests are worth their time
+        reports = verify(folder, lock)
+    if not faults(reports):
+        return _located(folder, "baked", reports)
+    if not allow_download:
+        absent = all(report.state is State.MISSING for report in reports)
+        lines = "\n  - the folder is absent or empty" if absent else "".join(f"\n  - {f}" for f in faults(reports))
+        raise WeightsError(f"There are no usable weights in {folder}, and no download is allowed:{lines}\n{REMEDY}")
+    logger.info("Downloading %s at %s (licence: %s)", lock.repository, lock.revision, lock.licence)
+    try:
+        return _located(folder, "downloaded", pull(lock, folder, where, patience))
+    except WeightsError as error:
+        raise WeightsError(f"{error}\n{REMEDY}") from error
+
+
+def _explicit(folder: Path) -> Located:
+    if not folder.is_dir():
+        raise WeightsError(f"STARLING_WEIGHTS names {str(folder)!r}, which is no folder. {REMEDY}")
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors (no other form is read: pickles can run code)")
+    if missing:
+        raise WeightsError(f"STARLING_WEIGHTS names {folder}, which lacks {', '.join(missing)}. {REMEDY}")
+    logger.info("Weights: %s, as STARLING_WEIGHTS says; not checked against the lock", folder)
+    return Located(folder, "explicit")
+
+
+def _located(folder: Path, origin: Literal["baked", "downloaded"], reports: list[FileReport]) -> Located:
+    digests = [report.sha256 for report in reports if report.name.endswith(".safetensors")]
+    logger.info("Weights: %s (%s), as the lock says", folder, origin)
+    return Located(folder, origin, digests[0] if len(digests) == 1 else None)

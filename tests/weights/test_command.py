@@ -1,0 +1,98 @@
+"""The command line, as a user meets it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from starling.__main__ import main
+from starling.weights import Lock
+from tests.weights.conftest import assert_whole, lock_for
+
+MODEL = "model.safetensors"
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def lock_path(tmp_path, files):
+    path = tmp_path / "some-model.lock"
+    path.write_text(lock_for(files, unknown=("config.json", "tokenizer.json")).to_json())
+    return path
+
+
+def weights(*arguments: object) -> int:
+    return main(["weights", *map(str, arguments)])
+
+
+def test_status_pull_verify_damage_repair(lock_path, hub, folder, files, capsys):
+    assert weights("status", "--lock", lock_path) == 1
+    out = capsys.readouterr().out
+    assert out.count("missing") >= 3
+    assert "weights pull" in out
+    assert weights("pull", "--lock", lock_path, "--from", hub.url) == 0
+    assert_whole(folder, files)
+    assert weights("status", "--lock", lock_path) == 0
+    assert weights("verify", "--lock", lock_path) == 0
+    (folder / MODEL).write_bytes(bytes(len(files[MODEL])))
+    assert weights("verify", "--lock", lock_path) == 1
+    assert f"{MODEL}: wrong digest" in capsys.readouterr().out
+    assert weights("pull", "--lock", lock_path, "--from", hub.url) == 0
+    assert_whole(folder, files)
+
+
+def test_pin_fills_in_what_is_unknown_and_nothing_else(lock_path, hub, files, capsys):
+    weights("pull", "--lock", lock_path, "--from", hub.url)
+    assert "weights pin" in capsys.readouterr().out
+    assert weights("pin", "--lock", lock_path) == 0
+    assert Lock.read(lock_path) == lock_for(files)
+    assert weights("pin", "--lock", lock_path) == 0
+    assert "knows every size and digest already" in capsys.readouterr().out
+
+
+def test_pin_refuses_a_folder_that_is_wrong(lock_path, hub, folder):
+    weights("pull", "--lock", lock_path, "--from", hub.url)
+    before = lock_path.read_bytes()
+    (folder / MODEL).write_bytes(b"short")
+    assert weights("pin", "--lock", lock_path) == 1
+    assert lock_path.read_bytes() == before
+
+
+def test_faults_go_to_stderr_without_a_traceback(lock_path, tmp_path, capsys):
+    assert weights("pull", "--lock", tmp_path / "absent.lock") == 1
+    assert "absent.lock" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        weights("pull", "--lock", lock_path, "--timeout", "-1")
+    assert caught.value.code == 2
+
+
+def test_offline_is_honoured(lock_path, hub, folder, files, tmp_path):
+    """In its own process: huggingface_hub reads HF_HUB_OFFLINE when it is imported."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, body in files.items():
+        (source / name).write_bytes(body)
+
+    def pull(*arguments: object) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "starling", "weights", "pull", "--lock", str(lock_path), *map(str, arguments)]
+        environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, cwd=PROJECT, env=environ, capture_output=True, text=True, check=False)
+
+    refused = pull("--from", hub.url)
+    assert refused.returncode == 1
+    assert "HF_HUB_OFFLINE is set" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not hub.requests
+    assert pull("--from", source).returncode == 0
+    assert_whole(folder, files)
+
+
+def test_a_start_with_whole_weights_does_not_import_the_hubs_library(lock_path, hub, folder):
+    weights("pull", "--lock", lock_path, "--from", hub.url)
+    code = (
+        "import sys, pathlib; from starling.weights import locate; "
+        "locate(lock_path=pathlib.Path(sys.argv[1])); "
+        "sys.exit(any(name in sys.modules for name in ('huggingface_hub', 'httpx2', 'torch')))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(lock_path)], cwd=PROJECT, check=True)

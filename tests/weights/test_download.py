@@ -1,0 +1,280 @@
+"""Pulling from a hub that cuts, truncates, corrupts, stalls and lies."""
+
+import logging
+import random
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from starling.errors import WeightsError
+from starling.weights import Lock, State, inspect, pull, verify
+from starling.weights import hub as hub_module
+from tests.weights.conftest import BRISK, assert_whole, lock_for
+from tests.weights.hub_server import HubServer
+
+MODEL = "model.safetensors"
+
+
+def states(folder: Path, lock: Lock) -> dict[str, State]:
+    return {report.name: report.state for report in inspect(folder, lock)}
+
+
+def test_brings_every_file_and_then_needs_no_network(hub, lock, folder, files):
+    reports = pull(lock, folder, hub.url, BRISK)
+    assert {report.state for report in reports} == {State.VERIFIED}
+    assert_whole(folder, files)
+    asked = len(hub.requests)
+    assert pull(lock, folder, hub.url, BRISK) == reports
+    assert len(hub.requests) == asked
+
+
+def test_brings_only_what_is_missing_or_wrong(hub, lock, folder, files):
+    pull(lock, folder, hub.url, BRISK)
+    hub.requests.clear()
+    (folder / "config.json").unlink()
+    body = bytearray(files["tokenizer.json"])
+    body[len(body) // 2] ^= 1
+    (folder / "tokenizer.json").write_bytes(body)
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+    assert {name for _, name, _ in hub.requests} == {"config.json", "tokenizer.json"}
+
+
+def test_goes_on_after_cuts(hub, lock, folder, files, seed, monkeypatch):
+    monkeypatch.setattr(hub_module, "LEAST_PROGRESS_BYTES", 1000)  # every cut leaves more than this
+    rng = random.Random(seed)
+    hub.faults_of(MODEL).cut_after = [rng.randrange(20_000, 60_000) for _ in range(6)]
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+    starts = [asked for method, name, asked in hub.requests if (method, name) == ("GET", MODEL) and asked]
+    assert starts, "no Range was asked for: the download began anew"
+    assert hub.served_bytes[MODEL] < 2 * len(files[MODEL])
+
+
+def test_starts_over_when_the_server_ignores_ranges(hub, lock, folder, files):
+    hub.faults_of(MODEL).cut_after = [100_000]
+    hub.faults_of(MODEL).ignores_range = True
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+
+
+def test_goes_on_in_a_later_pull(hub, lock, folder, files):
+    faults = hub.faults_of(MODEL)
+    faults.stall_after = 300_000
+    with pytest.raises(WeightsError, match=r"model\.safetensors.*nothing came for 0\.3 s; given up after 1 attempts"):
+        pull(lock, folder, hub.url, replace(BRISK, attempts=1))
+    assert states(folder, lock)[MODEL] is State.MISSING
+    faults.stall_after = None
+    before = hub.served_bytes[MODEL]
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+    assert hub.served_bytes[MODEL] - before < len(files[MODEL])
+
+
+def test_gives_up_on_a_server_that_trickles(hub, lock, folder):
+    hub.faults_of(MODEL).trickle = True
+    with pytest.raises(WeightsError, match=r"only \d+ bytes came in 0\.3 s"):
+        pull(lock, folder, hub.url, replace(BRISK, attempts=2))
+
+
+def test_a_truncated_body_is_not_the_file(hub, lock, folder):
+    hub.faults_of(MODEL).end_after = 1000
+    with pytest.raises(WeightsError, match=r"the connection ended at byte \d+ of"):
+        pull(lock, folder, hub.url, BRISK)
+    assert states(folder, lock)[MODEL] is State.MISSING
+
+
+def test_a_body_that_is_too_long_is_refused(hub, lock, folder, files):
+    hub.faults_of(MODEL).longer_by = 100_000
+    with pytest.raises(WeightsError, match=f"sends more than the {len(files[MODEL])} bytes"):
+        pull(lock, folder, hub.url, BRISK)
+    assert states(folder, lock)[MODEL] is State.MISSING
+
+
+def test_corruption_is_found_and_thrown_away(hub, lock, folder, files, seed):
+    faults = hub.faults_of(MODEL)
+    faults.flip_byte = random.Random(seed).randrange(len(files[MODEL]))
+    with pytest.raises(WeightsError, match=r"model\.safetensors: sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"):
+        pull(lock, folder, hub.url, BRISK)
+    assert states(folder, lock)[MODEL] is State.MISSING
+    faults.flip_byte = None
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+
+
+def test_a_damaged_rest_of_an_earlier_pull_is_fetched_again(hub, lock, folder, files):
+    faults = hub.faults_of(MODEL)
+    faults.flip_byte, faults.stall_after = 10, 200_000
+    with pytest.raises(WeightsError):
+        pull(lock, folder, hub.url, replace(BRISK, attempts=1))
+    faults.flip_byte = faults.stall_after = None
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+
+
+def test_a_rest_that_is_longer_than_the_file_is_dropped(hub, lock, folder, files):
+    (folder / ".partial").mkdir(parents=True)
+    (folder / ".partial" / f"{MODEL}.{lock.revision}").write_bytes(bytes(len(files[MODEL]) + 1))
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+
+
+def test_passing_failures_are_waited_for(hub, lock, folder, files):
+    hub.faults_of(MODEL).statuses = [503, 429]
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+
+
+def test_every_fault_is_reported_at_once_and_before_any_byte(hub, lock, folder, files):
+    hub.faults_of(MODEL).size = len(files[MODEL]) - 1
+    hub.faults_of("config.json").commit = "0" * 40
+    del hub.files["tokenizer.json"]
+    with pytest.raises(WeightsError) as caught:
+        pull(lock, folder, hub.url, BRISK)
+    text = str(caught.value)
+    assert f"the source has {len(files[MODEL]) - 1} bytes, the lock says {len(files[MODEL])}" in text
+    assert f"serves revision {'0' * 40}" in text
+    assert "tokenizer.json" in text
+    assert "404" in text
+    assert not any(method == "GET" for method, _, _ in hub.requests)
+
+
+def test_every_wrong_digest_is_reported(hub, lock, folder):
+    hub.faults_of(MODEL).flip_byte = 0
+    hub.faults_of("config.json").flip_byte = 0
+    with pytest.raises(WeightsError) as caught:
+        pull(lock, folder, hub.url, BRISK)
+    assert "config.json: sha256 is" in str(caught.value)
+    assert f"{MODEL}: sha256 is" in str(caught.value)
+    assert states(folder, lock)["tokenizer.json"] is State.VERIFIED
+
+
+def test_a_hub_with_another_digest_is_refused_before_the_download(hub, lock, folder):
+    hub.faults_of(MODEL).etag = "ab" * 32
+    with pytest.raises(WeightsError, match=f"the source has sha256 {'ab' * 32}, the lock says"):
+        pull(lock, folder, hub.url, BRISK)
+    assert not any(method == "GET" for method, _, _ in hub.requests)
+
+
+def test_what_was_right_stays_when_a_pull_fails(hub, lock, folder, files):
+    pull(lock, folder, hub.url, BRISK)
+    (folder / "config.json").unlink()
+    hub.faults_of("config.json").flip_byte = 0
+    with pytest.raises(WeightsError):
+        pull(lock, folder, hub.url, BRISK)
+    assert (folder / MODEL).read_bytes() == files[MODEL]
+
+
+def test_a_full_disk_is_said_before_the_download(hub, lock, folder, files, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5, 5))
+    need = sum(map(len, files.values()))
+    with pytest.raises(WeightsError, match=f"the disk has 5 bytes free, {need} more are needed"):
+        pull(lock, folder, hub.url, BRISK)
+    assert not any(method == "GET" for method, _, _ in hub.requests)
+
+
+def test_tensors_that_the_lock_does_not_name_are_a_fault(hub, lock, folder):
+    pull(lock, folder, hub.url, BRISK)
+    (folder / "more.safetensors").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"more\.safetensors: not in the lock"):
+        pull(lock, folder, hub.url, BRISK)
+
+
+def test_nobody_at_the_address(lock, folder):
+    with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9: .*given up after 3 attempts"):
+        pull(lock, folder, "http://user:password@127.0.0.1:9", BRISK)
+
+
+def test_a_folder_stands_in_for_the_hub(tmp_path, lock, folder, files):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, body in files.items():
+        (source / name).write_bytes(body)
+    pull(lock, folder, str(source), BRISK)
+    assert_whole(folder, files)
+
+
+def test_a_folder_that_is_short_wrong_or_absent(tmp_path, lock, folder, files):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / MODEL).write_bytes(files[MODEL][:-1])
+    (source / "config.json").write_bytes(bytes(len(files["config.json"])))
+    with pytest.raises(WeightsError) as caught:
+        pull(lock, folder, str(source), BRISK)
+    assert MODEL in str(caught.value)
+    assert "tokenizer.json" in str(caught.value)
+    with pytest.raises(WeightsError, match="neither a folder nor"):
+        pull(lock, folder, str(tmp_path / "nowhere"), BRISK)
+
+
+def test_first_use_is_recorded_said_and_then_expected(hub, folder, files, caplog):
+    lock = lock_for(files, unknown=("config.json", "tokenizer.json"))
+    with caplog.at_level(logging.WARNING):
+        reports = {report.name: report for report in pull(lock, folder, hub.url, BRISK)}
+    assert_whole(folder, files)
+    assert reports["config.json"].first_use
+    assert not reports[MODEL].first_use
+    assert "trusted" in caplog.text
+    body = bytearray(files["config.json"])
+    body[0] ^= 1
+    (folder / "config.json").write_bytes(body)
+    (report,) = [report for report in verify(folder, lock) if report.is_fault]
+    assert "at first use it was" in report.detail
+    hub.files["config.json"] = bytes(body)  # a server that changed its mind at the same revision
+    with pytest.raises(WeightsError, match=r"config\.json: sha256 is .*, expected"):
+        pull(lock, folder, hub.url, BRISK)
+
+
+def test_first_use_of_a_corrupt_file_is_caught_by_the_hubs_own_checksum(hub, folder, files):
+    lock = lock_for(files, unknown=("config.json",))
+    hub.faults_of("config.json").flip_byte = 0
+    with pytest.raises(WeightsError, match="git's id of it is"):
+        pull(lock, folder, hub.url, BRISK)
+
+
+def test_a_file_that_was_there_is_adopted_only_if_the_hub_vouches_for_it(hub, folder, files):
+    lock = lock_for(files, unknown=("config.json", "tokenizer.json"))
+    folder.mkdir()
+    (folder / "config.json").write_bytes(files["config.json"])
+    (folder / "tokenizer.json").write_bytes(bytes(len(files["tokenizer.json"])))
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+    got = {name for method, name, _ in hub.requests if method == "GET"}
+    assert got == {"tokenizer.json", MODEL}
+
+
+def test_files_of_another_revision_are_not_taken_for_this_one(hub, folder, files):
+    lock = lock_for(files, unknown=("config.json",))
+    pull(lock, folder, hub.url, BRISK)
+    other = lock.model_copy(update={"revision": "1" * 40})
+    (report,) = [report for report in inspect(folder, other) if report.is_fault]
+    assert "was fetched for" in report.detail
+    new = dict(files, **{"config.json": files["config.json"] + b"!"})
+    with HubServer(other.repository, other.revision, new).running() as newer:
+        pull(other, folder, newer.url, BRISK)
+    assert_whole(folder, new)
+
+
+def test_the_token_goes_to_the_hub_only_and_secrets_to_no_log(hub, lock, folder, monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    hub.faults_of(MODEL).statuses = [503]
+    hub.faults_of("config.json").statuses = [400]
+    caplog.set_level(logging.DEBUG, logger="starling")
+    with pytest.raises(WeightsError) as caught:
+        pull(lock, folder, hub.url.replace("//", "//user:password@"), BRISK)
+    for secret in ("hf_very_secret", "password", "top-secret"):
+        assert secret not in caplog.text + str(caught.value)
+    assert not any("hf_very_secret" in str(headers) for headers in hub.headers)
+
+
+def test_a_plain_web_server_is_enough(hub, lock, folder, files):
+    """It need not redirect, and its ETag may mean nothing to us."""
+    for name in files:
+        hub.faults_of(name).redirects = False
+        hub.faults_of(name).etag = "5f3-1a2b"
+    pull(lock, folder, hub.url + "/", BRISK)
+    assert_whole(folder, files)

@@ -1,0 +1,86 @@
+"""Every way in which a folder can differ from its lock is found; a start does not hash 4 GB again."""
+
+import os
+import random
+
+import pytest
+
+from starling.weights import State, faults, inspect, verify
+from tests.weights.conftest import lock_for
+
+MODEL = "model.safetensors"
+
+
+@pytest.fixture
+def filled(folder, files):
+    folder.mkdir()
+    for name, body in files.items():
+        (folder / name).write_bytes(body)
+    return folder
+
+
+def test_a_quick_look_hashes_nothing_and_remembers(filled, lock, monkeypatch):
+    assert {report.state for report in inspect(filled, lock)} == {State.UNCHECKED}
+    assert {report.state for report in verify(filled, lock)} == {State.VERIFIED}
+    assert {report.state for report in inspect(filled, lock)} == {State.VERIFIED}
+    hashed = []
+    monkeypatch.setattr("starling.weights.inspection.sha256_of", lambda path, advance: hashed.append(path))
+    verify(filled, lock)
+    assert not hashed
+
+
+def test_all_faults_at_once(filled, lock, files):
+    (filled / "config.json").unlink()
+    (filled / "tokenizer.json").write_bytes(files["tokenizer.json"] + b"!")
+    (filled / MODEL).write_bytes(bytes(len(files[MODEL])))
+    (filled / "other.safetensors").touch()
+    found = {report.name: report.state for report in verify(filled, lock)}
+    assert found == {
+        "config.json": State.MISSING,
+        "tokenizer.json": State.WRONG_SIZE,
+        MODEL: State.WRONG_DIGEST,
+        "other.safetensors": State.EXTRA,
+    }
+    assert len(faults(verify(filled, lock))) == 4
+
+
+def test_any_changed_byte_is_found(filled, lock, files, seed):
+    verify(filled, lock)
+    rng = random.Random(seed)
+    name = rng.choice(sorted(files))
+    body = bytearray(files[name])
+    body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
+    (filled / name).write_bytes(body)
+    assert [report.name for report in verify(filled, lock) if report.is_fault] == [name]
+
+
+def test_afresh_finds_what_keeps_its_size_and_time(filled, lock, files):
+    verify(filled, lock)
+    path = filled / MODEL
+    stat = path.stat()
+    path.write_bytes(bytes(len(files[MODEL])))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not faults(verify(filled, lock))
+    assert faults(verify(filled, lock, afresh=True))
+
+
+def test_a_changed_lock_overrides_the_memory(filled, lock, files):
+    verify(filled, lock)
+    other = lock_for({**files, MODEL: bytes(len(files[MODEL]))})
+    assert [report.name for report in inspect(filled, other) if report.is_fault] == [MODEL]
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"files": {"config.json": {}}}', "[]"])
+def test_a_damaged_ledger_counts_as_none(filled, lock, damage):
+    verify(filled, lock)
+    (filled / ".verified.json").write_text(damage)
+    assert {report.state for report in inspect(filled, lock)} == {State.UNCHECKED}
+    assert not faults(verify(filled, lock))
+
+
+def test_a_folder_that_cannot_be_written_is_verified_all_the_same(filled, lock, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    assert not faults(verify(filled, lock))

@@ -1,0 +1,79 @@
+"""The order in which weights are looked for, and what is said when there are none."""
+
+import logging
+
+import pytest
+
+from starling.errors import WeightsError
+from starling.weights import locate, pull
+from tests.weights.conftest import BRISK, assert_whole
+
+
+@pytest.fixture
+def lock_path(tmp_path, lock):
+    path = tmp_path / "some-model.lock"
+    path.write_text(lock.to_json())
+    return path
+
+
+def test_an_explicit_folder_comes_first_and_is_not_checked(tmp_path, lock_path, hub, caplog):
+    explicit = tmp_path / "mine"
+    explicit.mkdir()
+    for name in ("config.json", "tokenizer.json", "part-1.safetensors"):
+        (explicit / name).write_bytes(b"anything")
+    with caplog.at_level(logging.INFO):
+        found = locate(explicit, allow_download=True, where=hub.url, lock_path=lock_path)
+    assert (found.folder, found.origin, found.model_sha256) == (explicit, "explicit", None)
+    assert "not checked against the lock" in caplog.text
+    assert not hub.requests
+
+
+def test_an_explicit_folder_that_is_wrong_is_an_error_not_a_fallback(tmp_path, lock_path, lock, folder, hub):
+    pull(lock, folder, hub.url, BRISK)
+    with pytest.raises(WeightsError, match="which is no folder"):
+        locate(tmp_path / "absent", lock_path=lock_path)
+    pickles = tmp_path / "pickles"
+    pickles.mkdir()
+    (pickles / "pytorch_model.bin").touch()
+    with pytest.raises(WeightsError, match=r"lacks config\.json, tokenizer\.json, \*\.safetensors \(no other form"):
+        locate(pickles, lock_path=lock_path)
+
+
+def test_a_baked_folder_is_checked(lock_path, lock, folder, files, hub):
+    pull(lock, folder, hub.url, BRISK)
+    hub.requests.clear()
+    found = locate(allow_download=True, where=hub.url, lock_path=lock_path)
+    assert (found.folder, found.origin) == (folder, "baked")
+    assert found.model_sha256 == {file.name: file for file in lock.files}["model.safetensors"].sha256
+    assert not hub.requests
+    (folder / "model.safetensors").write_bytes(bytes(len(files["model.safetensors"])))
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_bytes(files["config.json"])
+    with pytest.raises(WeightsError, match=r"model\.safetensors: wrong digest"):
+        locate(lock_path=lock_path)
+
+
+def test_sizes_are_looked_at_before_anything_is_hashed(lock_path, lock, folder, files, hub, monkeypatch):
+    pull(lock, folder, hub.url, BRISK)
+    (folder / ".verified.json").unlink()
+    (folder / "config.json").write_bytes(files["config.json"] + b"!")
+    monkeypatch.setattr("starling.weights.inspection.sha256_of", lambda path, advance: pytest.fail("hashed"))
+    with pytest.raises(WeightsError, match=r"config\.json: wrong size"):
+        locate(lock_path=lock_path)
+
+
+def test_a_download_when_allowed_and_only_then(lock_path, folder, files, hub):
+    with pytest.raises(WeightsError) as caught:
+        locate(lock_path=lock_path, where=hub.url)
+    for word in ("no download is allowed", "python -m starling weights pull", "STARLING_WEIGHTS", "scripts/demo"):
+        assert word in str(caught.value)
+    assert not hub.requests
+    found = locate(allow_download=True, where=hub.url, lock_path=lock_path, patience=BRISK)
+    assert (found.folder, found.origin) == (folder, "downloaded")
+    assert_whole(folder, files)
+
+
+def test_a_failed_download_says_what_else_can_be_done(lock_path, hub):
+    hub.faults_of("model.safetensors").statuses = [500] * 9
+    with pytest.raises(WeightsError, match=r"answers 500(.|\n)*scripts/demo"):
+        locate(allow_download=True, where=hub.url, lock_path=lock_path, patience=BRISK)
