@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from cog import BasePredictor, ConcatenateIterator, Input, concurrent, streaming
 
-from starling.checkpoint_folder import locate
 from starling.coglet import current_signal, drain, install_cancellation
 from starling.errors import RequestError
 from starling.request import Request
@@ -44,7 +43,7 @@ class Predictor(BasePredictor):
     def load_service(self, settings: Settings) -> "Service":
         from starling.service import Service  # here, so that a failed import is printed with its traceback too
 
-        return Service.from_folder(locate(settings), settings)
+        return Service.load(settings)
 
     async def healthcheck(self) -> bool:
         """True while the engine makes progress. Async: a dead event loop then fails it too."""

@@ -19,10 +19,10 @@ from types import TracebackType
 
 import httpx
 
-from starling.checkpoint_folder import locate
 from starling.errors import StarlingError
 from starling.openapi import read_signature
 from starling.settings import Settings
+from starling.weights import locate_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 PREDICTOR = "predict.py:Predictor"
@@ -162,7 +162,7 @@ def main() -> None:
     """Become the server: on all interfaces, as in an image."""
     os.chdir(ROOT)
     try:
-        locate(Settings.from_env(os.environ))
+        locate_weights(Settings.from_env(os.environ))
     except StarlingError as error:
         sys.exit(str(error))
     place_schema(ROOT)

@@ -21,6 +21,7 @@ from starling.model.ops import Ops, choose_ops
 from starling.request import MAX_SEED, Request
 from starling.settings import Settings
 from starling.tokenizer import IncrementalDecoder, Tokenizer
+from starling.weights import locate_weights
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,11 @@ class Service:
         self._stop_ids = stop_ids | {end_of_turn}
         self._chat = Chat(tokenizer, bos, end_of_turn)
         self._grammars = Grammars(tokenizer, self._stop_ids)
+
+    @classmethod
+    def load(cls, settings: Settings) -> "Service":
+        """Find the weights, fetching them if that is allowed, and load them. Raises StarlingError."""
+        return cls.from_folder(locate_weights(settings).folder, settings)
 
     @classmethod
     def from_folder(cls, folder: Path, settings: Settings | None = None) -> "Service":

@@ -17,6 +17,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, populate_by_name=True)
 
     weights: Path | None = Field(None, alias="STARLING_WEIGHTS")  # a checkpoint folder; None: weights/ or a download
+    allow_download: Flag = Field(False, alias="STARLING_ALLOW_DOWNLOAD")  # fetch weights that are missing at start
+    weights_source: str | None = Field(None, alias="STARLING_WEIGHTS_SOURCE")  # a mirror's URL or a folder, for the hub
     device: Literal["auto", "cpu", "cuda"] = Field("auto", alias="STARLING_DEVICE")
     # Requests that Cog accepts at a time; the engine computes as many side by side.
     max_concurrency: int = Field(1, ge=1, le=256, alias="COG_MAX_CONCURRENCY")

@@ -5,7 +5,7 @@ In call order: location → inspection (→ ledger, digest) → download → sou
 
 from starling.weights.download import pull
 from starling.weights.inspection import FileReport, State, faults, inspect, verify
-from starling.weights.location import LOCK_PATH, Located, locate
+from starling.weights.location import LOCK_PATH, Located, locate, locate_weights
 from starling.weights.lock import Lock, LockedFile
 from starling.weights.source import Patience
 
@@ -20,6 +20,7 @@ __all__ = [
     "faults",
     "inspect",
     "locate",
+    "locate_weights",
     "pull",
     "verify",
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from starling.errors import WeightsError
+from starling.settings import Settings
 from starling.weights.download import pull
 from starling.weights.inspection import FileReport, State, faults, inspect, verify
 from starling.weights.lock import Lock
@@ -62,6 +63,11 @@ def locate(
         return _located(folder, "downloaded", pull(lock, folder, where, patience))
     except WeightsError as error:
         raise WeightsError(f"{error}\n{REMEDY}") from error
+
+
+def locate_weights(settings: Settings) -> Located:
+    """`locate`, as the settings say. Raises WeightsError."""
+    return locate(settings.weights, allow_download=settings.allow_download, where=settings.weights_source)
 
 
 def _explicit(folder: Path) -> Located:
