@@ -108,9 +108,9 @@ class Service:
         return self._engine.healthy
 
     @property
-    def load(self) -> dict[str, int]:
+    def occupancy(self) -> dict[str, int]:
         """How busy the engine is: sequences running and waiting, KV blocks in all and available."""
-        return self._engine.load
+        return self._engine.occupancy
 
     def _journal(self, generation: Generation, outcome: str) -> None:
         """One line of JSON per finished request, for operators. Never a word of what was asked or answered."""
@@ -129,7 +129,7 @@ class Service:
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "constrained": request.json_schema is not None or request.regex is not None,
-            **self.load,
+            **self.occupancy,
         }
         logger.info("%s", json.dumps(line))
 

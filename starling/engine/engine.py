@@ -137,7 +137,7 @@ class Engine:
         return self._scheduler.counters
 
     @property
-    def load(self) -> dict[str, int]:
+    def occupancy(self) -> dict[str, int]:
         """A snapshot, taken beside the running engine: sequences and KV blocks."""
         cache = self._scheduler.cache
         return {
