@@ -6,6 +6,7 @@ and defaults; a test holds the two equal.
 """
 
 import os
+import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from starling.settings import Settings
 if TYPE_CHECKING:
     from starling.service import Generation, Service
 
+LOG_GRACE_S = 0.5  # coglet ends the worker at once when setup fails; what it has not read of the log by then is lost
 METRICS = (
     "input_token_count",
     "output_token_count",
@@ -38,6 +40,7 @@ class Predictor(BasePredictor):
             self.service = self.load_service(Settings.from_env(os.environ))
         except BaseException:
             traceback.print_exc()
+            time.sleep(LOG_GRACE_S)
             raise
 
     def load_service(self, settings: Settings) -> "Service":

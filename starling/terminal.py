@@ -42,7 +42,7 @@ def summary(answer: Answer) -> str:
     )
 
 
-def chat(client: Client, mode: str) -> None:
+def chat(client: Client, **inputs: object) -> None:
     """Turn after turn, until the input ends."""
     print(HINT)
     messages: list[dict[str, str]] = []
@@ -56,7 +56,7 @@ def chat(client: Client, mode: str) -> None:
             continue
         print("Starling: ", end="", flush=True)
         try:
-            text = show(client, prompt=prompt, messages=messages, mode=mode)
+            text = show(client, prompt=prompt, messages=messages, **inputs)
         except AnswerError as error:
             print(f"\n[{error}]")
             continue
@@ -80,13 +80,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="starling.terminal", description="Ask the model, or chat with it.")
     parser.add_argument("prompt", nargs="?", help="without one: a chat")
     parser.add_argument("--code", action="store_true", help="use the model's condition for programming")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the server's)")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="a running server")
     where.add_argument(
         "--weights", type=Path, help="a checkpoint folder: start a server for it, and stop it at the end"
     )
     options = parser.parse_args(arguments)
-    mode = "code" if options.code else "chat"
+    inputs: dict[str, object] = {"mode": "code" if options.code else "chat"}
+    if options.temperature is not None:
+        inputs["temperature"] = options.temperature
     with contextlib.ExitStack() as cleanup:
         try:
             url = options.url
@@ -100,9 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
             if options.prompt is None:
                 with contextlib.suppress(ImportError):
                     import readline  # noqa: F401 - input() then edits and recalls lines
-                chat(client, mode)
+                chat(client, **inputs)
             else:
-                show(client, prompt=options.prompt, mode=mode)
+                show(client, prompt=options.prompt, **inputs)
         except StarlingError as error:
             print(f"\n{error}", file=sys.stderr)
             return 1
