@@ -14,11 +14,13 @@ from cog import BasePredictor, ConcatenateIterator, Input, concurrent, streaming
 
 from starling.coglet import current_signal, drain, install_cancellation
 from starling.errors import RequestError
+from starling.logs import configure as configure_logs
 from starling.request import Request
 from starling.settings import Settings
 
 if TYPE_CHECKING:
-    from starling.service import Generation, Service
+    from starling.generation import Generation
+    from starling.service import Service
 
 LOG_GRACE_S = 0.5  # coglet ends the worker at once when setup fails; what it has not read of the log by then is lost
 METRICS = (
@@ -36,6 +38,7 @@ class Predictor(BasePredictor):
     def setup(self) -> None:  # type: ignore[override]
         """Load the model. Cog keeps one line of what is raised here, so the whole traceback is printed."""
         try:
+            configure_logs()
             install_cancellation()
             self.service = self.load_service(Settings.from_env(os.environ))
         except BaseException:
@@ -100,11 +103,14 @@ class Predictor(BasePredictor):
     ) -> ConcatenateIterator[str]:
         """Answer a prompt. A coroutine that returns a generator: coglet streams nothing else side by side."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
-        return drain(lambda: self.service.generate(to_request(**inputs)), self.record, current_signal())  # type: ignore[return-value]
+        # Taken here: on the thread that drains the generator, `self.scope` is that of whichever prediction began last.
+        scope = self.scope
 
-    def record(self, generation: "Generation") -> None:
-        for name in METRICS:
-            self.record_metric(name, getattr(generation.result, name))
+        def record(generation: "Generation") -> None:
+            for name in METRICS:
+                scope.record_metric(name, getattr(generation.result, name))
+
+        return drain(lambda: self.service.generate(to_request(**inputs)), record, current_signal())  # type: ignore[return-value]
 
 
 def to_request(max_tokens: int, max_new_tokens: int | None, **inputs: Any) -> Request:
