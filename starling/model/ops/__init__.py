@@ -3,11 +3,12 @@
 from typing import Literal
 
 from starling.model.ops.interface import Ops, Packed
-from starling.model.ops.reference import ReferenceOps
 
 __all__ = ["Ops", "Packed", "choose_ops"]
 
 
 def choose_ops(device: Literal["auto", "cpu", "cuda"]) -> Ops:
     """The best implementation that this machine can run."""
-    return ReferenceOps()
+    from starling.model.ops.cpu import cpu_ops
+
+    return cpu_ops()

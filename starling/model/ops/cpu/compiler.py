@@ -1,0 +1,153 @@
+"""The kernels' shared library: found in a cache, or compiled by the system's C++ compiler."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from starling.errors import DeviceError
+
+log = logging.getLogger(__name__)
+
+NATIVE = Path(__file__).parent / "native"
+# -ffp-contract=off: the compiler must not fuse a product and a sum in one tile and not in another.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
+# kernels.cpp is compiled once with each of these; isa.cpp chooses among them at run time.
+INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "avx512vnni": (*AVX512, "-mavx512vnni"),
+        "avx512": AVX512,
+        "avxvnni": (*AVX2, "-mavxvnni"),
+        "avx2": AVX2,
+        "portable": (),
+    },
+    "aarch64": {"neondot": ("-march=armv8.2-a+dotprod",), "portable": ()},
+}
+SOURCES = ("api.cpp", "context.cpp", "isa.cpp", "pool.cpp", "repack.cpp")
+COMPILE_TIMEOUT_S = 300
+
+
+class NoCompilerError(DeviceError):
+    """This machine has no C++ compiler that can build the kernels."""
+
+
+def library_path(cache: Path | None = None, extra_flags: Sequence[str] = ()) -> Path:
+    """The compiled library, built first if the cache lacks it. Raises NoCompilerError.
+
+    The cache's key covers the sources, the flags, the compiler and the architecture. Two processes that start together
+    compile one after the other's lock; the file appears by renaming, whole.
+    """
+    folder = cache or _user_cache()
+    compiler = find_compiler()
+    key = _key(compiler, extra_flags)
+    path = folder / f"starling-cpu-{key}{'.dylib' if sys.platform == 'darwin' else '.so'}"
+    if path.exists():
+        return path
+    if compiler is None:
+        raise NoCompilerError(
+            "No C++ compiler (c++, g++, clang++ or the ziglang package) was found, so the CPU kernels cannot be built: "
+            "install one, for instance `apt-get install g++` or `pip install ziglang`."
+        )
+    with _locked(folder / f"{path.name}.lock"):
+        if not path.exists():
+            _compile(compiler, path, extra_flags)
+    return path
+
+
+def find_compiler() -> tuple[str, ...] | None:
+    """The command that compiles C++ here, None where there is none."""
+    for name in ("c++", "g++", "clang++"):
+        found = shutil.which(name)
+        if found:
+            return (found,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "c++")
+    return None
+
+
+def _machine() -> str:
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+
+
+def _key(compiler: tuple[str, ...] | None, extra_flags: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(NATIVE.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for part in (*FLAGS, *extra_flags, str(INSTRUCTION_SETS), _machine(), sys.platform):
+        digest.update(part.encode() + b"\0")
+    del compiler  # the C interface is the same whoever compiled it: an image may drop its compiler after the build
+    return digest.hexdigest()[:20]
+
+
+def _user_cache() -> Path:
+    """A folder of this user's that can be written to."""
+    for base in (Path.home() / ".cache", Path(tempfile.gettempdir()) / f"starling-{_user()}"):
+        folder = base / "starling"
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    raise NoCompilerError(f"Neither {Path.home() / '.cache'} nor {tempfile.gettempdir()} can be written to.")
+
+
+def _user() -> str:
+    return str(os.getuid()) if hasattr(os, "getuid") else "user"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: tuple[str, ...], path: Path, extra_flags: Sequence[str]) -> None:
+    started = time.monotonic()
+    sets = INSTRUCTION_SETS.get(_machine(), {"portable": ()})
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
+        folder = Path(scratch)
+        jobs = [
+            (folder / f"kernels_{isa}.o", "kernels.cpp", (*flags, f"-DSTARLING_ISA={isa}"))
+            for isa, flags in sets.items()
+        ]
+        jobs += [(folder / f"{Path(source).stem}.o", source, ()) for source in SOURCES]
+        log.info("Compiling the CPU kernels with %s (once; kept in %s).", " ".join(compiler), path.parent)
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            commands = [
+                (*compiler, *FLAGS, *flags, *extra_flags, "-c", str(NATIVE / source), "-o", str(out))
+                for out, source, flags in jobs
+            ]
+            list(pool.map(_run, commands))
+        built = folder / path.name
+        objects = [str(out) for out, _, _ in jobs]
+        _run((*compiler, "-shared", "-pthread", *extra_flags, *objects, "-o", str(built)))
+        built.replace(path)
+    log.info("Compiled the CPU kernels in %.1f s.", time.monotonic() - started)
+
+
+def _run(command: Sequence[str]) -> None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoCompilerError(f"{command[0]} could not be run to build the CPU kernels: {error}.") from error
+    if result.returncode:
+        raise NoCompilerError(
+            f"{' '.join(command)} failed, so the CPU kernels cannot be built: {result.stderr.strip()[-2000:]}"
+        )

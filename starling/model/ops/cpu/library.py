@@ -1,0 +1,81 @@
+"""The C interface of native/api.cpp, as ctypes sees it."""
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+from starling.model.ops.cpu.compiler import library_path
+
+POINTER, INT64, INT32, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class Linear(ctypes.Structure):
+    """`struct Linear` of types.h."""
+
+    _fields_ = (
+        ("weight", POINTER), ("scales", POINTER), ("zeros", POINTER),
+        ("rows", INT64), ("columns", INT64), ("group", INT64), ("bits", INT64),
+    )  # fmt: skip
+
+
+class Step(ctypes.Structure):
+    """`struct Step` of types.h."""
+
+    _fields_ = (
+        ("tokens", INT64), ("requests", INT64), ("table_stride", INT64), ("positions", POINTER), ("slots", POINTER),
+        ("query_starts", POINTER), ("context_lens", POINTER), ("block_tables", POINTER), ("prompt_tokens", POINTER),
+    )  # fmt: skip
+
+
+class Shape(ctypes.Structure):
+    """`struct Shape` of types.h."""
+
+    _fields_ = (
+        ("hidden", INT64), ("intermediate", INT64), ("heads", INT64), ("kv_heads", INT64), ("dim", INT64),
+        ("window", INT64), ("block_size", INT64), ("half", INT64), ("eps", FLOAT),
+    )  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    """`struct Layer` of types.h."""
+
+    _fields_ = (
+        ("input_norm", POINTER), ("qkv", POINTER), ("out", POINTER), ("post_attention_norm", POINTER),
+        ("gate_up", POINTER), ("down", POINTER), ("keys", POINTER), ("values", POINTER),
+    )  # fmt: skip
+
+
+# name → (result, arguments)
+FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "starling_usable_isa": (ctypes.c_char_p, (INT32,)),
+    "starling_open": (POINTER, (INT32, ctypes.c_char_p)),
+    "starling_close": (None, (POINTER,)),
+    "starling_linear": (None, (POINTER, POINTER, POINTER, INT64, POINTER, INT32, POINTER)),
+    "starling_add_norm": (None, (POINTER, POINTER, POINTER, POINTER, POINTER, INT64, INT64, FLOAT)),
+    "starling_rotate_and_write": (None, (POINTER,) * 8),
+    "starling_attention": (None, (POINTER,) * 7),
+    "starling_silu_mul": (None, (POINTER, POINTER, POINTER, INT64, INT64)),
+    "starling_embed": (None, (POINTER, POINTER, POINTER, POINTER, INT64, INT64)),
+    "starling_layers": (None, (POINTER, POINTER, INT64, POINTER, POINTER, POINTER, INT32, POINTER, POINTER)),
+    "starling_pack_awq": (None, (POINTER,) * 5),
+    "starling_pack_half": (None, (POINTER,) * 3),
+}
+
+
+@lru_cache(maxsize=4)
+def load(path: Path | None = None) -> ctypes.CDLL:
+    """The compiled library (built first if need be), with its functions' types declared. Raises NoCompilerError."""
+    library = ctypes.CDLL(str(path or library_path()))
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def usable_instruction_sets(library: ctypes.CDLL | None = None) -> list[str]:
+    """The names that CpuOps' `isa` accepts on this machine, best first."""
+    found: list[str] = []
+    lib = library or load()
+    while (name := lib.starling_usable_isa(len(found))) is not None:
+        found.append(name.decode())
+    return found

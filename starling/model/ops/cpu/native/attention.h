@@ -1,0 +1,225 @@
+// Attention over the paged cache, for rows that share a key/value head: a token's query heads, or several tokens'.
+//
+// Positions are cut into splits of 256 at absolute multiples. A row's split is computed in one order (scores; their
+// maximum; e^(score - maximum), summed in 16 lanes; values in ascending position), and its splits are merged in
+// ascending order. Decode and prefill, one thread or many, alone or in a batch: the same operations on the same numbers.
+#pragma once
+
+namespace {
+
+constexpr int kRowTile = 4;
+constexpr int kPositionTile = kLanes / kRowTile;  // kRowTile * kPositionTile dot products fill one register
+
+struct Rows {  // up to 4 query rows
+  int count;
+  const float* q[kRowTile];      // scaled by 1 / sqrt(dim), padded to a multiple of 16
+  int64_t low[kRowTile], high[kRowTile];  // visible positions [low, high)
+};
+
+// scores[r][p] for positions [0, count) of the tile, count a multiple of 16; `keys` point at each position's key.
+template <class T>
+inline void score(const Rows& rows, const T* const* keys, int64_t count, int64_t dim, float (*scores)[kKvSplit]) {
+  for (int64_t p = 0; p < count; p += kPositionTile) {
+    V acc[kRowTile * kPositionTile];
+    for (int i = 0; i < kRowTile * kPositionTile; i++) acc[i] = v_zero();
+    for (int i = 0; i < kPositionTile; i++) {  // 8 positions ahead
+      const T* next = keys[p + i + 8 < count ? p + i + 8 : p];
+      for (int64_t b = 0; b < dim * (int64_t)sizeof(T); b += 64) __builtin_prefetch((const char*)next + b);
+    }
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      V k[kPositionTile];
+#pragma GCC unroll 4
+      for (int i = 0; i < kPositionTile; i++) k[i] = v_load(keys[p + i] + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRowTile; r++) {
+        const V q = v_load(rows.q[r] + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < kPositionTile; i++)
+          acc[r * kPositionTile + i] = v_fma(q, k[i], acc[r * kPositionTile + i]);
+      }
+    }
+    float sums[kLanes];
+    v_store(sums, v_sum_rows(acc));
+    for (int r = 0; r < kRowTile; r++) memcpy(&scores[r][p], sums + r * kPositionTile, kPositionTile * sizeof(float));
+  }
+}
+
+// out[r][d] = sum over positions of weights[r][p] * values[p][d], for Depth registers of d from `first` on.
+template <int Depth, class T>
+inline void weigh(const T* const* values, int64_t first, int64_t count, const float (*weights)[kKvSplit],
+                  float (*out)[kMaxHeadDim]) {
+  V acc[kRowTile][Depth];
+  for (int r = 0; r < kRowTile; r++)
+    for (int i = 0; i < Depth; i++) acc[r][i] = v_zero();
+  for (int64_t p = 0; p < count; p++) {
+    if (p + 8 < count)
+      for (int b = 0; b < Depth * kLanes * (int)sizeof(T); b += 64) __builtin_prefetch((const char*)(values[p + 8] + first) + b);
+    V v[Depth];
+#pragma GCC unroll 4
+    for (int i = 0; i < Depth; i++) v[i] = v_load(values[p] + first + i * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowTile; r++) {
+      const V w = v_set(weights[r][p]);
+#pragma GCC unroll 4
+      for (int i = 0; i < Depth; i++) acc[r][i] = v_fma(w, v[i], acc[r][i]);
+    }
+  }
+  for (int r = 0; r < kRowTile; r++)
+    for (int i = 0; i < Depth; i++) v_store(out[r] + first + i * kLanes, acc[r][i]);
+}
+
+struct State {  // a row's softmax so far: sums of e^(score - largest) * value, and of e^(score - largest)
+  float largest, total;
+};
+
+inline float exp_one(float x) {
+  float lanes[16];
+  f_store(lanes, f_exp(f_set(x)));
+  return lanes[0];
+}
+
+// Adds a later split to the sums so far. `empty` states hold nothing.
+inline void merge_split(State& state, float* sums, const State& later, const float* later_sums, int64_t dim) {
+  if (later.total == 0.0f) return;
+  if (state.total == 0.0f) {
+    state = later;
+    memcpy(sums, later_sums, dim * sizeof(float));
+    return;
+  }
+  const float largest = state.largest > later.largest ? state.largest : later.largest;
+  const float keep = exp_one(state.largest - largest), add = exp_one(later.largest - largest);
+  state.largest = largest;
+  state.total = state.total * keep + later.total * add;
+  for (int64_t d = 0; d < dim; d += 16) {
+    const F scaled = f_mul(load_some(sums + d, dim - d), f_set(keep));
+    store_some(sums + d, f_fma(load_some(later_sums + d, dim - d), f_set(add), scaled), dim - d);
+  }
+}
+
+inline void finish(const State& state, const float* sums, float* out, int64_t dim) {
+  const F scale = f_set(1.0f / state.total);
+  for (int64_t d = 0; d < dim; d += 16) store_some(out + d, f_mul(load_some(sums + d, dim - d), scale), dim - d);
+}
+
+// One split for up to 4 rows. Positions [base, base + count) have their keys and values at the pointers.
+template <class T>
+inline void split_rows(const Rows& rows, const T* const* keys, const T* const* values, int64_t base, int64_t count,
+                       int64_t dim, State* states, float (*sums)[kMaxHeadDim]) {
+  alignas(64) float scores[kRowTile][kKvSplit];
+  score(rows, keys, count, dim, scores);
+  for (int r = 0; r < kRowTile; r++) {
+    const int64_t low = rows.low[r] - base, high = rows.high[r] - base;
+    if (r >= rows.count || low >= count || high <= 0) {
+      states[r] = {0.0f, 0.0f};
+      for (int64_t p = 0; p < count; p++) scores[r][p] = 0.0f;
+      continue;
+    }
+    for (int64_t p = 0; p < low; p++) scores[r][p] = -__builtin_inff();
+    for (int64_t p = high < count ? high : count; p < count; p++) scores[r][p] = -__builtin_inff();
+    F top = f_load(scores[r]);
+    for (int64_t p = 16; p < count; p += 16) top = f_max(top, f_load(scores[r] + p));
+    const float largest = f_largest(top);
+    F total = f_zero();
+    for (int64_t p = 0; p < count; p += 16) {
+      const F e = f_exp(f_sub(f_load(scores[r] + p), f_set(largest)));
+      f_store(scores[r] + p, e);
+      total = f_add(total, e);
+    }
+    states[r] = {largest, f_sum(total)};
+  }
+  int64_t d = 0;
+  for (; d + kDepth * kLanes <= dim; d += kDepth * kLanes) weigh<kDepth>(values, d, count, scores, sums);
+  for (; d < dim; d += kLanes) weigh<1>(values, d, count, scores, sums);
+}
+
+template <class T> void attend_as(const Attention* a, const AttentionItem* item) {
+  const int64_t dim = a->dim, group = a->heads / a->kv_heads, rows = item->tokens * group;
+  const int64_t padded = (dim + 15) / 16 * 16;
+  const int64_t context = a->context_lens[item->request], request_start = a->query_starts[item->request];
+  const int64_t first_position = context - (a->query_starts[item->request + 1] - request_start);
+  const int32_t* table = a->block_tables + item->request * a->table_stride;
+  alignas(64) float q[kAttentionRows][kMaxHeadDim];
+  alignas(64) float sums[kAttentionRows][kMaxHeadDim];
+  State states[kAttentionRows];
+  // A head_dim that registers do not divide is copied to rows padded with zeros.
+  T* staged = dim == padded ? nullptr : (T*)__builtin_alloca(2 * kKvSplit * padded * sizeof(T));
+  const float scale = 1.0f / __builtin_sqrtf((float)dim);
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t token = item->first_token + r / group, head = item->kv_head * group + r % group;
+    const float* from = a->q + (token * a->heads + head) * dim;
+    for (int64_t d = 0; d < padded; d++) q[r][d] = d < dim ? from[d] * scale : 0.0f;
+    states[r] = {0.0f, 0.0f};
+  }
+  const int64_t earliest = first_position + item->first_token - request_start;
+  const int64_t end = earliest + item->tokens;  // one past the last visible position of the last token
+  const int64_t begin = a->window && earliest - a->window + 1 > 0 ? earliest - a->window + 1 : 0;
+  for (int64_t split = item->first_split; split < item->last_split; split++) {
+    // Sixteens of the split that hold a visible position; others of the same split add exact zeros.
+    const int64_t split_begin = split * kKvSplit, split_end = split_begin + kKvSplit;
+    const int64_t from = begin > split_begin ? begin : split_begin, to = end < split_end ? end : split_end;
+    if (from >= to) continue;
+    const int64_t base = from / 16 * 16, count = (to + 15) / 16 * 16 - base;
+    const T *keys[kKvSplit], *values[kKvSplit];
+    for (int64_t p = 0; p < count; p++) {
+      const int64_t position = base + p < from ? from : base + p >= to ? to - 1 : base + p;
+      const int64_t block = table[position / a->block_size], offset = position % a->block_size;
+      const int64_t at = ((block * a->kv_heads + item->kv_head) * a->block_size + offset) * dim;
+      keys[p] = (const T*)a->keys + at;
+      values[p] = (const T*)a->values + at;
+      if (staged) {
+        T *key = staged + p * padded, *value = staged + (kKvSplit + p) * padded;
+        memset(key + dim, 0, (padded - dim) * sizeof(T));
+        memset(value + dim, 0, (padded - dim) * sizeof(T));
+        keys[p] = (const T*)memcpy(key, keys[p], dim * sizeof(T));
+        values[p] = (const T*)memcpy(value, values[p], dim * sizeof(T));
+      }
+    }
+    for (int64_t r = 0; r < rows; r += kRowTile) {
+      Rows tile;
+      State later[kRowTile];
+      alignas(64) float later_sums[kRowTile][kMaxHeadDim];
+      tile.count = (int)(rows - r < kRowTile ? rows - r : kRowTile);
+      for (int i = 0; i < kRowTile; i++) {
+        const int64_t row = i < tile.count ? r + i : r;
+        tile.q[i] = q[row];
+        tile.high[i] = earliest + row / group + 1;
+        tile.low[i] = a->window && tile.high[i] > a->window ? tile.high[i] - a->window : 0;
+      }
+      split_rows(tile, keys, values, base, count, padded, later, later_sums);
+      for (int i = 0; i < tile.count; i++) merge_split(states[r + i], sums[r + i], later[i], later_sums[i], dim);
+    }
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t token = item->first_token + r / group, head = item->kv_head * group + r % group;
+    if (item->partial) {
+      float* partial = item->partial + r * (dim + 2);
+      memcpy(partial, sums[r], dim * sizeof(float));
+      partial[dim] = states[r].largest;
+      partial[dim + 1] = states[r].total;
+    } else {
+      finish(states[r], sums[r], a->out + (token * a->heads + head) * dim, dim);
+    }
+  }
+}
+
+void attend(const Attention* a, const AttentionItem* item) {
+  if (a->half) attend_as<uint16_t>(a, item);
+  else attend_as<float>(a, item);
+}
+
+// Items that differ only in their splits, in ascending order.
+void merge(const Attention* a, const AttentionItem* items, int count) {
+  const int64_t dim = a->dim, group = a->heads / a->kv_heads;
+  alignas(64) float sums[kMaxHeadDim];
+  for (int64_t r = 0; r < items->tokens * group; r++) {
+    State state = {0.0f, 0.0f};
+    for (int i = 0; i < count; i++) {
+      const float* partial = items[i].partial + r * (dim + 2);
+      merge_split(state, sums, State{partial[dim], partial[dim + 1]}, partial, dim);
+    }
+    const int64_t token = items->first_token + r / group, head = items->kv_head * group + r % group;
+    finish(state, sums, a->out + (token * a->heads + head) * dim, dim);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,204 @@
+#include "context.h"
+
+#include <algorithm>
+
+#include "repack.h"
+
+namespace {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of one kind, cut into the tiles that the kernels have: 16, 8, 4, 3, 2 or 1 rows.
+void cut_tiles(int rows, int planes, int widest, int columns, std::vector<Tile>& tiles) {
+  int first = tiles.empty() ? 0 : tiles.back().first + tiles.back().rows;
+  int64_t offset = tiles.empty() ? 0 : tiles.back().offset + (int64_t)tiles.back().rows * tiles.back().planes * columns;
+  while (rows > 0) {
+    int take = 0;
+    for (int size : {16, 8, 4, 3, 2, 1})
+      if (size <= rows && size * planes <= widest) {
+        take = size;
+        break;
+      }
+    tiles.push_back(Tile{first, take, planes, offset});
+    first += take;
+    rows -= take;
+    offset += (int64_t)take * planes * columns;
+  }
+}
+
+}  // namespace
+
+void Context::linear(const Linear& w, const float* x, int64_t tokens, const uint8_t* prompt_tokens,
+                     Precision precision, float* y) {
+  for (int64_t t = 0; t < tokens; t += kMaxTokens)
+    pass(w, x + t * w.columns, std::min<int64_t>(kMaxTokens, tokens - t), prompt_tokens ? prompt_tokens + t : nullptr,
+         precision, y + t * w.rows);
+}
+
+void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_t* prompt_tokens, Precision precision,
+                   float* y) {
+  const bool floats = precision == kFloat32 || w.bits == 16;
+  const int rows = (int)tokens;
+  order_.resize(rows);
+  tiles_.clear();
+  Activations a{};
+  a.rows = rows;
+  a.x = x;
+  a.columns = w.columns;
+  a.group = w.group;
+  if (floats) {
+    for (int i = 0; i < rows; i++) order_[i] = i;
+  } else {
+    auto coarse = [&](int i) { return precision == kInt8 || (precision == kAuto && prompt_tokens && prompt_tokens[i]); };
+    int packed = 0;
+    for (int i = 0; i < rows; i++)
+      if (coarse(i)) order_[packed++] = i;
+    const int coarse_rows = packed;
+    for (int i = 0; i < rows; i++)
+      if (!coarse(i)) order_[packed++] = i;
+    cut_tiles(coarse_rows, 1, kernels_->planes, (int)w.columns, tiles_);
+    cut_tiles(rows - coarse_rows, 2, kernels_->planes, (int)w.columns, tiles_);
+    const int64_t planes = coarse_rows + 2 * (rows - coarse_rows), groups = w.columns / w.group;
+    a.planes = planes_.get(planes * w.columns);
+    a.minus_sums = minus_sums_.get(planes * groups);
+    a.scales = scales_.get(rows * groups);
+  }
+  a.order = order_.data();
+  a.tile = tiles_.data();
+  a.tiles = (int32_t)tiles_.size();
+  if (!floats) {
+    auto tile = [&](int64_t t) {
+      for (int r = 0; r < tiles_[t].rows; r++) kernels_->quantize(&a, (int)t, r);
+    };
+    if (rows <= 2)
+      for (int t = 0; t < a.tiles; t++) tile(t);
+    else
+      pool_.run(a.tiles, tile);
+  }
+  const int64_t blocks = ceil_div(w.rows, kBlockRows);
+  // Chunks small enough to even out a busy core, large enough to stream: 8 per thread, 8 blocks at most.
+  const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(8, blocks / (8 * pool_.threads())));
+  pool_.run(ceil_div(blocks, chunk), [&](int64_t i) {
+    kernels_->linear(&w, &a, precision, y, i * chunk, std::min(blocks, (i + 1) * chunk));
+  });
+}
+
+void Context::add_norm(const float* x, float* residual, const uint16_t* weight, float* out, int64_t tokens,
+                       int64_t hidden, float eps) {
+  auto row = [&](int64_t t) {
+    kernels_->add_norm(x ? x + t * hidden : nullptr, residual + t * hidden, weight, out + t * hidden, hidden, eps);
+  };
+  if (tokens <= 4)
+    for (int64_t t = 0; t < tokens; t++) row(t);
+  else
+    pool_.run(tokens, row);
+}
+
+void Context::rotate_and_write(const RotaryWrite& write, int64_t tokens) {
+  if (tokens <= 4) return kernels_->rotate_and_write(&write, 0, tokens);
+  pool_.run(tokens, [&](int64_t t) { kernels_->rotate_and_write(&write, t, t + 1); });
+}
+
+void Context::attention(const Attention& a) {
+  const int64_t group = a.heads / a.kv_heads, most_tokens = std::max<int64_t>(1, kAttentionRows / group);
+  items_.clear();
+  for (int64_t r = 0; r < a.requests; r++) {
+    const int64_t start = a.query_starts[r], end = a.query_starts[r + 1], first = a.context_lens[r] - (end - start);
+    for (int64_t t = start; t < end; t += most_tokens) {
+      const int64_t tokens = std::min(most_tokens, end - t), earliest = first + t - start;
+      const int64_t low = a.window ? std::max<int64_t>(0, earliest - a.window + 1) : 0;
+      for (int64_t h = 0; h < a.kv_heads; h++)
+        items_.push_back(AttentionItem{(int32_t)r, (int32_t)t, (int32_t)tokens, (int32_t)h, (int32_t)(low / kKvSplit),
+                                       (int32_t)ceil_div(earliest + tokens, kKvSplit), nullptr});
+    }
+  }
+  const int64_t whole = (int64_t)items_.size();
+  if (whole >= 8 * pool_.threads() || pool_.threads() == 1) {
+    // The latest items see the most positions: take them first.
+    pool_.run(whole, [&](int64_t i) { kernels_->attention(&a, &items_[whole - 1 - i]); });
+    return;
+  }
+  // Too few to go round: each split by itself, then merged, by the same arithmetic.
+  std::vector<int64_t> first_split(whole + 1, 0);
+  std::vector<AttentionItem> splits;
+  int64_t floats = 0;
+  for (int64_t i = 0; i < whole; i++) {
+    AttentionItem item = items_[i];
+    for (int32_t s = items_[i].first_split; s < items_[i].last_split; s++) {
+      item.first_split = s;
+      item.last_split = s + 1;
+      splits.push_back(item);
+      floats += item.tokens * group * (a.dim + 2);
+    }
+    first_split[i + 1] = (int64_t)splits.size();
+  }
+  float* partial = partials_.get(floats);
+  for (auto& item : splits) {
+    item.partial = partial;
+    partial += item.tokens * group * (a.dim + 2);
+  }
+  pool_.run((int64_t)splits.size(), [&](int64_t i) { kernels_->attention(&a, &splits[i]); });
+  for (int64_t i = 0; i < whole; i++)
+    kernels_->merge(&a, &splits[first_split[i]], (int)(first_split[i + 1] - first_split[i]));
+}
+
+void Context::silu_mul(const float* gate_up, float* out, int64_t tokens, int64_t intermediate) {
+  const int64_t chunk = 4096, chunks = ceil_div(intermediate, chunk);
+  pool_.run(tokens * chunks, [&](int64_t i) {
+    const int64_t t = i / chunks, from = i % chunks * chunk;
+    const float* gate = gate_up + t * 2 * intermediate + from;
+    kernels_->silu_mul(gate, gate + intermediate, out + t * intermediate + from, std::min(chunk, intermediate - from));
+  });
+}
+
+void Context::embed(const int64_t* ids, const uint16_t* table, float* out, int64_t tokens, int64_t hidden) {
+  for (int64_t t = 0; t < tokens; t++) kernels_->widen(table + ids[t] * hidden, out + t * hidden, hidden);
+}
+
+void Context::layers(const Layer* layers, int64_t count, const Shape& shape, const Step& step, const float* rotary,
+                     Precision precision, float* x, float* residual) {
+  const int64_t tokens = step.tokens, hidden = shape.hidden;
+  const int64_t q_size = shape.heads * shape.dim, kv_size = shape.kv_heads * shape.dim;
+  float* normed = normed_.get(tokens * hidden);
+  float* qkv = qkv_.get(tokens * (q_size + 2 * kv_size));
+  float* q = q_.get(tokens * q_size);
+  float* attended = attended_.get(tokens * q_size);
+  float* gate_up = gate_up_.get(tokens * 2 * shape.intermediate);
+  float* act = act_.get(tokens * shape.intermediate);
+  memcpy(residual, x, tokens * hidden * sizeof(float));
+  for (const Layer* layer = layers; layer < layers + count; layer++) {
+    add_norm(layer == layers ? nullptr : x, residual, layer->input_norm, normed, tokens, hidden, shape.eps);
+    linear(*layer->qkv, normed, tokens, step.prompt_tokens, precision, qkv);
+    rotate_and_write(RotaryWrite{qkv, step.positions, step.slots, rotary, layer->keys, layer->values, q, shape.heads,
+                                 shape.kv_heads, shape.dim, shape.block_size, shape.half},
+                     tokens);
+    attention(Attention{q, layer->keys, layer->values, attended, step.query_starts, step.context_lens,
+                        step.block_tables, step.table_stride, step.requests, shape.heads, shape.kv_heads, shape.dim,
+                        shape.block_size, shape.window, shape.half});
+    linear(*layer->out, attended, tokens, step.prompt_tokens, precision, x);
+    add_norm(x, residual, layer->post_attention_norm, normed, tokens, hidden, shape.eps);
+    linear(*layer->gate_up, normed, tokens, step.prompt_tokens, precision, gate_up);
+    silu_mul(gate_up, act, tokens, shape.intermediate);
+    linear(*layer->down, act, tokens, step.prompt_tokens, precision, x);
+  }
+}
+
+void Context::pack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, const Linear& out) {
+  const int64_t blocks = ceil_div(out.rows, kBlockRows), chunk = 8;  // 8 blocks read one cache line of AWQ words
+  pool_.run(ceil_div(blocks, chunk), [&](int64_t i) {
+    repack_awq(qweight, qzeros, scales, out.rows, out.columns, out.group, (uint8_t*)out.weight, (uint16_t*)out.scales,
+               (uint8_t*)out.zeros, i * chunk, std::min(blocks, (i + 1) * chunk));
+  });
+}
+
+void Context::pack_half(const uint16_t* matrix, const Linear& out) {
+  const int64_t blocks = ceil_div(out.rows, kBlockRows), chunk = 8;
+  pool_.run(ceil_div(blocks, chunk), [&](int64_t i) {
+    const int64_t first = i * chunk, last = std::min(blocks, (i + 1) * chunk);
+    if (out.bits == 8)
+      repack_half_to_8(matrix, out.rows, out.columns, out.group, (uint8_t*)out.weight, (uint16_t*)out.scales, first,
+                       last, kernels_);
+    else
+      repack_half(matrix, out.rows, out.columns, (uint16_t*)out.weight, first, last);
+  });
+}

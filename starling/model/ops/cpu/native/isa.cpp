@@ -1,0 +1,84 @@
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+extern const Kernels kernels_avx512vnni, kernels_avx512, kernels_avxvnni, kernels_avx2;
+#endif
+extern const Kernels kernels_portable;
+#if defined(__aarch64__)
+extern const Kernels kernels_neondot;
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace {
+
+struct Set {
+  const char* name;
+  const Kernels* kernels;
+  bool usable;
+};
+
+#if defined(__x86_64__)
+struct Cpu {
+  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false;
+  Cpu() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, f16c = c >> 29 & 1;
+    if (!osxsave || !fma || !f16c) return;
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & 0x6) != 0x6) return;               // the system saves ymm registers
+    const bool zmm = (low & 0xe6) == 0xe6;        // and zmm
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    avx2 = b >> 5 & 1;
+    avx512 = avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // F DQ BW VL
+    avx512vnni = avx512 && (c >> 11 & 1);
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) avxvnni = avx2 && (a >> 4 & 1);
+  }
+};
+#endif
+
+const Set* sets() {
+#if defined(__x86_64__)
+  static const Cpu cpu;
+  static const Set all[] = {
+      {"avx512vnni", &kernels_avx512vnni, cpu.avx512vnni},
+      {"avxvnni", &kernels_avxvnni, cpu.avxvnni},
+      {"avx512", &kernels_avx512, cpu.avx512},
+      {"avx2", &kernels_avx2, cpu.avx2},
+      {"portable", &kernels_portable, true},
+      {nullptr, nullptr, false},
+  };
+#elif defined(__aarch64__)
+#if defined(__linux__)
+  const bool dot = getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#else
+  const bool dot = true;  // every Apple chip with arm64 macOS
+#endif
+  static const Set all[] = {
+      {"neondot", &kernels_neondot, dot},
+      {"portable", &kernels_portable, true},
+      {nullptr, nullptr, false},
+  };
+#else
+  static const Set all[] = {{"portable", &kernels_portable, true}, {nullptr, nullptr, false}};
+#endif
+  return all;
+}
+
+}  // namespace
+
+const Kernels* find_kernels(const char* name) {
+  for (const Set* set = sets(); set->name; set++)
+    if (set->usable && (!strcmp(name, "auto") || !strcmp(name, set->name))) return set->kernels;
+  return nullptr;
+}
+
+const char* usable_isa(int i) {
+  for (const Set* set = sets(); set->name; set++)
+    if (set->usable && i-- == 0) return set->name;
+  return nullptr;
+}

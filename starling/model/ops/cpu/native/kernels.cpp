@@ -1,0 +1,23 @@
+// The kernels, compiled once per instruction set with STARLING_ISA naming it. Nothing here may call an inline
+// function of the C++ library: the linker could keep the copy that another instruction set compiled.
+#include "types.h"
+
+#if defined(__AVX512F__)
+#include "vector_avx512.h"
+#elif defined(__AVX2__)
+#include "vector_avx2.h"
+#else
+#include "vector_portable.h"
+#endif
+
+#include "linear.h"
+#include "elementwise.h"
+#include "attention.h"
+
+#define STARLING_JOIN(a, b) a##b
+#define STARLING_NAME(isa) STARLING_JOIN(kernels_, isa)
+
+extern const Kernels STARLING_NAME(STARLING_ISA);
+const Kernels STARLING_NAME(STARLING_ISA) = {
+    kPlanes, quantize, linear, attend, merge, rotate_and_write, add_norm, silu_mul, widen,
+};

@@ -1,0 +1,287 @@
+// y = x W for one block of 16 output rows at a time.
+//
+// Every output element is summed in one order, whatever the tile it is computed in: groups of columns in ascending
+// order, a group's products as an exact integer (or, in float32, as two chains over its even and odd columns). So
+// a token's result does not depend on the tokens beside it.
+#pragma once
+
+namespace {
+
+constexpr int kPanelColumns = 512;  // columns unpacked to L1 at a time: 16 rows * 512 bytes
+
+inline float tile_limit(const Tile& tile) { return tile.planes == 1 ? 127.0f : 32639.0f; }  // 127 * 256 + 127
+
+void quantize(const Activations* a, int index, int row) {
+  const Tile& tile = a->tile[index];
+  const int64_t group = a->group, groups = a->columns / group;
+  const int stride = tile.rows * tile.planes;
+  const float* x = a->x + (int64_t)a->order[tile.first + row] * a->columns;
+  int8_t* planes = a->planes + tile.offset + row * tile.planes * group;
+  int32_t* minus_sums = a->minus_sums + tile.offset / group + row * tile.planes;
+  float* scales = a->scales + (int64_t)tile.first * groups + row;
+  const float limit = tile_limit(tile);
+  for (int64_t g = 0; g < groups; g++, x += group, planes += stride * group, minus_sums += stride, scales += tile.rows) {
+    F top = f_abs(f_load(x));
+    for (int64_t k = 16; k < group; k += 16) top = f_max(top, f_abs(f_load(x + k)));
+    const float largest = f_largest(top);
+    *scales = largest / limit;
+    const F inverse = f_set(largest > 1e-30f ? limit / largest : 0.0f);
+    if (tile.planes == 1) {
+      I sum = i_zero();
+      for (int64_t k = 0; k < group; k += 16) {
+        I q = i_from(f_mul(f_load(x + k), inverse));
+        sum = i_add(sum, q);
+        i_store_bytes(planes + k, q);
+      }
+      minus_sums[0] = -i_sum(sum) & 0xffff;
+    } else {
+      I high_sum = i_zero(), low_sum = i_zero();
+      for (int64_t k = 0; k < group; k += 16) {
+        I q = i_from(f_mul(f_load(x + k), inverse));
+        I high = i_right<8>(i_add(q, i_set(128))), low = i_sub(q, i_left<8>(high));
+        high_sum = i_add(high_sum, high);
+        low_sum = i_add(low_sum, low);
+        i_store_bytes(planes + k, high);
+        i_store_bytes(planes + group + k, low);
+      }
+      minus_sums[0] = -i_sum(high_sum) & 0xffff;
+      minus_sums[1] = -i_sum(low_sum) & 0xffff;
+    }
+  }
+}
+
+// One group of a tile of R rows of P planes each: sums[r] += scale * activation scale * (integer sum).
+template <int R, int P, class Weights>
+inline void integer_group(const Weights& weights, const int8_t* a, const int32_t* minus_sums, const float* scales,
+                          F weight_scale, I zero, F* sums, int group) {
+  I acc[R * P];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * P; i++) acc[i] = i_times_int16(zero, minus_sums[i]);
+  dots<R * P>(acc, weights, a, group, group);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    I total = P == 1 ? acc[r] : i_add(i_left<8>(acc[r * P]), acc[r * P + P - 1]);
+    sums[r] = f_fma(f_from(total), f_mul(weight_scale, f_set(scales[r])), sums[r]);
+  }
+}
+
+inline void store_rows(float* y, F sum, int64_t rows) {
+  if (rows >= 16) {
+    f_store(y, sum);
+  } else {
+    float all[16];
+    f_store(all, sum);
+    memcpy(y, all, rows * sizeof(float));
+  }
+}
+
+struct Block {  // one block of 16 rows of an integer weight
+  const uint8_t* weight;
+  const uint16_t* scales;
+  const uint8_t* zeros;  // null: 128
+  int64_t group_bytes;
+  inline I zero(int64_t g) const { return zeros ? i_load_nibbles(zeros + g * 8) : i_set(128); }
+};
+
+// All groups of one tile, weights straight from memory: for a step of few tokens.
+template <int R, int P, class Weights>
+void stream_tile(const Block& block, const Activations* a, const Tile& tile, float* y, int64_t ldy, int64_t rows) {
+  const int64_t groups = a->columns / a->group;
+  const int group = (int)a->group;
+  const int8_t* planes = a->planes + tile.offset;
+  const int32_t* minus_sums = a->minus_sums + tile.offset / group;
+  const float* scales = a->scales + tile.first * groups;
+  F sums[R];
+  for (int r = 0; r < R; r++) sums[r] = f_zero();
+  for (int64_t g = 0; g < groups; g++) {
+    __builtin_prefetch(block.scales + g * 16 + 256);
+    if (block.zeros) __builtin_prefetch(block.zeros + g * 8 + 128);
+    Weights weights{block.weight + g * block.group_bytes};
+    integer_group<R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R,
+                        f_load_half(block.scales + g * 16), block.zero(g), sums, group);
+  }
+  for (int r = 0; r < R; r++) store_rows(y + a->order[tile.first + r] * ldy, sums[r], rows);
+}
+
+// Groups [first, last) of one tile; `bytes` holds their weights, one to a byte. Sums are kept between calls.
+template <int R, int P, class Weights>
+void panel_tile(const Block& block, const uint8_t* bytes, int64_t first, int64_t last, const Activations* a,
+                const Tile& tile, float* kept) {
+  const int64_t groups = a->columns / a->group;
+  const int group = (int)a->group;
+  const int8_t* planes = a->planes + tile.offset;
+  const int32_t* minus_sums = a->minus_sums + tile.offset / group;
+  const float* scales = a->scales + tile.first * groups;
+  F sums[R];
+  for (int r = 0; r < R; r++) sums[r] = f_load(kept + (tile.first + r) * 16);
+  for (int64_t g = first; g < last; g++) {
+    Weights weights;
+    weights.at = bytes + (g - first) * group * 16;
+    integer_group<R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R,
+                        f_load_half(block.scales + g * 16), block.zero(g), sums, group);
+  }
+  for (int r = 0; r < R; r++) f_store(kept + (tile.first + r) * 16, sums[r]);
+}
+
+// Calls f.template run<rows, planes per row>() for the tile's shape.
+template <class Run> inline void for_shape(const Tile& tile, const Run& run) {
+  if (tile.planes == 1) {
+    switch (tile.rows) {
+      case 1: return run.template call<1, 1>();
+      case 2: return run.template call<2, 1>();
+      case 3: return run.template call<3, 1>();
+      case 4: return run.template call<4, 1>();
+      case 8: if constexpr (kPlanes >= 8) return run.template call<8, 1>(); break;
+      case 16: if constexpr (kPlanes >= 16) return run.template call<16, 1>(); break;
+    }
+  } else {
+    switch (tile.rows) {
+      case 1: return run.template call<1, 2>();
+      case 2: return run.template call<2, 2>();
+      case 3: if constexpr (kPlanes >= 8) return run.template call<3, 2>(); break;
+      case 4: if constexpr (kPlanes >= 8) return run.template call<4, 2>(); break;
+      case 8: if constexpr (kPlanes >= 16) return run.template call<8, 2>(); break;
+    }
+  }
+  __builtin_trap();  // the tiler makes no other shape
+}
+
+template <class Weights> struct Stream {
+  const Block& block;
+  const Activations* a;
+  const Tile& tile;
+  float* y;
+  int64_t ldy, rows;
+  template <int R, int P> void call() const { stream_tile<R, P, Weights>(block, a, tile, y, ldy, rows); }
+};
+
+template <class Weights> struct Panel {
+  const Block& block;
+  const uint8_t* bytes;
+  int64_t first, last;
+  const Activations* a;
+  const Tile& tile;
+  float* kept;
+  template <int R, int P> void call() const { panel_tile<R, P, Weights>(block, bytes, first, last, a, tile, kept); }
+};
+
+void integer_block(const Linear* w, const Block& block, const Activations* a, float* y, int64_t rows) {
+  const int64_t ldy = w->rows, group = w->group, groups = w->columns / group;
+  if (a->tiles == 1) {
+    if (w->bits == 4) return for_shape(a->tile[0], Stream<Nibbles>{block, a, a->tile[0], y, ldy, rows});
+    return for_shape(a->tile[0], Stream<EightBits>{block, a, a->tile[0], y, ldy, rows});
+  }
+  alignas(64) float kept[kMaxTokens * 16];
+  alignas(64) uint8_t bytes[kPanelColumns * 16];
+  for (int i = 0; i < a->rows; i++) f_store(kept + i * 16, f_zero());
+  const int64_t panel = kPanelColumns / group;
+  for (int64_t first = 0; first < groups; first += panel) {
+    const int64_t last = first + panel < groups ? first + panel : groups;
+    const uint8_t* from = block.weight + first * block.group_bytes;
+    if (w->bits == 4) {
+      const Nibbles nibbles{from};
+      for (int64_t pair = 0; pair < (last - first) * group / 8; pair++) {
+        I low, high;
+        nibbles.steps((int)pair, low, high);
+        nibbles.prefetch((int)pair);
+        i_store(bytes + pair * 128, low);
+        i_store(bytes + pair * 128 + 64, high);
+      }
+      for (int t = 0; t < a->tiles; t++)
+        for_shape(a->tile[t], Panel<Bytes>{block, bytes, first, last, a, a->tile[t], kept});
+    } else {
+      for (int t = 0; t < a->tiles; t++)
+        for_shape(a->tile[t], Panel<EightBits>{block, from, first, last, a, a->tile[t], kept});
+    }
+  }
+  for (int i = 0; i < a->rows; i++) store_rows(y + a->order[i] * ldy, f_load(kept + i * 16), rows);
+}
+
+// R rows of float32 activations times `columns` columns; `weights` [columns][16] as floats or as fp16.
+template <int R, class Load>
+inline void float_group(const Load& load, const float* const* x, int64_t columns, F scale, F* sums) {
+  F even[R], odd[R];
+  for (int r = 0; r < R; r++) even[r] = odd[r] = f_zero();
+  for (int64_t k = 0; k < columns; k += 2) {
+    const F first = load(k), second = load(k + 1);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      even[r] = f_fma(first, f_set(x[r][k]), even[r]);
+      odd[r] = f_fma(second, f_set(x[r][k + 1]), odd[r]);
+    }
+  }
+  for (int r = 0; r < R; r++) sums[r] = f_fma(f_add(even[r], odd[r]), scale, sums[r]);
+}
+
+template <class Load>
+inline void float_rows(const Load& load, const Activations* a, int64_t column, int64_t columns, F scale, float* kept) {
+  for (int row = 0; row < a->rows;) {
+    const float* x[kFloatRows];
+    F sums[kFloatRows];
+    const int left = a->rows - row, take = left >= kFloatRows ? kFloatRows : 1;
+    for (int r = 0; r < take; r++) {
+      x[r] = a->x + (row + r) * a->columns + column;
+      sums[r] = f_load(kept + (row + r) * 16);
+    }
+    if (take == kFloatRows) float_group<kFloatRows>(load, x, columns, scale, sums);
+    else float_group<1>(load, x, columns, scale, sums);
+    for (int r = 0; r < take; r++) f_store(kept + (row + r) * 16, sums[r]);
+    row += take;
+  }
+}
+
+struct LoadFloat {
+  const float* at;
+  inline F operator()(int64_t k) const { return f_load(at + k * 16); }
+};
+struct LoadHalf {
+  const uint16_t* at;
+  inline F operator()(int64_t k) const {
+    __builtin_prefetch(at + k * 16 + kPrefetchBytes / 2);
+    return f_load_half(at + k * 16);
+  }
+};
+
+// Exact float32 activations. Weights are (q - zero) as floats, scaled group by group, or fp16 as they are.
+void float_block(const Linear* w, const Block& block, const Activations* a, float* y, int64_t rows) {
+  alignas(64) float kept[kMaxTokens * 16];
+  alignas(64) float floats[128 * 16];
+  const int64_t group = w->group;
+  for (int i = 0; i < a->rows; i++) f_store(kept + i * 16, f_zero());
+  for (int64_t g = 0; g < w->columns / group; g++) {
+    if (w->bits == 16) {
+      const LoadHalf load{(const uint16_t*)block.weight + g * group * 16};
+      float_rows(load, a, g * group, group, f_set(1.0f), kept);
+      continue;
+    }
+    const uint8_t* from = block.weight + g * block.group_bytes;
+    const F zero = f_from(block.zero(g));
+    const I mask = i_set(w->bits == 4 ? 15 : 255);
+    for (int64_t k = 0; k < group; k += 4) {
+      const int64_t word = w->bits == 4 ? k / 8 : k / 4;
+      const I bytes = i_load(from + word * 64);
+      const int nibble = w->bits == 4 && k % 8 ? 4 : 0;
+      for (int j = 0; j < 4; j++)
+        f_store(floats + (k + j) * 16, f_sub(f_from(i_and(i_right_by(bytes, 8 * j + nibble), mask)), zero));
+    }
+    float_rows(LoadFloat{floats}, a, g * group, group, f_load_half(block.scales + g * 16), kept);
+  }
+  for (int i = 0; i < a->rows; i++) store_rows(y + i * w->rows, f_load(kept + i * 16), rows);
+}
+
+void linear(const Linear* w, const Activations* a, Precision precision, float* y, int64_t first, int64_t last) {
+  const int64_t groups = w->columns / w->group;
+  const int64_t group_bytes = w->group * 16 * w->bits / 8;
+  for (int64_t b = first; b < last; b++) {
+    Block block;
+    block.weight = w->weight + b * groups * group_bytes;
+    block.scales = w->scales ? w->scales + b * groups * 16 : nullptr;
+    block.zeros = w->zeros ? w->zeros + b * groups * 8 : nullptr;
+    block.group_bytes = group_bytes;
+    const int64_t rows = w->rows - b * kBlockRows;
+    if (precision == kFloat32 || w->bits == 16) float_block(w, block, a, y + b * kBlockRows, rows);
+    else integer_block(w, block, a, y + b * kBlockRows, rows);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,130 @@
+// What the kernels, the dispatcher and Python (library.py) agree on. Plain C layout.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+constexpr int kBlockRows = 16;         // output rows in a block of weights
+constexpr int kPrefetchBytes = 2048;   // how far ahead of its use a weight is asked for
+constexpr int kMaxTokens = 512;        // activation rows that one pass over the weights serves
+constexpr int kKvSplit = 256;          // positions whose attention is summed before it is merged: absolute, aligned
+constexpr int kMaxHeadDim = 256;
+constexpr int kAttentionRows = 64;     // query rows (tokens times heads of one key/value head) in one item
+
+enum Precision : int32_t { kFloat32 = 0, kInt16 = 1, kInt8 = 2, kAuto = 3 };
+
+// One linear layer. Rows are output features, cut into blocks of 16 (the last one padded with zero scales); columns
+// are input features, cut into groups that share a scale and a zero point.
+//   bits 4:  weight [blocks][columns / 8][16 rows][4 bytes]: byte j holds column 8c + j in its low nibble and column
+//            8c + 4 + j in its high one; scales fp16 [blocks][groups][16]; zeros [blocks][groups][8], two to a byte.
+//   bits 8:  weight [blocks][columns / 4][16 rows][4 columns], stored + 128; scales as above; no zeros.
+//   bits 16: weight fp16 [blocks][columns][16 rows]; no scales, no zeros.
+struct Linear {
+  const uint8_t* weight;
+  const uint16_t* scales;
+  const uint8_t* zeros;
+  int64_t rows;
+  int64_t columns;
+  int64_t group;
+  int64_t bits;
+};
+
+// A run of activation rows that one kernel call takes together.
+struct Tile {
+  int32_t first;   // its first packed row
+  int32_t rows;
+  int32_t planes;  // 1: int8; 2: int16 as 256 * high + low, two int8 planes
+  int64_t offset;  // bytes before it in `planes`
+};
+
+// Activation rows, rounded group by group and laid out in the order in which the kernels read them.
+struct Activations {
+  int32_t rows;
+  int32_t tiles;
+  const float* x;         // [rows, columns], as given
+  const int32_t* order;   // [rows]: packed row → row of x and y
+  const Tile* tile;
+  int8_t* planes;         // per tile: [groups][rows * planes][group]
+  float* scales;          // per tile: [groups][rows]
+  int32_t* minus_sums;    // per tile: [groups][rows * planes]: minus the plane's sum, as int16 in the low half
+  int64_t columns;
+  int64_t group;
+};
+
+// Keys and values of one layer and the step's tokens; see Ops.attention.
+struct Attention {
+  const float* q;                // [tokens][heads][dim]
+  const void* keys;              // [blocks][kv_heads][block_size][dim]
+  const void* values;
+  float* out;                    // [tokens][heads][dim]
+  const int32_t* query_starts;   // [requests + 1]
+  const int32_t* context_lens;   // [requests]
+  const int32_t* block_tables;   // [requests][table_stride]
+  int64_t table_stride;
+  int64_t requests;
+  int64_t heads, kv_heads, dim, block_size;
+  int64_t window;                // 0: none
+  int64_t half;                  // 1: the cache is fp16; 0: float32
+};
+
+// Some query tokens of one request and one key/value head, over some splits of the positions.
+struct AttentionItem {
+  int32_t request, first_token, tokens, kv_head;
+  int32_t first_split, last_split;  // [first, last)
+  float* partial;                   // null: finish and write `out`; else [rows][dim + 2]: sums, then max and total
+};
+
+struct RotaryWrite {
+  const float* qkv;         // [tokens][q_size + 2 * kv_size]
+  const int32_t* positions;
+  const int32_t* slots;
+  const float* rotary;      // [max_positions][dim]
+  void* keys;
+  void* values;
+  float* q;                 // [tokens][q_size]
+  int64_t heads, kv_heads, dim, block_size, half;
+};
+
+// One step's tokens; see Batch.
+struct Step {
+  int64_t tokens, requests, table_stride;
+  const int32_t* positions;
+  const int32_t* slots;
+  const int32_t* query_starts;
+  const int32_t* context_lens;
+  const int32_t* block_tables;
+  const uint8_t* prompt_tokens;
+};
+
+// Shapes of a decoder and of its cache.
+struct Shape {
+  int64_t hidden, intermediate, heads, kv_heads, dim;
+  int64_t window;      // 0: none
+  int64_t block_size;
+  int64_t half;        // 1: the cache is fp16; 0: float32
+  float eps;
+};
+
+struct Layer {
+  const uint16_t* input_norm;
+  const Linear* qkv;
+  const Linear* out;
+  const uint16_t* post_attention_norm;
+  const Linear* gate_up;
+  const Linear* down;
+  void* keys;
+  void* values;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  int32_t planes;  // int8 planes in the widest tile
+  void (*quantize)(const Activations*, int tile, int row_in_tile);
+  void (*linear)(const Linear*, const Activations*, Precision, float* y, int64_t first_block, int64_t last_block);
+  void (*attention)(const Attention*, const AttentionItem*);
+  void (*merge)(const Attention*, const AttentionItem* splits, int count);
+  void (*rotate_and_write)(const RotaryWrite*, int64_t first_token, int64_t last_token);
+  void (*add_norm)(const float* x, float* residual, const uint16_t* weight, float* out, int64_t hidden, float eps);
+  void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);
+  void (*widen)(const uint16_t* half, float* out, int64_t count);
+};

@@ -1,0 +1,187 @@
+// 512-bit registers. One register holds the 16 output rows of a weight block.
+#pragma once
+#include <immintrin.h>
+
+namespace {
+
+using F = __m512;   // 16 floats
+using I = __m512i;  // 16 int32
+
+constexpr int kLanes = 16;      // floats in one machine register
+constexpr int kDepth = 4;       // registers of head_dim that attention sums at once
+constexpr int kFloatRows = 4;   // activation rows in one tile of the float32 kernel
+#if defined(__AVX512VNNI__)
+constexpr int kPlanes = 16;     // int8 activation planes in one tile
+#else
+constexpr int kPlanes = 8;
+#endif
+
+using V = __m512;  // one machine register of floats, for attention
+inline V v_zero() { return _mm512_setzero_ps(); }
+inline V v_set(float x) { return _mm512_set1_ps(x); }
+inline V v_load(const float* p) { return _mm512_loadu_ps(p); }
+inline V v_load(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void v_store(float* p, V x) { _mm512_storeu_ps(p, x); }
+inline V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+
+// Lane i of the result is the sum over the lanes of rows[i].
+inline V v_sum_rows(const V* rows) {
+  V a[8], b[4], c[2];
+  for (int i = 0; i < 8; i++) {  // pairs (i, i + 8): lanes 0-7 of the result's halves
+    V low = _mm512_shuffle_f32x4(rows[i], rows[i + 8], 0x44), high = _mm512_shuffle_f32x4(rows[i], rows[i + 8], 0xee);
+    a[i] = _mm512_add_ps(low, high);  // 128-bit lanes: i i i+8 i+8
+  }
+  for (int i = 0; i < 4; i++) {
+    V low = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), high = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+    b[i] = _mm512_add_ps(low, high);  // i i+8 i+4 i+12
+  }
+  for (int i = 0; i < 2; i++)
+    c[i] = _mm512_add_ps(_mm512_unpacklo_ps(b[i], b[i + 2]), _mm512_unpackhi_ps(b[i], b[i + 2]));
+  // In each 128-bit lane: c[i] = (x0, y0, x1, y1), x of row i and y of row i + 2.
+  V low = _mm512_shuffle_ps(c[0], c[1], 0x44), high = _mm512_shuffle_ps(c[0], c[1], 0xee);
+  V sums = _mm512_add_ps(low, high);  // rows +0 +2 +1 +3
+  sums = _mm512_shuffle_ps(sums, sums, 0xd8);
+  return _mm512_shuffle_f32x4(sums, sums, 0xd8);
+}
+
+inline F f_zero() { return _mm512_setzero_ps(); }
+inline F f_set(float x) { return _mm512_set1_ps(x); }
+inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void f_store(float* p, F x) { _mm512_storeu_ps(p, x); }
+inline F f_load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void f_store_half(uint16_t* p, F x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F f_abs(F a) { return _mm512_abs_ps(a); }
+inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F f_zero_below(F x, float limit, F value) {  // value where x >= limit, else 0
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GE_OQ), value);
+}
+inline float f_sum(F x) { return _mm512_reduce_add_ps(x); }
+inline float f_largest(F x) { return _mm512_reduce_max_ps(x); }
+inline F f_from(I x) { return _mm512_cvtepi32_ps(x); }
+inline I i_from(F x) { return _mm512_cvtps_epi32(x); }
+inline F f_bits(I x) { return _mm512_castsi512_ps(x); }
+
+inline I i_zero() { return _mm512_setzero_si512(); }
+inline I i_set(int32_t x) { return _mm512_set1_epi32(x); }
+inline I i_load(const void* p) { return _mm512_loadu_si512(p); }
+inline void i_store(void* p, I x) { _mm512_storeu_si512(p, x); }
+inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I i_sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
+template <int n> inline I i_left(I a) { return _mm512_slli_epi32(a, n); }
+template <int n> inline I i_right(I a) { return _mm512_srai_epi32(a, n); }
+inline I i_right_by(I a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+inline int32_t i_sum(I x) { return _mm512_reduce_add_epi32(x); }
+inline void i_store_bytes(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }
+inline I i_load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline I i_load_nibbles(const uint8_t* p) {  // 8 bytes: row 2i in the low half of byte i, row 2i + 1 in the high half
+  __m128i bytes = _mm_loadl_epi64((const __m128i*)p), mask = _mm_set1_epi8(15);
+  __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  return _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high));
+}
+// a (0 to 255) times the int16 in the low half of `low16`, whose high half is 0.
+inline I i_times_int16(I a, int32_t low16) { return _mm512_madd_epi16(a, _mm512_set1_epi32(low16)); }
+
+struct Nibbles {  // 64 bytes: 16 rows x 8 columns of 4 bits
+  static constexpr bool kEight = false;
+  const uint8_t* at;
+  inline void steps(int pair, I& first, I& second) const {
+    I bytes = _mm512_loadu_si512(at + pair * 64), mask = _mm512_set1_epi8(15);
+    first = _mm512_and_si512(bytes, mask);
+    second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
+  }
+  inline void prefetch(int pair) const { _mm_prefetch((const char*)at + pair * 64 + kPrefetchBytes, _MM_HINT_T0); }
+};
+struct Bytes {  // 64 bytes: 16 rows x 4 columns of 8 bits, of which nibbles unpacked to L1 use 4
+  static constexpr bool kEight = false;
+  const uint8_t* at;
+  inline void steps(int pair, I& first, I& second) const {
+    first = _mm512_loadu_si512(at + pair * 128);
+    second = _mm512_loadu_si512(at + pair * 128 + 64);
+  }
+  inline void prefetch(int) const {}
+};
+struct EightBits : Bytes {
+  static constexpr bool kEight = true;
+  inline void prefetch(int pair) const {
+    _mm_prefetch((const char*)at + pair * 128 + kPrefetchBytes, _MM_HINT_T0);
+    _mm_prefetch((const char*)at + pair * 128 + 64 + kPrefetchBytes, _MM_HINT_T0);
+  }
+};
+
+inline I four_columns(const int8_t* a) {
+  int32_t word;
+  memcpy(&word, a, 4);
+  return _mm512_set1_epi32(word);
+}
+
+// sums[p][row] += sum over k of weight[row][k] * a[p * stride + k], k in [0, columns); columns is a multiple of 32.
+#if defined(__AVX512VNNI__)
+template <int P, class Weights>
+inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+  constexpr int kChains = P <= 4 ? 2 : 1;  // enough independent sums to hide the latency of vpdpbusd
+  I extra[P];
+  if (kChains == 2)
+    for (int p = 0; p < P; p++) extra[p] = i_zero();
+#pragma GCC unroll 4
+  for (int pair = 0; pair < columns / 8; pair++) {
+    I first, second;
+    weights.steps(pair, first, second);
+    weights.prefetch(pair);
+#pragma GCC unroll 16
+    for (int p = 0; p < P; p++) sums[p] = _mm512_dpbusd_epi32(sums[p], first, four_columns(a + p * stride + pair * 8));
+#pragma GCC unroll 16
+    for (int p = 0; p < P; p++) {
+      I& sum = kChains == 2 ? extra[p] : sums[p];
+      sum = _mm512_dpbusd_epi32(sum, second, four_columns(a + p * stride + pair * 8 + 4));
+    }
+  }
+  if (kChains == 2)
+    for (int p = 0; p < P; p++) sums[p] = i_add(sums[p], extra[p]);
+}
+#else
+template <int P, class Weights>
+inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+  const I ones = _mm512_set1_epi16(1), sixteens = _mm512_set1_epi16(16), mask = _mm512_set1_epi8(15);
+  for (int span = 0; span < columns / 32; span++) {  // 8 products of at most 2 * 15 * 128 fit int16
+    I low[P], high[Weights::kEight ? P : 1];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      I step[2];
+      weights.steps(span * 4 + i, step[0], step[1]);
+      weights.prefetch(span * 4 + i);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const bool begin = i == 0 && half == 0;
+        I w = Weights::kEight ? _mm512_and_si512(step[half], mask) : step[half];
+        I top = Weights::kEight ? _mm512_and_si512(_mm512_srli_epi16(step[half], 4), mask) : w;
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p++) {
+          I x = four_columns(a + p * stride + span * 32 + i * 8 + half * 4);
+          I product = _mm512_maddubs_epi16(w, x);
+          low[p] = begin ? product : _mm512_add_epi16(low[p], product);
+          if (Weights::kEight) {
+            product = _mm512_maddubs_epi16(top, x);
+            high[p] = begin ? product : _mm512_add_epi16(high[p], product);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) {
+      sums[p] = i_add(sums[p], _mm512_madd_epi16(low[p], ones));
+      if (Weights::kEight) sums[p] = i_add(sums[p], _mm512_madd_epi16(high[p], sixteens));
+    }
+  }
+}
+#endif
+
+}  // namespace

@@ -1,0 +1,231 @@
+// Vectors of the compiler (GCC and Clang): whatever the target has, with NEON's own instructions where they matter.
+#pragma once
+#include <cmath>
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+typedef float F __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+
+constexpr int kLanes = 4;
+constexpr int kDepth = 4;
+constexpr int kPlanes = 4;
+constexpr int kFloatRows = 2;
+
+inline float float_of_half(uint16_t h) {
+#if defined(__aarch64__)
+  __fp16 x;
+  memcpy(&x, &h, 2);
+  return x;
+#else
+  uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
+  float x;
+  memcpy(&x, &bits, 4);
+  x *= 0x1p112f;  // moves the exponent's bias; exact for subnormals too
+  memcpy(&bits, &x, 4);
+  if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+  bits |= (uint32_t)(h & 0x8000) << 16;
+  memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+inline uint16_t half_of_float(float x) {  // to nearest, ties to even
+#if defined(__aarch64__)
+  __fp16 h = (__fp16)x;
+  uint16_t bits;
+  memcpy(&bits, &h, 2);
+  return bits;
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+  if (bits < 0x38800000) {  // subnormal: the addition rounds to multiples of 2^-24
+    float tiny;
+    memcpy(&tiny, &bits, 4);
+    tiny += 0.5f;
+    memcpy(&bits, &tiny, 4);
+    return (uint16_t)(sign | (bits - 0x3f000000));
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return (uint16_t)(sign | ((bits - 0x38000000) >> 13));
+#endif
+}
+
+#if defined(__aarch64__)
+using V = float32x4_t;
+inline V v_zero() { return vdupq_n_f32(0); }
+inline V v_set(float x) { return vdupq_n_f32(x); }
+inline V v_load(const float* p) { return vld1q_f32(p); }
+inline V v_load(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline void v_store(float* p, V x) { vst1q_f32(p, x); }
+inline V v_fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+inline V v_sum_rows(const V* r) { return vpaddq_f32(vpaddq_f32(r[0], r[1]), vpaddq_f32(r[2], r[3])); }
+inline F f_fma(F a, F b, F c) {
+  union { F f; float32x4_t q[4]; } x = {a}, y = {b}, z = {c};
+  for (int i = 0; i < 4; i++) z.q[i] = vfmaq_f32(z.q[i], x.q[i], y.q[i]);
+  return z.f;
+}
+#else
+typedef float V __attribute__((vector_size(16)));
+inline V v_zero() { return V{0, 0, 0, 0}; }
+inline V v_set(float x) { return V{x, x, x, x}; }
+inline V v_load(const float* p) {
+  V x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+inline V v_load(const uint16_t* p) {
+  return V{float_of_half(p[0]), float_of_half(p[1]), float_of_half(p[2]), float_of_half(p[3])};
+}
+inline void v_store(float* p, V x) { memcpy(p, &x, sizeof x); }
+inline V v_fma(V a, V b, V c) { return a * b + c; }
+inline V v_sum_rows(const V* r) {
+  V sums;
+  for (int i = 0; i < 4; i++) sums[i] = (r[i][0] + r[i][1]) + (r[i][2] + r[i][3]);
+  return sums;
+}
+inline F f_fma(F a, F b, F c) { return a * b + c; }
+#endif
+
+inline F f_zero() { return F{}; }
+inline F f_set(float x) { return F{} + x; }
+inline F f_load(const float* p) {
+  F x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void f_store(float* p, F x) { memcpy(p, &x, sizeof x); }
+inline F f_load_half(const uint16_t* p) {
+  F x;
+  for (int i = 0; i < 16; i++) x[i] = float_of_half(p[i]);
+  return x;
+}
+inline void f_store_half(uint16_t* p, F x) {
+  for (int i = 0; i < 16; i++) p[i] = half_of_float(x[i]);
+}
+inline F f_add(F a, F b) { return a + b; }
+inline F f_sub(F a, F b) { return a - b; }
+inline F f_mul(F a, F b) { return a * b; }
+inline F f_div(F a, F b) { return a / b; }
+inline F f_choose(I mask, F a, F b) { return (F)((mask & (I)a) | (~mask & (I)b)); }
+inline F f_max(F a, F b) { return f_choose(a > b, a, b); }
+inline F f_min(F a, F b) { return f_choose(a < b, a, b); }
+inline F f_abs(F a) { return (F)((I)a & 0x7fffffff); }
+inline F f_zero_below(F x, float limit, F value) { return (F)((x >= f_set(limit)) & (I)value); }
+inline float f_sum(F x) {
+  float half[8];
+  for (int i = 0; i < 8; i++) half[i] = x[i] + x[i + 8];
+  return ((half[0] + half[4]) + (half[2] + half[6])) + ((half[1] + half[5]) + (half[3] + half[7]));
+}
+inline float f_largest(F x) {
+  float best = x[0];
+  for (int i = 1; i < 16; i++) best = x[i] > best ? x[i] : best;
+  return best;
+}
+inline F f_from(I x) { return __builtin_convertvector(x, F); }
+inline I i_from(F x) {  // |x| < 2^22: adding 1.5 * 2^23 rounds to the nearest integer, ties to even
+  return (I)(x + 12582912.0f) - 0x4b400000;
+}
+inline F f_bits(I x) { return (F)x; }
+
+inline I i_zero() { return I{}; }
+inline I i_set(int32_t x) { return I{} + x; }
+inline I i_load(const void* p) {
+  I x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void i_store(void* p, I x) { memcpy(p, &x, sizeof x); }
+inline I i_add(I a, I b) { return a + b; }
+inline I i_sub(I a, I b) { return a - b; }
+inline I i_and(I a, I b) { return a & b; }
+template <int n> inline I i_left(I a) { return (I)((U)a << n); }
+template <int n> inline I i_right(I a) { return a >> n; }
+inline I i_right_by(I a, int n) { return (I)((U)a >> n); }
+inline int32_t i_sum(I x) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += x[i];
+  return sum;
+}
+inline void i_store_bytes(int8_t* p, I x) {
+  for (int i = 0; i < 16; i++) p[i] = (int8_t)(x[i] > 127 ? 127 : x[i] < -128 ? -128 : x[i]);
+}
+inline I i_load_bytes(const uint8_t* p) {
+  I x;
+  for (int i = 0; i < 16; i++) x[i] = p[i];
+  return x;
+}
+inline I i_load_nibbles(const uint8_t* p) {
+  I x;
+  for (int i = 0; i < 16; i++) x[i] = (p[i / 2] >> (4 * (i % 2))) & 15;
+  return x;
+}
+inline I i_times_int16(I a, int32_t low16) { return a * (int32_t)(int16_t)low16; }
+
+struct Nibbles {
+  static constexpr bool kEight = false;
+  const uint8_t* at;
+  inline void steps(int pair, I& first, I& second) const {
+    I bytes = i_load(at + pair * 64);
+    first = bytes & 0x0f0f0f0f;
+    second = (I)((U)bytes >> 4) & 0x0f0f0f0f;
+  }
+  inline void prefetch(int pair) const { __builtin_prefetch(at + pair * 64 + kPrefetchBytes); }
+};
+struct Bytes {
+  static constexpr bool kEight = false;
+  const uint8_t* at;
+  inline void steps(int pair, I& first, I& second) const {
+    first = i_load(at + pair * 128);
+    second = i_load(at + pair * 128 + 64);
+  }
+  inline void prefetch(int) const {}
+};
+struct EightBits : Bytes {
+  static constexpr bool kEight = true;
+};
+
+// sum += for each row, the products of its 4 bytes (unsigned) and the 4 bytes of `a` (signed).
+inline I dot_four(I sum, I bytes, const int8_t* a, bool eight) {
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+  union { I i; int32x4_t q[4]; uint8x16_t u[4]; int8x16_t s[4]; } acc = {sum}, w = {bytes};
+  int32_t word;
+  memcpy(&word, a, 4);
+  const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(word));
+  if (eight) {  // SDOT is signed: w = (w - 128) + 128
+    const int32x4_t back = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(64), x);
+    for (int i = 0; i < 4; i++) {
+      acc.q[i] = vdotq_s32(acc.q[i], vreinterpretq_s8_u8(veorq_u8(w.u[i], vdupq_n_u8(128))), x);
+      acc.q[i] = vaddq_s32(acc.q[i], vaddq_s32(back, back));
+    }
+  } else {
+    for (int i = 0; i < 4; i++) acc.q[i] = vdotq_s32(acc.q[i], w.s[i], x);
+  }
+  return acc.i;
+#else
+  (void)eight;
+  for (int j = 0; j < 4; j++) sum += (I)(((U)bytes >> (8 * j)) & 255u) * (int32_t)a[j];
+  return sum;
+#endif
+}
+template <int P, class Weights>
+inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+  for (int pair = 0; pair < columns / 8; pair++) {
+    I first, second;
+    weights.steps(pair, first, second);
+    weights.prefetch(pair);
+    for (int p = 0; p < P; p++) {
+      sums[p] = dot_four(sums[p], first, a + p * stride + pair * 8, Weights::kEight);
+      sums[p] = dot_four(sums[p], second, a + p * stride + pair * 8 + 4, Weights::kEight);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,229 @@
+"""CpuOps: the operations of `interface.py` by the C++ kernels in native/."""
+
+import ctypes
+import weakref
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+
+from starling.errors import DeviceError
+from starling.model.awq import AwqWeight
+from starling.model.batch import Batch
+from starling.model.ops.cpu import library
+from starling.model.ops.cpu.cores import usable_cores
+from starling.model.ops.interface import Packed
+from starling.model.ops.reference import ReferenceOps
+
+Precision = Literal["float32", "int16", "int8", "auto"]
+PRECISIONS: dict[str, int] = {"float32": 0, "int16": 1, "int8": 2, "auto": 3}  # enum Precision of types.h
+BLOCK_ROWS = 16  # output rows in one block of a packed weight
+MAX_HEAD_DIM = 256
+MAX_HEADS_PER_KV_HEAD = 64
+
+
+class PackedLinear(dict[str, torch.Tensor]):
+    """A packed weight and the C structure that points at it.
+
+    Keys: `weight`, and where the bits need them `scales` and `zeros`, as types.h lays them out; `shape`, int64
+    [4]: output features, input features, group size, bits per weight.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        rows, columns, group, bits = tensors["shape"].tolist()
+        scales, zeros = tensors.get("scales"), tensors.get("zeros")
+        self.rows: int = rows
+        self.struct = library.Linear(
+            tensors["weight"].data_ptr(),
+            None if scales is None else scales.data_ptr(),
+            None if zeros is None else zeros.data_ptr(),
+            rows, columns, group, bits,
+        )  # fmt: skip
+        self.address = ctypes.addressof(self.struct)
+
+
+class CpuOps:
+    """The operations on this machine's CPU. Activations are float32; results do not depend on the batch, bit for bit.
+
+    `precision` says how linear layers round activations, per row and group of input features:
+      float32  not at all; the output projection is kept in fp16
+      int16    to 15.99 bits, near exact; the output projection is kept in fp16
+      int8     to 8 bits; the output projection is kept in 8 bits
+      auto     prompt tokens as int8, generated ones as int16; the output projection is kept in 8 bits
+    `threads`: None for the cores that this process may use. `isa`: an instruction set by name, for tests.
+    Raises DeviceError where `isa` is not to be had, NoCompilerError where the kernels cannot be built.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        threads: int | None = None,
+        precision: Precision = "auto",
+        kv_dtype: torch.dtype = torch.float16,
+        isa: str = "auto",
+    ) -> None:
+        assert precision in get_args(Precision) and kv_dtype in (torch.float16, torch.float32)
+        assert threads is None or threads >= 1
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.kv_dtype = kv_dtype
+        self.threads = threads or usable_cores()
+        self.precision: Precision = precision
+        self._head_bits = 16 if precision in ("float32", "int16") else 8
+        self.layout = f"cpu-1-head{self._head_bits}"
+        self._precision = PRECISIONS[precision]
+        self._lib = library.load()
+        self._context: int | None = self._lib.starling_open(self.threads, isa.encode())
+        if self._context is None:
+            usable = ", ".join(library.usable_instruction_sets())
+            raise DeviceError(f"Instruction set {isa!r} is not to be had on this machine: use one of {usable}.")
+        self._close = weakref.finalize(self, self._lib.starling_close, self._context)
+        self._step_batch: Batch | None = None
+        self._step_struct = library.Step()
+
+    def pack_awq(self, weight: AwqWeight) -> Packed:
+        rows, columns, group = weight.out_features, weight.in_features, weight.group_size
+        blocks, groups = -(-rows // BLOCK_ROWS), columns // group
+        packed = PackedLinear(
+            {
+                "weight": torch.empty(blocks, columns // 8, BLOCK_ROWS * 4, dtype=torch.uint8),
+                "scales": torch.empty(blocks, groups, BLOCK_ROWS, dtype=torch.float16),
+                "zeros": torch.empty(blocks, groups, BLOCK_ROWS // 2, dtype=torch.uint8),
+                "shape": torch.tensor([rows, columns, group, 4]),
+            }
+        )
+        qweight, qzeros, scales = weight.qweight.contiguous(), weight.qzeros.contiguous(), weight.scales.contiguous()
+        self._lib.starling_pack_awq(
+            self._context, qweight.data_ptr(), qzeros.data_ptr(), scales.data_ptr(), packed.address
+        )
+        return packed
+
+    def pack_head(self, weight: torch.Tensor) -> Packed:
+        rows, columns = weight.shape
+        blocks, bits = -(-rows // BLOCK_ROWS), self._head_bits
+        group = next(size for size in (128, 64, 32) if columns % size == 0)
+        tensors = {"shape": torch.tensor([rows, columns, group, bits])}
+        if bits == 16:
+            tensors["weight"] = torch.empty(blocks, columns, BLOCK_ROWS, dtype=torch.float16)
+        else:
+            tensors["weight"] = torch.empty(blocks, columns // 4, BLOCK_ROWS * 4, dtype=torch.uint8)
+            tensors["scales"] = torch.empty(blocks, columns // group, BLOCK_ROWS, dtype=torch.float16)
+        packed = PackedLinear(tensors)
+        matrix = weight.to(torch.float16).contiguous()
+        self._lib.starling_pack_half(self._context, matrix.data_ptr(), packed.address)
+        return packed
+
+    def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:
+        return self._linear(x, weight, prompt_tokens.contiguous().data_ptr())
+
+    def head(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
+        return self._linear(x, weight, None)
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(token_ids.numel(), table.shape[1])
+        self._lib.starling_embed(
+            self._context, token_ids.data_ptr(), table.data_ptr(), out.data_ptr(), token_ids.numel(), table.shape[1]
+        )
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(None, _rows(x), weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = _rows(residual)
+        return self._norm(_rows(x), residual, weight, eps), residual
+
+    def rotate_and_cache(
+        self, qkv: torch.Tensor, batch: Batch, rotary: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        _, kv_heads, block_size, dim = keys.shape
+        heads = qkv.shape[1] // dim - 2 * kv_heads
+        q = torch.empty(qkv.shape[0], heads, dim)
+        shape = self._shape(heads, kv_heads, dim, block_size, None)
+        self._lib.starling_rotate_and_write(
+            self._context, ctypes.addressof(shape), self._step(batch), _rows(qkv).data_ptr(), rotary.data_ptr(),
+            keys.data_ptr(), values.data_ptr(), q.data_ptr(),
+        )  # fmt: skip
+        return q
+
+    def attention(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int | None
+    ) -> torch.Tensor:
+        tokens, heads, dim = q.shape
+        shape = self._shape(heads, keys.shape[1], dim, keys.shape[2], window)
+        out = torch.empty(tokens, heads * dim)
+        self._lib.starling_attention(
+            self._context, ctypes.addressof(shape), self._step(batch), q.contiguous().data_ptr(), keys.data_ptr(),
+            values.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        tokens, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(tokens, intermediate)
+        self._lib.starling_silu_mul(self._context, _rows(gate_up).data_ptr(), out.data_ptr(), tokens, intermediate)
+        return out
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        return ReferenceOps().sample(logits, temperature, top_k, top_p, min_p, uniform)
+
+    def _linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: int | None) -> torch.Tensor:
+        linear = weight if isinstance(weight, PackedLinear) else PackedLinear(weight)
+        x = _rows(x)
+        tokens = x.shape[0]
+        out = torch.empty(tokens, linear.rows)
+        self._lib.starling_linear(
+            self._context, linear.address, x.data_ptr(), tokens, prompt_tokens, self._precision, out.data_ptr()
+        )
+        return out
+
+    def _norm(self, x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        tokens, hidden = residual.shape
+        out = torch.empty(tokens, hidden)
+        self._lib.starling_add_norm(
+            self._context, None if x is None else x.data_ptr(), residual.data_ptr(), weight.data_ptr(),
+            out.data_ptr(), tokens, hidden, eps,
+        )  # fmt: skip
+        return out
+
+    def _shape(self, heads: int, kv_heads: int, dim: int, block_size: int, window: int | None) -> library.Shape:
+        if dim > MAX_HEAD_DIM or heads // kv_heads > MAX_HEADS_PER_KV_HEAD:
+            raise DeviceError(
+                f"head_dim {dim} with {heads // kv_heads} query heads per key/value head: the CPU kernels take at most "
+                f"{MAX_HEAD_DIM} and {MAX_HEADS_PER_KV_HEAD}."
+            )
+        half = int(self.kv_dtype == torch.float16)
+        return library.Shape(0, 0, heads, kv_heads, dim, window or 0, block_size, half, 0.0)
+
+    def _step(self, batch: Batch) -> int:
+        """The address of the batch's C structure, made once per batch: every layer asks for the same one."""
+        if batch is not self._step_batch:
+            tensors = (
+                batch.positions, batch.slots, batch.query_starts, batch.context_lens, batch.block_tables,
+                batch.prompt_tokens,
+            )  # fmt: skip
+            assert all(tensor.is_contiguous() for tensor in tensors)
+            self._step_struct = library.Step(
+                batch.positions.numel(), batch.context_lens.numel(), batch.block_tables.shape[1],
+                *(tensor.data_ptr() for tensor in tensors),
+            )  # fmt: skip
+            self._step_batch = batch
+        return ctypes.addressof(self._step_struct)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """As the kernels read it: float32, rows end to end."""
+    assert x.dtype == torch.float32
+    return x.contiguous()

@@ -1,0 +1,158 @@
+"""Every implementation of Ops that this machine can run, against the plain-torch oracle, on fresh random inputs."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from starling.model.awq import AwqWeight, pack, quantize
+from starling.model.ops import Ops
+from starling.model.ops.cpu import CpuOps
+from starling.model.ops.cpu.library import usable_instruction_sets
+from starling.model.ops.reference import ReferenceOps
+from tests.model.paged import Piece, random_table, step
+
+REFERENCE = ReferenceOps()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    make: Callable[[], Ops]
+    linear: float  # relative error allowed in a linear layer: norm of the difference over the norm
+    other: float = 1e-5  # and in everything else, but for the rounding of a cache in fp16
+
+
+CANDIDATES = {
+    **{
+        f"cpu-{isa}": Candidate(lambda isa=isa: CpuOps(2, "float32", torch.float32, isa), 3e-6)
+        for isa in usable_instruction_sets()
+    },
+    "cpu-int16": Candidate(lambda: CpuOps(2, "int16", torch.float32), 5e-5),
+    "cpu-int8": Candidate(lambda: CpuOps(2, "int8", torch.float32), 2e-2),
+    "cpu-auto-fp16-cache": Candidate(lambda: CpuOps(2, "auto", torch.float16), 2e-2, 2e-3),
+}
+
+
+@pytest.fixture(params=CANDIDATES)
+def candidate(request: pytest.FixtureRequest) -> Candidate:
+    return CANDIDATES[request.param]
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")  # shown when the test fails
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert found.shape == wanted.shape
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-9))
+
+
+def random_awq(inputs: int, outputs: int, group: int) -> AwqWeight:
+    """Random words: every nibble, every zero point."""
+    zeros = pack(torch.randint(0, 16, (inputs // group, outputs)))
+    scales = (torch.rand(inputs // group, outputs) * 0.01 + 1e-3).to(torch.float16)
+    return AwqWeight(pack(torch.randint(0, 16, (inputs, outputs))), zeros, scales)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "group"),
+    [
+        (4096, 512, 128),  # a slice of Starling's q|k|v and gate|up
+        (14336, 128, 128),  # of its down projection
+        (576, 960, 64),  # SmolLM2-135M: hidden to q|k|v
+        (1536, 576, 64),
+        (32, 8, 32),
+        (96, 24, 32),
+        (1280, 200, 128),
+    ],
+)
+def test_awq_linear(candidate: Candidate, rng: random.Random, inputs: int, outputs: int, group: int) -> None:
+    ops = candidate.make()
+    weight = rng.choice([random_awq(inputs, outputs, group), quantize(torch.randn(outputs, inputs), group)])
+    packed, exact = ops.pack_awq(weight), REFERENCE.pack_awq(weight)
+    for tokens in (1, 2, rng.randint(3, 17), rng.randint(18, 70)):
+        x = torch.randn(tokens, inputs) * torch.rand(tokens, 1) * 10
+        prompt = torch.rand(tokens) < rng.random()
+        found = ops.awq_linear(x, packed, prompt)
+        assert error(found, REFERENCE.awq_linear(x, exact, prompt)) < candidate.linear
+
+
+def test_awq_linear_of_a_whole_pass_and_more(candidate: Candidate, rng: random.Random) -> None:
+    weight = random_awq(128, 48, 64)
+    ops = candidate.make()
+    x, prompt = torch.randn(700, 128), torch.rand(700) < 0.5
+    wanted = REFERENCE.awq_linear(x, REFERENCE.pack_awq(weight), prompt)
+    assert error(ops.awq_linear(x, ops.pack_awq(weight), prompt), wanted) < candidate.linear
+
+
+def test_awq_linear_of_zeros_and_of_huge_values(candidate: Candidate, rng: random.Random) -> None:
+    weight = random_awq(128, 16, 128)
+    ops = candidate.make()
+    x = torch.zeros(3, 128)
+    x[1] = torch.randn(128) * 1e15
+    found = ops.awq_linear(x, ops.pack_awq(weight), torch.tensor([False, True, True]))
+    wanted = REFERENCE.awq_linear(x, REFERENCE.pack_awq(weight), torch.tensor([False, True, True]))
+    assert (found[[0, 2]] == 0).all() and error(found[1], wanted[1]) < candidate.linear
+
+
+@pytest.mark.parametrize(("vocabulary", "hidden"), [(32002, 64), (1003, 576), (17, 32), (512, 4096)])
+def test_head(candidate: Candidate, rng: random.Random, vocabulary: int, hidden: int) -> None:
+    ops = candidate.make()
+    weight = torch.randn(vocabulary, hidden).to(torch.float16)
+    x = torch.randn(rng.randint(1, 6), hidden)
+    assert error(ops.head(x, ops.pack_head(weight)), REFERENCE.head(x, REFERENCE.pack_head(weight))) < candidate.linear
+
+
+@pytest.mark.parametrize("hidden", [4096, 576, 40, 8])
+def test_embedding_norms_and_activation(candidate: Candidate, rng: random.Random, hidden: int) -> None:
+    ops = candidate.make()
+    tokens = rng.choice([1, 2, 9])
+    table = torch.randn(100, hidden).to(torch.float16)
+    ids = torch.randint(0, 100, (tokens,))
+    assert torch.equal(ops.embed(ids, table), REFERENCE.embed(ids, table))
+    x, residual, weight = torch.randn(tokens, hidden), torch.randn(tokens, hidden) * 10, torch.randn(hidden).half()
+    assert error(ops.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5)) < candidate.other
+    wanted = REFERENCE.add_rms_norm(x, residual, weight, 1e-5)
+    for found, want in zip(ops.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5), wanted, strict=True):
+        assert error(found, want) < candidate.other
+    gate_up = torch.randn(tokens, 2 * hidden) * 20
+    assert error(ops.silu_and_mul(gate_up), REFERENCE.silu_and_mul(gate_up)) < candidate.other
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(32, 8, 128), (9, 3, 64), (4, 4, 16), (8, 1, 80), (6, 2, 8), (4, 2, 24)]
+)
+def test_rotary_and_attention(
+    candidate: Candidate, rng: random.Random, heads: int, kv_heads: int, dim: int, window: int | None
+) -> None:
+    """A mixed step: a long prompt's chunk, decodes near and far, drafts; blocks scattered over the cache."""
+    ops = candidate.make()
+    block_size, blocks = rng.choice([16, 32, 5]), 400
+    free = list(range(blocks))
+    pieces = []
+    for start, count in [(0, rng.randint(1, 40)), (rng.randint(0, 700), 1), (rng.randint(100, 300), 3), (0, 1)]:
+        pieces.append(Piece(random_table(rng, start + count, block_size, free), start, count))
+    rng.shuffle(pieces)
+    batch = step(pieces, block_size)
+    cached = torch.randn(2, blocks, kv_heads, block_size, dim)
+    cached[:, free] = torch.nan  # blocks of no request hold anything
+    rotary = torch.randn(1024, dim).clamp(-1, 1)
+    qkv = torch.randn(batch.positions.numel(), (heads + 2 * kv_heads) * dim)
+
+    keys, values = cached.clone()
+    wanted_q = REFERENCE.rotate_and_cache(qkv, batch, rotary, keys, values)
+    wanted = REFERENCE.attention(wanted_q, keys, values, batch, window)
+    own_keys, own_values = cached.clone().to(ops.kv_dtype)
+    q = ops.rotate_and_cache(qkv, batch, rotary, own_keys, own_values)
+    assert error(q, wanted_q) < candidate.other
+    taken = [block for block in range(blocks) if block not in free]
+    assert error(own_keys[taken].float(), keys[taken]) < candidate.other
+    assert error(own_values[taken].float(), values[taken]) < candidate.other
+    assert error(ops.attention(q, own_keys, own_values, batch, window), wanted) < candidate.other

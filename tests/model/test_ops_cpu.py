@@ -1,0 +1,266 @@
+"""The CPU kernels: independence from the batch, bit for bit; whole models; compiling and choosing."""
+
+import logging
+import multiprocessing
+import random
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from starling.errors import DeviceError
+from starling.model.kv_cache import KVCache
+from starling.model.mistral import Mistral
+from starling.model.ops.cpu import CpuOps, cores, cpu_ops
+from starling.model.ops.cpu import compiler as compiler_module
+from starling.model.ops.cpu.compiler import NoCompilerError, library_path
+from starling.model.ops.cpu.library import usable_instruction_sets
+from starling.model.ops.cpu.ops import PRECISIONS
+from starling.model.ops.reference import ReferenceOps
+from tests.model.paged import Piece, random_table, step
+from tests.model.test_ops import error, random_awq
+from tests.model.tiny import transformers_model, write_checkpoint
+
+BLOCK_SIZE = 16
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")  # shown when the test fails
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.mark.parametrize("isa", usable_instruction_sets())
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_does_not_depend_on_the_others(precision: str, isa: str, rng: random.Random) -> None:
+    inputs, outputs, group = rng.choice([(1024, 136, 128), (576, 64, 64), (160, 40, 32)])
+    ops = CpuOps(2, precision, isa=isa)  # type: ignore[arg-type]
+    alone = CpuOps(1, precision, isa=isa)  # type: ignore[arg-type]
+    weight = ops.pack_awq(random_awq(inputs, outputs, group))
+    head = ops.pack_head(torch.randn(outputs, inputs).half())
+    tokens = rng.choice([2, 5, 23, 64, 530])
+    x, prompt = torch.randn(tokens, inputs), torch.rand(tokens) < 0.5
+    together, logits = ops.awq_linear(x, weight, prompt), ops.head(x, head)
+    for row in rng.sample(range(tokens), min(tokens, 20)):
+        one = slice(row, row + 1)
+        assert torch.equal(together[one], alone.awq_linear(x[one], weight, prompt[one]))
+        assert torch.equal(logits[one], alone.head(x[one], head))
+
+
+@pytest.mark.parametrize("isa", usable_instruction_sets())
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("window", [None, 300])
+def test_attention_is_the_same_in_prefill_chunks_and_decode(
+    isa: str, kv_dtype: torch.dtype, window: int | None, rng: random.Random
+) -> None:
+    heads, kv_heads, dim = rng.choice([(8, 2, 64), (9, 3, 32), (4, 4, 24)])
+    many, one = CpuOps(3, kv_dtype=kv_dtype, isa=isa), CpuOps(1, kv_dtype=kv_dtype, isa=isa)
+    length, blocks = rng.randint(500, 700), 64
+    rotary = torch.randn(1024, dim)
+    qkv = torch.randn(length, (heads + 2 * kv_heads) * dim)
+    table = random_table(rng, length, BLOCK_SIZE, list(range(blocks)))
+
+    def run(ops: CpuOps, cuts: list[int]) -> torch.Tensor:
+        keys, values = torch.full((2, blocks, kv_heads, BLOCK_SIZE, dim), torch.nan).to(kv_dtype)
+        outs = []
+        for start, end in zip([0, *cuts], [*cuts, length], strict=True):
+            batch = step([Piece(table, start, end - start)], BLOCK_SIZE)
+            q = ops.rotate_and_cache(qkv[start:end], batch, rotary, keys, values)
+            outs.append(ops.attention(q, keys, values, batch, window))
+        return torch.cat(outs)
+
+    whole = run(one, [])
+    assert torch.equal(whole, run(many, sorted(rng.sample(range(1, length), 3))))
+    assert torch.equal(whole, run(many, list(range(length - 40, length))))  # a prompt, then token by token
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_model_answers_the_same_alone_in_chunks_and_in_company(
+    precision: str, checkpoint: Path, rng: random.Random
+) -> None:
+    """Three requests, 330 tokens or more each: whole and alone, against mixed steps of odd chunks on more threads."""
+    lengths = [rng.randint(330, 400) for _ in range(3)]
+    prompts = [rng.randint(1, length) for length in lengths]  # tokens after it count as generated
+    ids = [torch.randint(0, 331, (length,)) for length in lengths]
+
+    def pieces_of(request: int, table: list[int], start: int, end: int) -> list[Piece]:
+        # A step's tokens of one request are all of its prompt or all generated.
+        middle = min(max(prompts[request], start), end)
+        return [
+            Piece(table, a, b - a, prompt) for a, b, prompt in [(start, middle, True), (middle, end, False)] if b > a
+        ]
+
+    alone = Mistral.load(checkpoint, CpuOps(1, precision))  # type: ignore[arg-type]
+    wanted = []
+    for request, length in enumerate(lengths):
+        cache = alone.allocate_cache(64, BLOCK_SIZE)
+        table = list(range(30))
+        logits = [
+            alone.forward(step([piece], BLOCK_SIZE, ids[request][piece.start : piece.start + piece.count]), cache)
+            for piece in pieces_of(request, table, 0, length)
+        ]
+        wanted.append(torch.cat(logits))
+
+    company = Mistral.load(checkpoint, CpuOps(3, precision))  # type: ignore[arg-type]
+    cache = company.allocate_cache(128, BLOCK_SIZE)
+    free = list(range(128))
+    tables = [random_table(rng, length, BLOCK_SIZE, free) for length in lengths]
+    found: list[list[torch.Tensor]] = [[], [], []]
+    done = [0, 0, 0]
+    while any(done[r] < lengths[r] for r in range(3)):
+        chosen = []
+        for r in rng.sample(range(3), 3):
+            if done[r] < lengths[r] and rng.random() < 0.8:
+                piece = pieces_of(r, tables[r], done[r], min(lengths[r], done[r] + rng.choice([1, 2, 7, 60])))[0]
+                chosen.append((r, piece))
+                done[r] += piece.count
+        if chosen:
+            tokens = torch.cat([ids[r][p.start : p.start + p.count] for r, p in chosen])
+            logits = company.forward(step([p for _, p in chosen], BLOCK_SIZE, tokens), cache)
+            for (r, _), part in zip(chosen, logits.split([p.count for _, p in chosen]), strict=True):
+                found[r].append(part)
+    for r in range(3):
+        assert torch.equal(wanted[r], torch.cat(found[r]))
+
+
+@pytest.mark.parametrize(("precision", "kv_dtype", "allowed"), [
+    ("float32", torch.float32, 1e-4),
+    ("int16", torch.float32, 2e-3),
+    ("auto", torch.float16, 0.5),
+])  # fmt: skip
+def test_logits_agree_with_transformers(
+    precision: str, kv_dtype: torch.dtype, allowed: float, checkpoint: Path, rng: random.Random
+) -> None:
+    model = Mistral.load(checkpoint, CpuOps(2, precision, kv_dtype))  # type: ignore[arg-type]
+    ids = torch.randint(0, 331, (400,))
+    batch = step([Piece(list(range(25)), 0, 400)], BLOCK_SIZE, ids)
+    found = model.forward(batch, model.allocate_cache(25, BLOCK_SIZE))
+    with torch.inference_mode():
+        wanted = transformers_model(checkpoint)(ids.unsqueeze(0)).logits[0]
+    assert wanted.std() > 0.5
+    assert (found - wanted).abs().max() < allowed
+
+
+def test_two_contexts_on_two_threads_do_not_disturb_each_other(rng: random.Random) -> None:
+    weight, x = random_awq(512, 256, 64), torch.randn(6, 512)
+    everyone = [CpuOps(2, "int16"), CpuOps(3, "int16")]
+    wanted = everyone[0].awq_linear(x, everyone[0].pack_awq(weight), torch.zeros(6, dtype=torch.bool))
+    wrong: list[int] = []
+
+    def work(ops: CpuOps) -> None:
+        packed = ops.pack_awq(weight)
+        for i in range(200):
+            if not torch.equal(ops.awq_linear(x, packed, torch.zeros(6, dtype=torch.bool)), wanted):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(ops,)) for ops in everyone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_plain_mapping_of_the_packed_tensors_works(rng: random.Random) -> None:
+    ops = CpuOps(1, "int16")
+    packed, x = ops.pack_awq(random_awq(128, 24, 64)), torch.randn(2, 128)
+    prompt = torch.ones(2, dtype=torch.bool)
+    assert torch.equal(ops.awq_linear(x, dict(packed), prompt), ops.awq_linear(x, packed, prompt))
+
+
+def test_an_unknown_instruction_set_is_refused_by_name() -> None:
+    with pytest.raises(DeviceError, match=r"'mmx'.*portable"):
+        CpuOps(1, isa="mmx")
+
+
+def test_head_dims_beyond_the_kernels_are_refused() -> None:
+    ops = CpuOps(1)
+    cache = torch.zeros(2, 1, 1, 16, 512, dtype=torch.float16)
+    with pytest.raises(DeviceError, match="512"):
+        ops.attention(torch.zeros(1, 1, 512), cache[0], cache[1], step([Piece([0], 0, 1)], 16), None)
+
+
+def test_without_a_compiler_plain_torch_takes_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, checkpoint: Path
+) -> None:
+    def none(*_: object) -> None:
+        raise NoCompilerError("No C++ compiler was found.")
+
+    monkeypatch.setattr("starling.model.ops.cpu.library.load", none)
+    with caplog.at_level(logging.WARNING):
+        ops = cpu_ops()
+    assert "several times slower" in caplog.text and "No C++ compiler" in caplog.text
+    ids = torch.randint(0, 331, (9,))
+    batch = step([Piece([0], 0, 9)], BLOCK_SIZE, ids)
+
+    def logits(ops: object) -> torch.Tensor:
+        model = Mistral.load(checkpoint, ops)  # type: ignore[arg-type]
+        return model.forward(batch, model.allocate_cache(1, BLOCK_SIZE))
+
+    assert error(logits(ops), logits(ReferenceOps())) < 0.05
+
+
+def test_no_compiler_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiler_module, "find_compiler", lambda: None)
+    with pytest.raises(NoCompilerError, match="apt-get install"):
+        library_path(tmp_path)
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiler_module, "find_compiler", lambda: ("false",))
+    with pytest.raises(NoCompilerError, match=r"false .* failed"):
+        library_path(tmp_path)
+    assert not list(tmp_path.glob("*.so")) and not list(tmp_path.glob("build-*"))
+
+
+def _count_compiles(folder: str, compiled: "multiprocessing.queues.Queue[str]") -> None:
+    def fake(compiler: object, path: Path, flags: object) -> None:
+        compiled.put(str(path))
+        path.write_bytes(b"library")
+
+    compiler_module._compile = fake  # type: ignore[assignment]
+    library_path(Path(folder))
+
+
+def test_two_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    compiled = context.Queue()
+    processes = [context.Process(target=_count_compiles, args=(str(tmp_path), compiled)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    compiled.get(timeout=10)
+    assert compiled.empty()
+
+
+def test_cores_follow_affinity_and_cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cores, "CGROUP", tmp_path)
+    monkeypatch.setattr(cores, "TOPOLOGY", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3, 6})
+    assert cores.usable_cores() == 5
+    for cpu, siblings in enumerate(["0,1", "0,1", "2,3", "2,3"]):
+        (tmp_path / f"cpu{cpu}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}/topology/thread_siblings_list").write_text(siblings + "\n")
+    assert cores.usable_cores() == 3
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert cores.usable_cores() == 2
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert cores.usable_cores() == 3
+
+
+def test_a_cache_in_either_dtype_is_the_models(checkpoint: Path) -> None:
+    for dtype in (torch.float16, torch.float32):
+        cache = Mistral.load(checkpoint, CpuOps(1, kv_dtype=dtype)).allocate_cache(2, BLOCK_SIZE)
+        assert isinstance(cache, KVCache) and cache.keys.dtype == dtype
