@@ -49,7 +49,7 @@ class Service:
     def from_folder(cls, folder: Path, settings: Settings | None = None) -> "Service":
         """Load the AWQ checkpoint in `folder`. Raises StarlingError when it cannot be served."""
         settings = settings or Settings()
-        ops = choose_ops(settings.device)
+        ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
         model = Mistral.load(folder, ops)
         config = model.config
         tokenizer = Tokenizer.from_folder(folder, config.vocab_size)

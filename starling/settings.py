@@ -20,6 +20,10 @@ class Settings(BaseModel):
     allow_download: Flag = Field(False, alias="STARLING_ALLOW_DOWNLOAD")  # fetch weights that are missing at start
     weights_source: str | None = Field(None, alias="STARLING_WEIGHTS_SOURCE")  # a mirror's URL or a folder, for the hub
     device: Literal["auto", "cpu", "cuda"] = Field("auto", alias="STARLING_DEVICE")
+    threads: int | None = Field(None, ge=1, alias="STARLING_THREADS")  # of the CPU; None: the cores it may use
+    # How a CPU rounds activations; see CpuOps. auto: prompts to 8 bits, answers to 16.
+    cpu_precision: Literal["auto", "int8", "int16", "float32"] = Field("auto", alias="STARLING_CPU_PRECISION")
+    kv_dtype: Literal["float16", "float32"] = Field("float16", alias="STARLING_KV_DTYPE")
     # Requests that Cog accepts at a time; the engine computes as many side by side.
     max_concurrency: int = Field(1, ge=1, le=256, alias="COG_MAX_CONCURRENCY")
     kv_cache_bytes: int | None = Field(None, ge=1, alias="STARLING_KV_CACHE_BYTES")  # None: from what is free

@@ -2,13 +2,23 @@
 
 from typing import Literal
 
+import torch
+
+from starling.errors import DeviceError
 from starling.model.ops.interface import Ops, Packed
 
 __all__ = ["Ops", "Packed", "choose_ops"]
 
 
-def choose_ops(device: Literal["auto", "cpu", "cuda"]) -> Ops:
-    """The best implementation that this machine can run."""
+def choose_ops(
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int | None = None,
+    cpu_precision: Literal["auto", "int8", "int16", "float32"] = "auto",
+    kv_dtype: Literal["float16", "float32"] = "float16",
+) -> Ops:
+    """The best implementation that this machine can run. Raises DeviceError when `device` is not to be had."""
     from starling.model.ops.cpu import cpu_ops
 
-    return cpu_ops()
+    if device == "cuda":
+        raise DeviceError("STARLING_DEVICE is cuda, and no CUDA operations are implemented yet. Use cpu.")
+    return cpu_ops(threads, cpu_precision, torch.float16 if kv_dtype == "float16" else torch.float32)
