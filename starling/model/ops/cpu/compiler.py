@@ -35,7 +35,7 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "aarch64": {"neondot": ("-march=armv8.2-a+dotprod",), "portable": ()},
 }
-SOURCES = ("api.cpp", "context.cpp", "isa.cpp", "pool.cpp", "repack.cpp")
+SOURCES = ("api.cpp", "context.cpp", "isa.cpp", "pool.cpp", "repack.cpp", "sampling.cpp")
 COMPILE_TIMEOUT_S = 300
 
 

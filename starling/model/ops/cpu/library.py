@@ -56,6 +56,7 @@ FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "starling_attention": (None, (POINTER,) * 7),
     "starling_silu_mul": (None, (POINTER, POINTER, POINTER, INT64, INT64)),
     "starling_embed": (None, (POINTER, POINTER, POINTER, POINTER, INT64, INT64)),
+    "starling_sample": (None, (POINTER, POINTER, INT64, INT64) + (POINTER,) * 6),
     "starling_layers": (None, (POINTER, POINTER, INT64, POINTER, POINTER, POINTER, INT32, POINTER, POINTER)),
     "starling_pack_awq": (None, (POINTER,) * 5),
     "starling_pack_half": (None, (POINTER,) * 3),

@@ -13,7 +13,6 @@ from starling.model.batch import Batch
 from starling.model.ops.cpu import library
 from starling.model.ops.cpu.cores import usable_cores
 from starling.model.ops.interface import Packed
-from starling.model.ops.reference import ReferenceOps
 
 Precision = Literal["float32", "int16", "int8", "auto"]
 PRECISIONS: dict[str, int] = {"float32": 0, "int16": 1, "int8": 2, "auto": 3}  # enum Precision of types.h
@@ -177,7 +176,15 @@ class CpuOps:
         min_p: torch.Tensor,
         uniform: torch.Tensor,
     ) -> torch.Tensor:
-        return ReferenceOps().sample(logits, temperature, top_k, top_p, min_p, uniform)
+        settings = (temperature, top_k, top_p, min_p, uniform)
+        wanted = (torch.float64, torch.int64, torch.float64, torch.float64, torch.float64)
+        assert tuple(s.dtype for s in settings) == wanted and all(s.is_contiguous() for s in settings)
+        rows, vocabulary = logits.shape
+        ids = torch.empty(rows, dtype=torch.int64)
+        self._lib.starling_sample(
+            self._context, _rows(logits).data_ptr(), rows, vocabulary, *(s.data_ptr() for s in settings), ids.data_ptr()
+        )
+        return ids
 
     def _linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: int | None) -> torch.Tensor:
         linear = weight if isinstance(weight, PackedLinear) else PackedLinear(weight)

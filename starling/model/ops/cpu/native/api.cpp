@@ -51,6 +51,12 @@ STARLING_API void starling_embed(Context* context, const int64_t* ids, const uin
   context->embed(ids, table, out, tokens, hidden);
 }
 
+STARLING_API void starling_sample(Context* context, const float* logits, int64_t tokens, int64_t vocabulary,
+                                  const double* temperature, const int64_t* top_k, const double* top_p,
+                                  const double* min_p, const double* uniform, int64_t* ids) {
+  context->sample(logits, tokens, vocabulary, temperature, top_k, top_p, min_p, uniform, ids);
+}
+
 STARLING_API void starling_layers(Context* context, const Layer* layers, int64_t count, const Shape* shape,
                                   const Step* step, const float* rotary, int precision, float* x, float* residual) {
   context->layers(layers, count, *shape, *step, rotary, (Precision)precision, x, residual);

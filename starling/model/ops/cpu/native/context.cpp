@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "repack.h"
+#include "sampling.h"
 
 namespace {
 
@@ -153,6 +154,20 @@ void Context::silu_mul(const float* gate_up, float* out, int64_t tokens, int64_t
 
 void Context::embed(const int64_t* ids, const uint16_t* table, float* out, int64_t tokens, int64_t hidden) {
   for (int64_t t = 0; t < tokens; t++) kernels_->widen(table + ids[t] * hidden, out + t * hidden, hidden);
+}
+
+void Context::sample(const float* logits, int64_t tokens, int64_t vocabulary, const double* temperature,
+                     const int64_t* top_k, const double* top_p, const double* min_p, const double* uniform,
+                     int64_t* ids) {
+  float* probabilities = probabilities_.get(tokens * vocabulary);
+  pool_.run(tokens, [&](int64_t t) {
+    const float* row = logits + t * vocabulary;
+    ids[t] = greediest(row, vocabulary);
+    if (temperature[t] == 0) return;
+    float* p = probabilities + t * vocabulary;
+    kernels_->exp_scaled(row, row[ids[t]], (float)(1 / temperature[t]), p, vocabulary);
+    ids[t] = draw(p, vocabulary, Sampling{temperature[t], top_k[t], top_p[t], min_p[t], uniform[t]});
+  });
 }
 
 void Context::layers(const Layer* layers, int64_t count, const Shape& shape, const Step& step, const float* rotary,

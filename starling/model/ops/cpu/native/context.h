@@ -44,6 +44,9 @@ class Context {
   void attention(const Attention& a);
   void silu_mul(const float* gate_up, float* out, int64_t tokens, int64_t intermediate);
   void embed(const int64_t* ids, const uint16_t* table, float* out, int64_t tokens, int64_t hidden);
+  // See Ops.sample; the settings are [tokens], `ids` receives the choices.
+  void sample(const float* logits, int64_t tokens, int64_t vocabulary, const double* temperature, const int64_t* top_k,
+              const double* top_p, const double* min_p, const double* uniform, int64_t* ids);
   // All layers: x [tokens, hidden] holds the embeddings, and then what the last layer adds to `residual`.
   void layers(const Layer* layers, int64_t count, const Shape& shape, const Step& step, const float* rotary,
               Precision precision, float* x, float* residual);
@@ -62,6 +65,6 @@ class Context {
   std::vector<Tile> tiles_;
   std::vector<AttentionItem> items_;
   Scratch<int8_t> planes_;
-  Scratch<float> scales_, partials_, normed_, qkv_, q_, attended_, gate_up_, act_;
+  Scratch<float> scales_, partials_, normed_, qkv_, q_, attended_, gate_up_, act_, probabilities_;
   Scratch<int32_t> minus_sums_;
 };

@@ -77,6 +77,14 @@ void widen(const uint16_t* half, float* out, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) store_some(out + i, load_some(half + i, count - i), count - i);
 }
 
+// out = e^((x - shift) * scale)
+void exp_scaled(const float* x, float shift, float scale, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const F value = f_mul(f_sub(load_some(x + i, count - i), f_set(shift)), f_set(scale));
+    store_some(out + i, f_exp(value), count - i);
+  }
+}
+
 template <class T> void rotate(const float* x, const float* rotary, T* out, int64_t dim) {
   const int64_t half = dim / 2;
   for (int64_t i = 0; i < half; i += 16) {

@@ -19,5 +19,5 @@
 
 extern const Kernels STARLING_NAME(STARLING_ISA);
 const Kernels STARLING_NAME(STARLING_ISA) = {
-    kPlanes, quantize, linear, attend, merge, rotate_and_write, add_norm, silu_mul, widen,
+    kPlanes, quantize, linear, attend, merge, rotate_and_write, add_norm, silu_mul, widen, exp_scaled,
 };

@@ -127,4 +127,5 @@ struct Kernels {
   void (*add_norm)(const float* x, float* residual, const uint16_t* weight, float* out, int64_t hidden, float eps);
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);
   void (*widen)(const uint16_t* half, float* out, int64_t count);
+  void (*exp_scaled)(const float* x, float shift, float scale, float* out, int64_t count);
 };

@@ -1,0 +1,17 @@
+// One row of Ops.sample (interface.py), from probabilities up to a common factor.
+#pragma once
+#include <cstdint>
+
+struct Sampling {
+  double temperature;  // not 0
+  int64_t top_k;       // 0: all
+  double top_p;
+  double min_p;
+  double uniform;
+};
+
+// The first largest of `logits`.
+int64_t greediest(const float* logits, int64_t count);
+
+// The token drawn from p [count], whose largest is 1; p is cut down in place.
+int64_t draw(float* p, int64_t count, const Sampling& s);
