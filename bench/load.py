@@ -105,7 +105,7 @@ async def one(client: httpx.AsyncClient, inputs: dict[str, Any], fate: Fate, aft
 async def read(
     client: httpx.AsyncClient, response: httpx.Response, fate: Fate, after: int, begun_s: float, tally: Tally
 ) -> None:
-    chunks, prediction = 0, ""
+    chunks, prediction, cancelled = 0, "", False
     async for event in EventSource(response).aiter_sse():
         data = json.loads(event.data)
         if event.event == "start":
@@ -117,7 +117,7 @@ async def read(
         elif event.event == "completed":
             tally.outcomes[data["status"]] += 1
             if data["status"] == "failed":
-                tally.failures.append(str(data.get("error"))[:200])
+                tally.failures.append(f"{data.get('error')}"[:200] + (" (cancelled)" if cancelled else ""))
             elif data["status"] == "succeeded":
                 tally.total_s.append(time.monotonic() - begun_s)
                 if "output_token_count" not in data["metrics"]:
@@ -129,7 +129,7 @@ async def read(
             return
         if chunks >= after and fate == "cancel" and prediction:
             await client.post(f"/predictions/{prediction}/cancel")
-            fate = "finish"
+            fate, cancelled = "finish", True
     tally.outcomes["cut"] += 1
     tally.failures.append("the stream ended without a last event")
 

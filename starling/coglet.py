@@ -5,6 +5,10 @@ on a thread of its own, after the coroutine has ended. It cancels a prediction b
 that `asyncio.run_coroutine_threadsafe` gave it, which by then is done, so nothing would reach the generator. Therefore
 `install_cancellation` wraps that function once: each future carries a `CancelSignal`, and `predict` finds its own
 through `current_signal`.
+
+A prediction that is cancelled before that future exists is hit otherwise: coglet raises CancelationException in the
+thread that serves it, at whatever line that thread has reached. Both places where that can be our line turn it into a
+cancelled prediction; else it would end as a failed one.
 """
 
 import asyncio
@@ -14,6 +18,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
+
+from cog import CancelationException
 
 from starling.errors import EngineError, GenerationCancelled, RequestError, StarlingError
 
@@ -64,6 +70,11 @@ def _submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) 
     token = _signal.set(signal)  # the loop copies this thread's context into the coroutine
     try:
         future = _run_coroutine_threadsafe(coroutine, loop)
+    except CancelationException:
+        future = Future()
+        future.cancel()
+        future.set_running_or_notify_cancel()
+        return future
     finally:
         _signal.reset(token)
     cancel_future = future.cancel
@@ -106,7 +117,7 @@ def drain(start: Callable[[], G], record: Callable[[G], None], signal: CancelSig
             record(generation)
         finally:
             generation.close()
-    except GenerationCancelled:
+    except (GenerationCancelled, CancelationException):
         raise asyncio.CancelledError from None
     except RequestError:
         raise

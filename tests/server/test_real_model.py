@@ -1,0 +1,133 @@
+"""The whole way, from HTTP to a model's steps and back, with a tiny random checkpoint."""
+
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from starling import tokenizer_json
+from starling.client import AnswerError, Client
+from starling.local_server import LocalServer
+from starling.request import Request
+from starling.service import Service
+from starling.settings import Settings
+from starling.tokenizer import byte_alphabet
+from tests.model.tiny import write_checkpoint
+from tests.server.conftest import HANG_S, SLOTS
+
+CONTEXT = 4096  # positions
+BOS, END_OF_TURN = 256, 257
+ENVIRONMENT = {"STARLING_DEVICE": "cpu", "COG_MAX_CONCURRENCY": str(SLOTS)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder, bos_token_id=BOS, eos_token_id=END_OF_TURN, max_position_embeddings=CONTEXT)
+    controls = {"<s>": BOS, "<|end_of_turn|>": END_OF_TURN}
+    tokenizer_json.write(tokenizer_json.byte_level(byte_alphabet() | controls, [], controls), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LocalServer]:
+    with LocalServer(environ=ENVIRONMENT | {"STARLING_WEIGHTS": str(folder)}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: LocalServer) -> Iterator[Client]:
+    client = Client(server.url, HANG_S)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path) -> Iterator[Service]:
+    """The same model in this process."""
+    service = Service.from_folder(folder, Settings.from_env(ENVIRONMENT))
+    yield service
+    service.close()
+
+
+def ask(client: Client, **inputs: Any) -> tuple[str, dict[str, Any]]:
+    with client.stream(**inputs) as answer:
+        return "".join(answer), answer.metrics
+
+
+REQUESTS: list[dict[str, Any]] = [
+    {"prompt": f"Tell me {n}.", "max_tokens": 20 + 10 * n, "seed": n, "temperature": 0.5 * (n % 3)}
+    for n in range(SLOTS)
+]
+
+
+def test_streams_side_by_side_say_what_each_says_alone(client: Client, service: Service, background: Any) -> None:
+    answers = [background(ask, client, **request) for request in REQUESTS]
+    for request, answer in zip(REQUESTS, answers, strict=True):
+        text, metrics = answer.result()
+        alone = service.answer(Request.parse(**request))
+        assert text == alone.text
+        for name in ("input_token_count", "output_token_count", "finish_reason", "seed"):
+            assert metrics[name] == getattr(alone, name)
+
+
+def test_eight_answers_are_under_way_at_a_time_and_cancelling_ends_each(client: Client, background: Any) -> None:
+    """Each is cancelled once all have begun: were one of them made after another, that one would have succeeded."""
+    begun = threading.Barrier(SLOTS, timeout=HANG_S)
+    long = CONTEXT - 100
+
+    def start_then_cancel(number: int) -> str:
+        with client.stream(prompt=str(number), min_tokens=long, max_tokens=long) as answer:
+            chunks = iter(answer)
+            next(chunks)
+            begun.wait()
+            assert client.cancel(answer.id)
+            assert len("".join(chunks)) < long
+        return answer.status
+
+    for _ in range(2):  # the slots and blocks of the first round serve the second
+        streams = [background(start_then_cancel, number) for number in range(SLOTS)]
+        assert [stream.result() for stream in streams] == ["canceled"] * SLOTS
+    assert ask(client, prompt="again", max_tokens=3)[1]["output_token_count"] <= 3
+
+
+def test_a_conversation_finds_its_beginning_in_the_cache(client: Client) -> None:
+    first = "x" * 200
+    said, _ = ask(client, prompt=first, max_tokens=20, seed=1)
+    messages = [{"role": "user", "content": first}, {"role": "assistant", "content": said}]
+    _, metrics = ask(client, prompt="y", messages=messages, max_tokens=5)
+    assert 200 <= metrics["cached_token_count"] < metrics["input_token_count"]
+
+
+def test_an_answer_follows_a_regular_expression(client: Client) -> None:
+    text, metrics = ask(client, prompt="a", regex="[ab]{5}", max_tokens=50)
+    assert re.fullmatch("[ab]{5}", text)
+    assert metrics["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fault"),
+    [
+        ({"prompt": "a" * CONTEXT}, r"RequestError.*\b4096\b"),
+        ({"prompt": "a", "max_tokens": CONTEXT}, r"RequestError.*\b4096\b"),
+        ({"prompt": "a", "regex": "[ab"}, "RequestError.*regex"),
+        ({"prompt": "a", "json_schema": "{"}, "RequestError.*json_schema"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(client: Client, inputs: dict[str, Any], fault: str) -> None:
+    with pytest.raises(AnswerError, match=fault):
+        ask(client, **inputs)
+    assert ask(client, prompt="a", max_tokens=2)
+
+
+def test_prompts_are_never_logged(server: LocalServer, client: Client) -> None:
+    secret = "Rumpelstilzchen"
+    ask(client, prompt=secret, system_prompt=secret, max_tokens=5)
+    for refused in ({"prompt": secret * CONTEXT}, {"prompt": secret, "stop_sequences": "[1]"}):
+        with pytest.raises(AnswerError):
+            ask(client, **refused)
+    assert secret not in server.log
