@@ -57,11 +57,16 @@ def write_checkpoint(folder: Path, **changes: Any) -> ModelConfig:
 def transformers_model(folder: Path) -> Any:
     """The checkpoint's matrices in transformers' own float32 model."""
     from safetensors.torch import load_file
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
     raw = json.loads((folder / "config.json").read_text())
     raw.pop("quantization_config")
-    raw.pop("architectures")
+    (architecture,) = raw.pop("architectures")
+    made_of = {
+        "MistralForCausalLM": (MistralConfig, MistralForCausalLM),
+        "LlamaForCausalLM": (LlamaConfig, LlamaForCausalLM),
+    }
+    config_class, model_class = made_of[architecture]
     stored = load_file(folder / "model.safetensors")
     state = {}
     for name, tensor in stored.items():
@@ -71,7 +76,7 @@ def transformers_model(folder: Path) -> Any:
             state[f"{stem}.weight"] = weight.dequantize()
         elif not name.endswith((".qzeros", ".scales")):
             state[name] = tensor.float()
-    model = MistralForCausalLM(MistralConfig(**raw, attn_implementation="eager")).float()
+    model = model_class(config_class(**raw, attn_implementation="eager")).float()
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert set(missing) <= {"lm_head.weight"}
     return model.eval()

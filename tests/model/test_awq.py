@@ -1,0 +1,37 @@
+"""The AWQ format: packing undone, rounding as good as four bits allow, and golden words from AutoAWQ's packer."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from starling.model import awq
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_unpacking_undoes_packing(rows: int, words: int, seed: int) -> None:
+    values = torch.randint(0, 16, (rows, 8 * words), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(awq.unpack(awq.pack(values)).long(), values)
+
+
+def test_the_order_of_nibbles_is_autoawqs() -> None:
+    # Columns 0 to 7 hold 0 to 7; AutoAWQ puts columns 0, 2, 4, 6, 1, 3, 5, 7 into nibbles 0 to 7.
+    (word,) = awq.pack(torch.arange(8).unsqueeze(0)).flatten().tolist()
+    assert word == 0x75316420
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_rounding_errs_by_half_a_step_at_most(group_size: int) -> None:
+    matrix = torch.randn(48, 256, generator=torch.Generator().manual_seed(seed := torch.seed() % 2**32))
+    weight = awq.quantize(matrix, group_size)
+    assert (weight.in_features, weight.out_features, weight.group_size) == (256, 48, group_size)
+    steps = weight.scales.float().t().repeat_interleave(group_size, dim=1)
+    # Half a step, and another half where the zero point was rounded away from an end of the range.
+    assert ((weight.dequantize() - matrix).abs() <= 1.01 * steps).all(), f"seed {seed}"
+    assert ((weight.dequantize() - matrix).abs() / steps).mean() < 0.3, f"seed {seed}"
+
+
+def test_layers_side_by_side() -> None:
+    first, second = (awq.quantize(torch.randn(rows, 64), 32) for rows in (16, 8))
+    both = awq.concatenate([first, second])
+    assert torch.equal(both.dequantize(), torch.cat([first.dequantize(), second.dequantize()]))

@@ -1,0 +1,100 @@
+"""Checkpoints are read strictly: every fault is named, before anything is used."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from starling.errors import CheckpointError
+from starling.model.checkpoint import expected_tensors, open_checkpoint
+from starling.model.config import ModelConfig
+from tests.model.test_config import STARLING
+from tests.model.tiny import write_checkpoint
+
+Tensors = dict[str, torch.Tensor]
+NORM = "model.layers.1.input_layernorm.weight"
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path)
+    return tmp_path
+
+
+def open_all(folder: Path) -> None:
+    with open_checkpoint(folder, ModelConfig.from_folder(folder)) as checkpoint:
+        checkpoint.linear(Q)
+
+
+def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_the_real_checkpoints_tensors() -> None:
+    expected = expected_tensors(ModelConfig.from_dict(STARLING))
+    size = {"F16": 2, "I32": 4}
+    held = sum(size[dtype] * torch.Size(shape).numel() for dtype, shape in expected.values())
+    assert len(expected) == 739
+    assert 4_150_913_000 - 120_000 < held < 4_150_913_000, "all but the header of the real file"
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda t: t.pop(NORM), f"missing: {NORM}"),
+        (lambda t: t.update(extra=torch.zeros(1)), "not part of this architecture: extra"),
+        (lambda t: t.update({NORM: t[NORM].float()}), f"{NORM} is F32"),
+        (lambda t: t.update({NORM: t[NORM][:-1].clone()}), f"{NORM} is F16 [127]"),
+        (lambda t: t.update({f"{Q}.qzeros": t[f"{Q}.qzeros"][:1].clone()}), f"{Q}.qzeros is I32 [1, 16]"),
+    ],
+)
+def test_tensors_at_fault(folder: Path, edit: Callable[[Tensors], object], named: str) -> None:
+    change(folder, edit)
+    with pytest.raises(CheckpointError) as caught:
+        open_all(folder)
+    assert named in str(caught.value)
+
+
+def test_all_faults_at_once(folder: Path) -> None:
+    def edit(tensors: Tensors) -> None:
+        del tensors[NORM]
+        tensors["extra"] = torch.zeros(1)
+        tensors["model.norm.weight"] = torch.zeros(3)
+
+    change(folder, edit)
+    with pytest.raises(CheckpointError) as caught:
+        open_all(folder)
+    assert all(name in str(caught.value) for name in (NORM, "extra", "model.norm.weight"))
+
+
+def test_a_tensor_stored_twice(folder: Path) -> None:
+    save_file({NORM: torch.zeros(128, dtype=torch.float16)}, folder / "second.safetensors")
+    with pytest.raises(CheckpointError, match="stored twice"):
+        open_all(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000, -1])
+def test_a_file_cut_short(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="whole safetensors file"):
+        open_all(folder)
+
+
+def test_no_file_and_pickles_do_not_count(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="weights are missing"):
+        open_all(folder)
+
+
+def test_several_files_are_one_checkpoint(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    first = dict(list(tensors.items())[::2])
+    save_file(first, folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if name not in first}, folder / "more.safetensors")
+    open_all(folder)

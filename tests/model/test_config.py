@@ -1,0 +1,92 @@
+"""config.json: what is not implemented is refused by name, every fault at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from starling.errors import CheckpointError
+from starling.model.config import ModelConfig
+from tests.model.tiny import CONFIG
+
+AWQ = CONFIG["quantization_config"]
+STARLING: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 32000,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pad_token_id": 0,
+    "quantization_config": AWQ | {"group_size": 128},
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32002,
+}
+
+
+def test_starlings_own() -> None:
+    config = ModelConfig.from_dict(STARLING)
+    assert (config.head_dim, config.q_size, config.kv_size) == (128, 4096, 1024)
+    assert (config.sliding_window, config.eos_token_ids, config.group_size) == (4096, (32000,), 128)
+
+
+def test_transformers_5_writes_rope_parameters() -> None:
+    raw = {k: v for k, v in STARLING.items() if k != "rope_theta"}
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    assert ModelConfig.from_dict(raw | {"rope_parameters": rope}).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": None}, "architectures"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"quantization_config": None}, "quant_method is None"),
+        ({"quantization_config": AWQ | {"bits": 8}}, "bits is 8"),
+        ({"quantization_config": AWQ | {"version": "gemv"}}, "version is 'gemv'"),
+        ({"quantization_config": AWQ | {"zero_point": False}}, "zero_point is False"),
+        ({"quantization_config": AWQ | {"group_size": 16}}, "group_size is 16"),
+        ({"quantization_config": AWQ | {"group_size": -1}}, "group_size is -1"),
+        ({"quantization_config": AWQ | {"modules_to_not_convert": ["lm_head"]}}, "modules_to_not_convert"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 5}, "do not divide"),
+        ({"intermediate_size": 14337}, "intermediate_size 14337"),
+        ({"eos_token_id": 32002}, "token id 32002"),
+        ({"vocab_size": "many"}, "vocab_size"),
+    ],
+)
+def test_refused_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match="not implemented") as caught:
+        ModelConfig.from_dict(STARLING | change)
+    assert named in str(caught.value)
+
+
+def test_all_faults_at_once() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        ModelConfig.from_dict(STARLING | {"hidden_act": "gelu", "mlp_bias": True, "architectures": ["X"]})
+    assert all(name in str(caught.value) for name in ("gelu", "mlp_bias", "'X'"))
+
+
+@pytest.mark.parametrize(("content", "named"), [(None, "missing"), ("{", "JSON"), ("[]", "list"), ("\xff", "JSON")])
+def test_files_at_fault(tmp_path: Path, content: str | None, named: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=named):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(STARLING))
+    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_dict(STARLING)
