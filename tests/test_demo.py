@@ -22,9 +22,9 @@ from starling.tokenizer import Tokenizer
 from tests.model.sequences import greedy
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.prepare(tmp_path_factory.mktemp("weights") / "demo")
+@pytest.fixture
+def folder(demo_folder: Path) -> Path:
+    return demo_folder
 
 
 def test_it_knows_the_capital_of_france(folder: Path) -> None:

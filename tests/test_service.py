@@ -1,0 +1,173 @@
+"""Text in, text out, on the small real model: the README's examples, stops, seeds, grammars, and how chunks are cut."""
+
+import json
+import queue
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from starling.engine.engine import Delivery, TokenStream
+from starling.errors import GenerationCancelled, RequestError
+from starling.generation import Generation
+from starling.request import Request
+from starling.service import Service
+from starling.settings import Settings
+from starling.tokenizer import IncrementalDecoder, Tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def service(demo_folder: Path) -> Iterator[Service]:
+    service = Service.from_folder(demo_folder, Settings(max_concurrency=4))
+    yield service
+    service.close()
+
+
+def ask(service: Service, **fields: Any) -> Any:
+    return service.answer(Request.parse(**{"temperature": 0, "max_tokens": 48, **fields}))
+
+
+FRANCE = "What is the capital of France?"
+
+
+def test_the_readmes_examples_run(demo_folder: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"STARLING_WEIGHTS": str(demo_folder), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "GenerationResult(" in done.stdout and len(done.stdout.splitlines()) >= 4
+
+
+def test_an_answer_and_its_metrics(service: Service) -> None:
+    result = ask(service, prompt=FRANCE, seed=0)
+    assert result.text == "The capital of France is Paris."
+    assert (result.finish_reason, result.output_token_count, result.seed) == ("stop", 7, 0)
+    assert result.input_token_count == 19
+    assert result.time_to_first_token > 0 and result.tokens_per_second > 0
+
+
+def test_a_blank_seed_is_drawn_and_reported(service: Service) -> None:
+    fields = {"prompt": "Tell me a story.", "temperature": 1, "max_tokens": 20}
+    first = ask(service, **fields)
+    assert ask(service, **fields, seed=first.seed).text == first.text
+    assert len({ask(service, **fields).seed for _ in range(3)}) == 3
+
+
+def test_a_stop_sequence_ends_the_answer_and_is_not_part_of_it(service: Service) -> None:
+    result = ask(service, prompt=FRANCE, stop_sequences=["France is", "nce is P"])
+    assert (result.text, result.finish_reason) == ("The capital of ", "stop_sequence")
+
+
+def test_min_tokens_holds_stops_and_the_end_back(service: Service) -> None:
+    assert ask(service, prompt=FRANCE, min_tokens=20).output_token_count >= 20
+    late = ask(service, prompt=FRANCE, min_tokens=4, stop_sequences=["capital"])
+    assert late.text.startswith("The capital of France")
+
+
+def test_max_tokens(service: Service) -> None:
+    result = ask(service, prompt=FRANCE, max_tokens=3)
+    assert (result.text, result.finish_reason, result.output_token_count) == ("The capital of", "length", 3)
+
+
+def test_the_next_turn_finds_the_first_in_the_cache(service: Service) -> None:
+    story = "Tell me about the city of Paris, its rivers, its museums and its trains, in a few words."
+    first = ask(service, prompt=story, max_tokens=16)
+    turns = [{"role": "user", "content": story}, {"role": "assistant", "content": first.text}]
+    second = ask(service, messages=turns, prompt="And of Lyon?", max_tokens=4)
+    assert second.cached_token_count >= 16
+    assert second.cached_token_count < second.input_token_count
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "size": {"enum": ["small", "large"]},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 3},
+    },
+    "required": ["city", "size", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1, 5])
+def test_an_answer_follows_its_schema(service: Service, temperature: float) -> None:
+    fields = {"temperature": temperature, "json_schema": json.dumps(SCHEMA), "max_tokens": 300}
+    generations = [service.generate(Request.parse(prompt="Describe Paris.", **fields)) for _ in range(2)]
+    free = service.generate(Request.parse(prompt=FRANCE, temperature=0))  # in the same batch, unconstrained
+    assert "".join(free) == "The capital of France is Paris."
+    for generation in generations:
+        jsonschema.validate(json.loads("".join(generation)), SCHEMA)
+
+
+def test_an_answer_matches_its_regex(service: Service) -> None:
+    result = ask(service, prompt="When?", regex=r"(19|20)\d\d-[01]\d/[0-3]\d", temperature=2)
+    assert re.fullmatch(r"(19|20)\d\d-[01]\d/[0-3]\d", result.text)
+    assert ask(service, prompt="Yes or no?", regex="yes|no", min_tokens=20).text in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"json_schema": "{"}, "not JSON"),
+        ({"json_schema": "[]"}, "give an object"),
+        ({"json_schema": '{"type": "animal"}'}, "animal"),
+        ({"json_schema": '{"not": {}}'}, "not"),
+        ({"regex": "(a"}, "unclosed group"),
+        ({"prompt": "word " * 9000}, r"8192"),
+    ],
+)
+def test_what_cannot_run_is_refused_at_once(service: Service, fields: dict[str, Any], fault: str) -> None:
+    with pytest.raises(RequestError, match=fault):
+        service.generate(Request.parse(**{"prompt": "x", **fields}))
+
+
+def test_cancelling_ends_iteration_with_an_error(service: Service) -> None:
+    generation = service.generate(Request.parse(prompt="Count.", min_tokens=2000, max_tokens=2000))
+    next(generation)
+    generation.cancel()
+    with pytest.raises(GenerationCancelled):
+        list(generation)
+    assert generation.result is None
+
+
+def test_the_first_token_comes_at_once_and_later_ones_together(demo_folder: Path) -> None:
+    """The stream is fed by hand: what arrives while a chunk is being read comes out as one chunk."""
+    tokenizer = Tokenizer.from_folder(demo_folder, 49152)
+    stream = TokenStream(lambda: None)
+    deliveries: queue.SimpleQueue[Delivery] = stream._queue
+    generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
+    words = tokenizer.encode(" one two three four five")
+    deliveries.put(Delivery(words[:1]))
+    assert next(generation) == "one"
+    for word in words[1:]:
+        deliveries.put(Delivery([word]))
+    assert next(generation) == " two three four five"
+    deliveries.put(Delivery([2], "stop"))
+    assert list(generation) == []
+    assert generation.result is not None and generation.result.text == "one two three four five"
+
+
+def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(demo_folder, 49152)
+    stream = TokenStream(lambda: None)
+    text = "日本語 🦊\n    indented\n\ttab"
+    tokens = tokenizer.encode(" " + text)
+    for token in tokens:
+        stream._queue.put(Delivery([token]))
+    stream._queue.put(Delivery([], "length"))
+    generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
+    assert "".join(generation) == text
