@@ -3,13 +3,14 @@
 import json
 import logging
 import secrets
+from dataclasses import replace
 from pathlib import Path
 
 from starling.chat import END_OF_TURN, Chat
 from starling.engine.cache import BlockCache
 from starling.engine.engine import Engine
 from starling.engine.runner import Runner
-from starling.engine.scheduler import Limits, Scheduler
+from starling.engine.scheduler import Counters, Limits, Scheduler
 from starling.engine.sequence import SamplingParams
 from starling.errors import DeviceError
 from starling.generation import Generation, GenerationResult
@@ -111,6 +112,11 @@ class Service:
     def occupancy(self) -> dict[str, int]:
         """How busy the engine is: sequences running and waiting, KV blocks in all and available."""
         return self._engine.occupancy
+
+    @property
+    def counters(self) -> Counters:
+        """A copy of the engine's totals since start."""
+        return replace(self._engine.counters)
 
     def _journal(self, generation: Generation, outcome: str) -> None:
         """One line of JSON per finished request, for operators. Never a word of what was asked or answered."""

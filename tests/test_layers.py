@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 # Which parts of starling each room may import, beside itself and errors.
@@ -58,6 +59,15 @@ def test_the_image_and_the_cpu_install_agree() -> None:
     image, cpu = pins("requirements.txt"), pins("requirements-cpu.txt")
     del image["torch"], cpu["torch"]
     assert image.items() <= cpu.items()
+
+
+def test_pyproject_names_what_is_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert set(project["dependencies"]) == set(pins("requirements.txt"))
+    assert {*project["dependencies"], *extras["cli"]} == set(pins("requirements-cpu.txt"))
+    assert set(extras["demo"]) == set(pins("requirements-demo.txt"))
+    assert set(extras["dev"]) == set(pins("requirements-dev.txt"))
 
 
 def test_every_requirement_is_pinned() -> None:

@@ -1,0 +1,155 @@
+"""What the engine itself does: throughput by concurrency, its overhead per step, and what the prefix cache saves.
+
+    python -m bench.engine --weights weights/demo
+
+Everything in one run, on one machine; compare ratios between lines of one run, not figures between machines.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from starling.engine.cache import BlockCache
+from starling.engine.runner import build_batch
+from starling.engine.scheduler import Limits, Scheduler, Work
+from starling.engine.sequence import SamplingParams, Sequence
+from starling.engine.speculation import PromptLookup
+from starling.model.ops.cpu.cores import usable_cores
+from starling.request import Request
+from starling.service import Service
+from starling.settings import Settings
+
+CONCURRENCIES = (1, 2, 4, 8, 16, 32)
+TOKENS = 48  # per answer
+ROUNDS = 3
+
+
+def throughput(service: Service) -> list[tuple[int, float]]:
+    """Median generated tokens per second of ROUNDS rounds, by concurrency. Answers differ, lengths do not."""
+    rates: dict[int, list[float]] = {n: [] for n in CONCURRENCIES}
+    for turn in range(ROUNDS + 1):
+        for concurrency in CONCURRENCIES:
+            requests = [
+                Request.parse(prompt=f"{turn} {i}: tell me a story.", seed=i, min_tokens=TOKENS, max_tokens=TOKENS)
+                for i in range(concurrency)
+            ]
+            begun_s = time.perf_counter()
+            generations = [service.generate(request) for request in requests]
+            for generation in generations:
+                for _ in generation:
+                    pass
+            rate = concurrency * TOKENS / (time.perf_counter() - begun_s)
+            if turn > 0:  # the first round warms up
+                rates[concurrency].append(rate)
+    return [(concurrency, statistics.median(found)) for concurrency, found in rates.items()]
+
+
+def overhead_us(batch: int, steps: int = 400) -> tuple[float, float]:
+    """Medians per decode step, the model a constant: planning and booking, and building the batch's tensors."""
+    books = BlockCache(4096, 16, batch, 2048, window=1024)
+    scheduler = Scheduler(books, Limits(max_running=batch))
+    for i in range(batch):
+        params = SamplingParams(max_tokens=1500, stop_ids=frozenset({0}), seed=i)
+        scheduler.add(Sequence(i, [i + 5] * 40, params, lookup=PromptLookup()))
+
+    def constant(plan: list[Work]) -> list[list[int]]:
+        return [[work.start % 997 + 1] * (1 + len(work.drafts)) if work.samples else [] for work in plan]
+
+    device = torch.device("cpu")
+    scheduling, building = [], []
+    for _ in range(steps):
+        t0 = time.perf_counter()
+        plan = scheduler.plan()
+        t1 = time.perf_counter()
+        build_batch(plan, books, device)
+        t2 = time.perf_counter()
+        sampled = constant(plan)
+        t3 = time.perf_counter()
+        scheduler.complete(plan, sampled)
+        t4 = time.perf_counter()
+        scheduling.append(t1 - t0 + t4 - t3)
+        building.append(t2 - t1)
+    half = steps // 2  # the first half prefills and warms up
+    return statistics.median(scheduling[half:]) * 1e6, statistics.median(building[half:]) * 1e6
+
+
+def conversation(service: Service, turns: int = 10) -> list[tuple[int, int, float]]:
+    """Per turn: prompt tokens, those found in the cache, seconds to the first token."""
+    messages: list[dict[str, str]] = []
+    found = []
+    for turn in range(turns):
+        prompt = f"Turn {turn}. " + "Tell me more about the river, the fox, and the other side. " * 4
+        request = Request.parse(messages=messages, prompt=prompt, temperature=0, max_tokens=40)
+        result = service.answer(request)
+        found.append((result.input_token_count, result.cached_token_count, result.time_to_first_token))
+        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": result.text}]
+    return found
+
+
+def fresh(service: Service, prompt_tokens: int) -> float:
+    """Seconds to the first token of a prompt of about that length that nothing has in common with."""
+    word = f"{time.perf_counter_ns()} "
+    request = Request.parse(prompt=word + "fox river side " * (prompt_tokens // 3), max_tokens=1)
+    return service.answer(request).time_to_first_token
+
+
+TEXTS = {
+    "free text, sampled": {"prompt": "Tell me a story about a river.", "temperature": 1.2, "top_p": 1.0},
+    "a text said again": {"prompt": "Repeat: " + "The fox crossed the river at night. " * 6, "temperature": 0},
+}
+
+
+def guessing(folder: Path) -> list[tuple[str, float, float]]:
+    """Per kind of text: speed with guesses over speed without (median of pairs taken in turn), and share accepted."""
+    settings = [Settings(max_concurrency=1, speculative_rows=rows) for rows in (0, 8)]
+    services = [Service.from_folder(folder, setting) for setting in settings]
+    found = []
+    for name, fields in TEXTS.items():
+        ratios = []
+        before = services[1].counters
+        for seed in range(2 * ROUNDS + 1):
+            request = Request.parse(seed=seed, min_tokens=128, max_tokens=128, **fields)
+            plain, guessed = (service.answer(request) for service in services)
+            assert plain.text == guessed.text, "a guess changed an answer"
+            if seed > 0:
+                ratios.append(guessed.tokens_per_second / plain.tokens_per_second)
+        after = services[1].counters
+        proposed = after.proposed - before.proposed
+        found.append((name, statistics.median(ratios), (after.accepted - before.accepted) / max(1, proposed)))
+    for service in services:
+        service.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.split("\n")[0])
+    parser.add_argument("--weights", type=Path, action="append", required=True, help="a checkpoint folder; repeatable")
+    options = parser.parse_args()
+    print(f"{usable_cores()} cores · torch {torch.__version__}\n")
+
+    print("Overhead per decode step, the model stubbed (µs, medians)")
+    for batch in (1, 8, 32):
+        scheduling, building = overhead_us(batch)
+        print(f"  batch {batch:>2}   plan and book {scheduling:6.0f}   build tensors {building:6.0f}")
+
+    for folder in options.weights:
+        service = Service.from_folder(folder, Settings(max_concurrency=max(CONCURRENCIES)))
+        print(f"\n{folder}: generated tokens per second, {TOKENS} per answer, median of {ROUNDS} rounds")
+        rates = throughput(service)
+        for concurrency, rate in rates:
+            print(f"  concurrency {concurrency:>2}   {rate:8.1f} tokens/s   {rate / rates[0][1]:5.2f} x one stream")
+        print(f"{folder}: a conversation of 10 turns")
+        for turn, (prompt, cached, first_s) in enumerate(conversation(service)):
+            print(f"  turn {turn}   prompt {prompt:>5}   cached {cached:>5}   first token {first_s * 1e3:7.1f} ms")
+        print(f"  the last turn's prompt, computed afresh: {fresh(service, prompt) * 1e3:.1f} ms")
+        service.close()
+        print(f"{folder}: guessing ahead by prompt lookup, one stream")
+        for name, ratio, share in guessing(folder):
+            print(f"  {name:<20} {ratio:5.2f} x plain decoding   {share:4.0%} of the guesses right")
+
+
+if __name__ == "__main__":
+    main()
