@@ -150,7 +150,7 @@ class Generation(Iterator[str]):
             input_token_count=self._input_token_count,
             output_token_count=self._tokens,
             cached_token_count=self._cached_tokens,
-            time_to_first_token=first_s - self._submitted_s,
-            tokens_per_second=made / max(self._last_s - since, 1e-9),
+            time_to_first_token=round(first_s - self._submitted_s, 6),
+            tokens_per_second=round(made / max(self._last_s - since, 1e-9), 3),
             seed=self._seed,
         )

@@ -139,4 +139,4 @@ def _fault(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     value = error.get("input")
     shown = f" is {value!r}:" if isinstance(value, int | float | bool) and where else ""
-    return f"{where}{shown} {message}" if where else message
+    return f"{where}{shown or ':'} {message}" if where else message
