@@ -3,11 +3,10 @@
 What happened is written to $ECHO_FOLDER/journal. Words that act:
     gate:NAME   waits until the file NAME is in $ECHO_FOLDER
     fail:KIND   raises: request, engine or surprise
-    die         kills the worker's process
+    turns:      says how many messages came before the prompt, and the mode
 """
 
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,12 +62,10 @@ class EchoGeneration:
                         raise GenerationCancelled("cancelled")
             elif kind == "fail":
                 raise FAILURES[name]
-            elif kind == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
             else:
                 self._said += 1
                 self._note("said")
-                yield word + " "
+                yield (f"{len(self._request.messages)} {self._request.mode}" if kind == "turns" else word) + " "
         self.result = SimpleNamespace(
             finish_reason="stop",
             input_token_count=len(self._words),

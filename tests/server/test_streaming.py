@@ -63,6 +63,25 @@ def test_the_events_of_a_stream(echo: Echo) -> None:
     assert completed["metrics"].items() >= metrics.items()
 
 
+def test_each_answer_has_its_own_metrics(echo: Echo, background) -> None:
+    """They are recorded on coglet's threads, while other predictions begin and end."""
+
+    def ask(number: int) -> dict[str, object]:
+        with echo.client.stream(prompt=f"a gate:{gate}" + " b" * number, seed=number) as answer:
+            for _ in answer:
+                begun.release()
+        return answer.metrics
+
+    for _ in range(5):
+        gate, begun = echo.name(), threading.Semaphore(0)
+        asked = [background(ask, number) for number in range(SLOTS)]
+        for _ in range(SLOTS):
+            assert begun.acquire(timeout=HANG_S)
+        echo.open(gate)
+        for number, metrics in enumerate(asked):
+            assert metrics.result().items() >= {"seed": number, "output_token_count": 1 + number}.items()
+
+
 def test_the_whole_answer_as_json(echo: Echo) -> None:
     answer = echo.post(prompt="a b").json()
     assert answer["status"] == "succeeded"

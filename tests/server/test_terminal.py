@@ -1,0 +1,106 @@
+"""The terminal, driven as a person does: what it prints, and what Ctrl-C does."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import IO
+
+import pytest
+
+from starling.local_server import ROOT
+from tests.server.conftest import HANG_S, Echo, wait_for
+
+
+class Terminal:
+    """`python -m starling.terminal` beside the echo server."""
+
+    def __init__(self, echo: Echo, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "starling.terminal", "--url", echo.server.url, *arguments],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def screen(self) -> IO[bytes]:
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def type(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def read_until(self, text: str) -> str:
+        seen = b""
+        while text.encode() not in seen:
+            character = self.screen.read(1)
+            assert character, f"the terminal ended, having shown {seen.decode()!r}"
+            seen += character
+        return seen.decode()
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def terminals() -> Iterator[list[Terminal]]:
+    """Terminals of a test, ended with it."""
+    terminals: list[Terminal] = []
+    yield terminals
+    for terminal in terminals:
+        terminal.process.kill()
+        terminal.process.communicate()
+
+
+def test_one_answer_is_shown_as_it_is_made(echo: Echo, terminals: list[Terminal]) -> None:
+    gate = echo.name()
+    terminal = Terminal(echo, f"one gate:{gate} two")
+    terminals.append(terminal)
+    assert terminal.read_until("one ") == "one "
+    echo.open(gate)
+    rest = terminal.screen.read().decode()
+    assert rest.startswith("two \n\n[2 tokens at 10.0/s, first after 0.25 s")
+    assert "seed 7]" in rest
+    assert terminal.process.wait(HANG_S) == 0
+
+
+def test_a_refused_request_is_told(echo: Echo, terminals: list[Terminal]) -> None:
+    terminal = Terminal(echo, "")
+    terminals.append(terminal)
+    assert "neither prompt nor messages is given" in terminal.screen.read().decode()
+    assert terminal.process.wait(HANG_S) == 1
+
+
+def test_a_chat_and_both_uses_of_ctrl_c(echo: Echo, terminals: list[Terminal]) -> None:
+    terminal = Terminal(echo)
+    terminals.append(terminal)
+    terminal.read_until("You: ")
+    terminal.type("hello there")
+    assert "hello there \n\n[2 tokens" in terminal.read_until("You: ")
+
+    name = echo.name()
+    terminal.type(f"{name} gate:never")
+    terminal.read_until(f"{name} ")
+    terminal.interrupt()
+    assert "[stopped]" in terminal.read_until("You: ")
+    wait_for(lambda: ("cancelled", 1) in echo.journal(name))
+
+    terminal.type("a fail:engine")
+    assert "out of luck" in terminal.read_until("You: ")
+
+    terminal.interrupt()
+    assert terminal.process.wait(HANG_S) == 0
+
+
+def test_earlier_turns_are_sent_along(echo: Echo, terminals: list[Terminal]) -> None:
+    """The echo counts the turns that come before the prompt."""
+    terminal = Terminal(echo, "--code")
+    terminals.append(terminal)
+    for turns in ("0", "2", "4"):
+        terminal.read_until("You: ")
+        terminal.type("turns:")
+        assert f"Starling: {turns} code " in terminal.read_until("]")
