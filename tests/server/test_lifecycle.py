@@ -68,7 +68,7 @@ def test_a_setup_that_fails_says_why(tmp_path: Path) -> None:
     try:
         health = wait_for(lambda: (h := server.health()).get("status") not in (None, "STARTING") and h)
         assert health["status"] == "SETUP_FAILED"
-        assert f"No weights to serve: {tmp_path} has no config.json" in str(health["setup"])
+        assert f"STARLING_WEIGHTS names {tmp_path}, which lacks config.json" in str(health["setup"])
         assert "Traceback (most recent call last)" in server.log
         assert re.search(r"predict\.py\W+, line \d+, in setup", server.log)
         assert "scripts/demo" in server.log
@@ -77,5 +77,5 @@ def test_a_setup_that_fails_says_why(tmp_path: Path) -> None:
 
 
 def test_the_local_server_tells_why_it_did_not_start(tmp_path: Path) -> None:
-    with pytest.raises(ServerError, match=r"(?s)SETUP_FAILED.*No weights to serve"):
+    with pytest.raises(ServerError, match=r"(?s)SETUP_FAILED.*which lacks config\.json"):
         LocalServer(environ={"STARLING_WEIGHTS": str(tmp_path)}).start(timeout_s=HANG_S)

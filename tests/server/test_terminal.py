@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import IO
 
+import psutil
 import pytest
 
 from starling.local_server import ROOT
@@ -43,6 +44,8 @@ class Terminal:
         return seen.decode()
 
     def interrupt(self) -> None:
+        """Ctrl-C, once the terminal waits: Python would sit out one that comes just before it begins to."""
+        wait_for(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_SLEEPING)
         self.process.send_signal(signal.SIGINT)
 
 
