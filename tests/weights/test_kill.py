@@ -56,6 +56,7 @@ def test_killed_before_every_touch_of_a_file(hub, files, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    print(done.stdout)
     deaths = int(done.stdout.split()[-2])
     assert deaths > 30, done.stdout
 
