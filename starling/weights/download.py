@@ -16,7 +16,7 @@ from pathlib import Path
 from starling.errors import WeightsError
 from starling.weights import ledger
 from starling.weights.digest import git_blob_sha1_of, sha256_of
-from starling.weights.inspection import FileReport, State, faults, verify
+from starling.weights.inspection import PARTIAL_FOLDER, FileReport, State, faults, partial_path, verify
 from starling.weights.ledger import Ledger
 from starling.weights.lock import Lock, LockedFile
 from starling.weights.progress import Progress
@@ -24,7 +24,6 @@ from starling.weights.source import FileFaultError, Offer, Patience, Source, Sou
 
 logger = logging.getLogger(__name__)
 
-PARTIAL_FOLDER = ".partial"
 PULL_LOCK_NAME = ".pull.lock"
 
 
@@ -103,7 +102,7 @@ def _ask(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source) 
             found.append(f"{file.name}: the source has {offer.size} bytes, the lock says {file.size}")
         elif offer.sha256 and file.sha256 and offer.sha256 != file.sha256:
             found.append(f"{file.name}: the source has sha256 {offer.sha256}, the lock says {file.sha256}")
-        partial = folder / PARTIAL_FOLDER / f"{file.name}.{lock.revision}"  # bytes of two revisions never mix
+        partial = partial_path(folder, lock, file.name)
         if partial.exists() and partial.stat().st_size > offer.size:
             partial.unlink()
         wanted.append(_Wanted(file, offer, partial))
@@ -127,7 +126,8 @@ def _fetch_file(lock: Lock, folder: Path, wanted: _Wanted, source: Source) -> No
     """Raises FileFaultError or SourceLostError."""
     name, size, partial = wanted.file.name, wanted.offer.size, wanted.partial
     resumed = wanted.had_bytes > 0
-    logger.info("Fetching %s (%d bytes, %d of them are here)", name, size, wanted.had_bytes)
+    kept = f", of which {wanted.had_bytes} are here already" if resumed else ""
+    logger.info("Fetching %s: %d bytes%s", name, size, kept)
     if wanted.had_bytes < size:
         with Progress(name, size, wanted.had_bytes) as progress:
             source.fetch(name, partial, size, progress.advance)

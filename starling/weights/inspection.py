@@ -11,6 +11,13 @@ from starling.weights.ledger import Ledger
 from starling.weights.lock import Lock, LockedFile
 from starling.weights.progress import Progress
 
+PARTIAL_FOLDER = ".partial"
+
+
+def partial_path(folder: Path, lock: Lock, name: str) -> Path:
+    """Where a file's bytes gather until it is whole. Bytes of two revisions never mix."""
+    return folder / PARTIAL_FOLDER / f"{name}.{lock.revision}"
+
 
 class State(Enum):
     """What is known of one file."""
@@ -77,14 +84,17 @@ def _judge(lock: Lock, file: LockedFile, known: Ledger, sha256: str) -> FileRepo
     entry = known.files.get(file.name)
     if expected is None and entry is not None and entry.sha256 == sha256:
         return FileReport(file.name, State.WRONG_DIGEST, f"it was fetched for {entry.origin}", sha256)
-    detail = "" if file.sha256 else "the lock knows no digest; trusted as first found"
+    detail = "" if file.sha256 else "as at first use; the lock knows no digest"
     return FileReport(file.name, State.VERIFIED, detail, sha256, first_use=file.sha256 is None)
 
 
 def _inspect_file(folder: Path, lock: Lock, file: LockedFile, known: Ledger) -> FileReport:
     path = folder / file.name
     if not path.is_file():
-        return FileReport(file.name, State.MISSING)
+        partial = partial_path(folder, lock, file.name)
+        had = partial.stat().st_size if partial.is_file() else 0
+        kept = f"{had} bytes of a stopped pull are kept" if had else ""
+        return FileReport(file.name, State.MISSING, kept)
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         return FileReport(file.name, State.WRONG_SIZE, f"{size} bytes, the lock says {file.size}")

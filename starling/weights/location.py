@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2] / "weights"
 LOCK_PATH = ROOT / "starling-lm-7b-alpha-awq.lock"
 REMEDY = (
-    "Fetch them with `python -m starling weights pull`, or name the folder of an AWQ checkpoint in STARLING_WEIGHTS. "
+    "Fetch them with `python -m starling weights pull`, let the start do it with STARLING_ALLOW_DOWNLOAD=1, or name "
+    "the folder of an AWQ checkpoint in STARLING_WEIGHTS. "
     "To try the container without them, run scripts/demo."
 )
 

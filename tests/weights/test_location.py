@@ -65,7 +65,13 @@ def test_sizes_are_looked_at_before_anything_is_hashed(lock_path, lock, folder, 
 def test_a_download_when_allowed_and_only_then(lock_path, folder, files, hub):
     with pytest.raises(WeightsError) as caught:
         locate(lock_path=lock_path, where=hub.url)
-    for word in ("no download is allowed", "python -m starling weights pull", "STARLING_WEIGHTS", "scripts/demo"):
+    for word in (
+        "no download is allowed",
+        "python -m starling weights pull",
+        "STARLING_WEIGHTS",
+        "STARLING_ALLOW_DOWNLOAD=1",
+        "scripts/demo",
+    ):
         assert word in str(caught.value)
     assert not hub.requests
     found = locate(allow_download=True, where=hub.url, lock_path=lock_path, patience=BRISK)
