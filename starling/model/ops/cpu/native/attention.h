@@ -18,7 +18,7 @@ struct Rows {  // up to 4 query rows
 
 // scores[r][p] for positions [0, count) of the tile, count a multiple of 16; `keys` point at each position's key.
 template <class T>
-inline void score(const Rows& rows, const T* const* keys, int64_t count, int64_t dim, float (*scores)[kKvSplit]) {
+STARLING_INLINE void score(const Rows& rows, const T* const* keys, int64_t count, int64_t dim, float (*scores)[kKvSplit]) {
   for (int64_t p = 0; p < count; p += kPositionTile) {
     V acc[kRowTile * kPositionTile];
     for (int i = 0; i < kRowTile * kPositionTile; i++) acc[i] = v_zero();
@@ -46,7 +46,7 @@ inline void score(const Rows& rows, const T* const* keys, int64_t count, int64_t
 
 // out[r][d] = sum over positions of weights[r][p] * values[p][d], for Depth registers of d from `first` on.
 template <int Depth, class T>
-inline void weigh(const T* const* values, int64_t first, int64_t count, const float (*weights)[kKvSplit],
+STARLING_INLINE void weigh(const T* const* values, int64_t first, int64_t count, const float (*weights)[kKvSplit],
                   float (*out)[kMaxHeadDim]) {
   V acc[kRowTile][Depth];
   for (int r = 0; r < kRowTile; r++)

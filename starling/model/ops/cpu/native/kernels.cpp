@@ -2,6 +2,9 @@
 // function of the C++ library: the linker could keep the copy that another instruction set compiled.
 #include "types.h"
 
+// Sums that stay in registers are lost if the compiler thinks that a loop's body is too long to inline.
+#define STARLING_INLINE inline __attribute__((always_inline))
+
 #if defined(__AVX512F__)
 #include "vector_avx512.h"
 #elif defined(__AVX2__)

@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr int kPanelColumns = 512;  // columns unpacked to L1 at a time: 16 rows * 512 bytes
+constexpr int kPanelColumns = 512;          // columns unpacked to L1 at a time: 16 rows * 512 bytes
+constexpr int64_t kTileBytes = 512 * 1024;  // activations that blocks of weights pass by
 
 inline float tile_limit(const Tile& tile) { return tile.planes == 1 ? 127.0f : 32639.0f; }  // 127 * 256 + 127
 
@@ -52,7 +53,7 @@ void quantize(const Activations* a, int index, int row) {
 
 // One group of a tile of R rows of P planes each: sums[r] += scale * activation scale * (integer sum).
 template <int R, int P, class Weights>
-inline void integer_group(const Weights& weights, const int8_t* a, const int32_t* minus_sums, const float* scales,
+STARLING_INLINE void integer_group(const Weights& weights, const int8_t* a, const int32_t* minus_sums, const float* scales,
                           F weight_scale, I zero, F* sums, int group) {
   I acc[R * P];
 #pragma GCC unroll 16
@@ -165,16 +166,15 @@ template <class Weights> struct Panel {
   template <int R, int P> void call() const { panel_tile<R, P, Weights>(block, bytes, first, last, a, tile, kept); }
 };
 
-void integer_block(const Linear* w, const Block& block, const Activations* a, float* y, int64_t rows) {
-  const int64_t ldy = w->rows, group = w->group, groups = w->columns / group;
-  if (a->tiles == 1) {
-    if (w->bits == 4) return for_shape(a->tile[0], Stream<Nibbles>{block, a, a->tile[0], y, ldy, rows});
-    return for_shape(a->tile[0], Stream<EightBits>{block, a, a->tile[0], y, ldy, rows});
-  }
-  alignas(64) float kept[kMaxTokens * 16];
+// Tiles [first, last) of one block, weights unpacked to L1 a panel of columns at a time.
+void panel_block(const Linear* w, const Block& block, const Activations* a, int first_tile, int last_tile, float* y,
+                 int64_t rows) {
+  alignas(64) float kept[kMaxTokens * 16];  // of packed row i at 16 * i
   alignas(64) uint8_t bytes[kPanelColumns * 16];
-  for (int i = 0; i < a->rows; i++) f_store(kept + i * 16, f_zero());
-  const int64_t panel = kPanelColumns / group;
+  const int64_t group = w->group, groups = w->columns / group, panel = kPanelColumns / group;
+  const int from_row = a->tile[first_tile].first;
+  const int to_row = a->tile[last_tile - 1].first + a->tile[last_tile - 1].rows;
+  for (int i = from_row; i < to_row; i++) f_store(kept + i * 16, f_zero());
   for (int64_t first = 0; first < groups; first += panel) {
     const int64_t last = first + panel < groups ? first + panel : groups;
     const uint8_t* from = block.weight + first * block.group_bytes;
@@ -187,19 +187,19 @@ void integer_block(const Linear* w, const Block& block, const Activations* a, fl
         i_store(bytes + pair * 128, low);
         i_store(bytes + pair * 128 + 64, high);
       }
-      for (int t = 0; t < a->tiles; t++)
+      for (int t = first_tile; t < last_tile; t++)
         for_shape(a->tile[t], Panel<Bytes>{block, bytes, first, last, a, a->tile[t], kept});
     } else {
-      for (int t = 0; t < a->tiles; t++)
+      for (int t = first_tile; t < last_tile; t++)
         for_shape(a->tile[t], Panel<EightBits>{block, from, first, last, a, a->tile[t], kept});
     }
   }
-  for (int i = 0; i < a->rows; i++) store_rows(y + a->order[i] * ldy, f_load(kept + i * 16), rows);
+  for (int i = from_row; i < to_row; i++) store_rows(y + a->order[i] * w->rows, f_load(kept + i * 16), rows);
 }
 
 // R rows of float32 activations times `columns` columns; `weights` [columns][16] as floats or as fp16.
 template <int R, class Load>
-inline void float_group(const Load& load, const float* const* x, int64_t columns, F scale, F* sums) {
+STARLING_INLINE void float_group(const Load& load, const float* const* x, int64_t columns, F scale, F* sums) {
   F even[R], odd[R];
   for (int r = 0; r < R; r++) even[r] = odd[r] = f_zero();
   for (int64_t k = 0; k < columns; k += 2) {
@@ -269,18 +269,41 @@ void float_block(const Linear* w, const Block& block, const Activations* a, floa
   for (int i = 0; i < a->rows; i++) store_rows(y + i * w->rows, f_load(kept + i * 16), rows);
 }
 
+inline Block block_of(const Linear* w, int64_t b) {
+  const int64_t groups = w->columns / w->group, group_bytes = w->group * 16 * w->bits / 8;
+  Block block;
+  block.weight = w->weight + b * groups * group_bytes;
+  block.scales = w->scales ? w->scales + b * groups * 16 : nullptr;
+  block.zeros = w->zeros ? w->zeros + b * groups * 8 : nullptr;
+  block.group_bytes = group_bytes;
+  return block;
+}
+
 void linear(const Linear* w, const Activations* a, Precision precision, float* y, int64_t first, int64_t last) {
-  const int64_t groups = w->columns / w->group;
-  const int64_t group_bytes = w->group * 16 * w->bits / 8;
-  for (int64_t b = first; b < last; b++) {
-    Block block;
-    block.weight = w->weight + b * groups * group_bytes;
-    block.scales = w->scales ? w->scales + b * groups * 16 : nullptr;
-    block.zeros = w->zeros ? w->zeros + b * groups * 8 : nullptr;
-    block.group_bytes = group_bytes;
-    const int64_t rows = w->rows - b * kBlockRows;
-    if (precision == kFloat32 || w->bits == 16) float_block(w, block, a, y + b * kBlockRows, rows);
-    else integer_block(w, block, a, y + b * kBlockRows, rows);
+  auto rows = [&](int64_t b) { return w->rows - b * kBlockRows; };
+  if (precision == kFloat32 || w->bits == 16) {
+    for (int64_t b = first; b < last; b++) float_block(w, block_of(w, b), a, y + b * kBlockRows, rows(b));
+  } else if (a->tiles == 1) {
+    const Tile& tile = a->tile[0];
+    for (int64_t b = first; b < last; b++) {
+      const Block block = block_of(w, b);
+      float* at = y + b * kBlockRows;
+      if (w->bits == 4) for_shape(tile, Stream<Nibbles>{block, a, tile, at, w->rows, rows(b)});
+      else for_shape(tile, Stream<EightBits>{block, a, tile, at, w->rows, rows(b)});
+    }
+  } else {
+    // As many tiles at a time as stay in L2 while the chunk's blocks pass by.
+    for (int t = 0; t < a->tiles;) {
+      int end = t;
+      int64_t bytes = 0;
+      do {
+        bytes += a->tile[end].rows * a->tile[end].planes * w->columns;
+        end++;
+      } while (end < a->tiles && bytes < kTileBytes);
+      for (int64_t b = first; b < last; b++)
+        panel_block(w, block_of(w, b), a, t, end, y + b * kBlockRows, rows(b));
+      t = end;
+    }
   }
 }
 

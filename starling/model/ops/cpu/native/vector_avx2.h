@@ -144,7 +144,7 @@ inline __m256i four_columns(const int8_t* a) {
 
 #if defined(__AVXVNNI__)
 template <int P, class Weights>
-inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
 #pragma GCC unroll 4
   for (int pair = 0; pair < columns / 8; pair++) {
     I step[2];
@@ -163,7 +163,7 @@ inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, i
 }
 #else
 template <int P, class Weights>
-inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int span = 0; span < columns / 32; span++) {  // 8 products of at most 2 * 15 * 128 fit int16
     I low[P];
@@ -192,7 +192,7 @@ inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, i
 
 // Two products of 8-bit weights overflow vpmaddubsw's int16, so both nibbles are summed apart: w = 16 * high + low.
 template <int P>
-inline void dots(I* sums, const EightBits& weights, const int8_t* a, int stride, int columns) {
+STARLING_INLINE void dots(I* sums, const EightBits& weights, const int8_t* a, int stride, int columns) {
   const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16), mask = _mm256_set1_epi8(15);
   for (int p = 0; p < P; p++) {
     for (int span = 0; span < columns / 32; span++) {

@@ -126,7 +126,7 @@ inline I four_columns(const int8_t* a) {
 // sums[p][row] += sum over k of weight[row][k] * a[p * stride + k], k in [0, columns); columns is a multiple of 32.
 #if defined(__AVX512VNNI__)
 template <int P, class Weights>
-inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
   constexpr int kChains = P <= 4 ? 2 : 1;  // enough independent sums to hide the latency of vpdpbusd
   I extra[P];
   if (kChains == 2)
@@ -149,7 +149,7 @@ inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, i
 }
 #else
 template <int P, class Weights>
-inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
   const I ones = _mm512_set1_epi16(1), sixteens = _mm512_set1_epi16(16), mask = _mm512_set1_epi8(15);
   for (int span = 0; span < columns / 32; span++) {  // 8 products of at most 2 * 15 * 128 fit int16
     I low[P], high[Weights::kEight ? P : 1];

@@ -216,7 +216,7 @@ inline I dot_four(I sum, I bytes, const int8_t* a, bool eight) {
 #endif
 }
 template <int P, class Weights>
-inline void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
   for (int pair = 0; pair < columns / 8; pair++) {
     I first, second;
     weights.steps(pair, first, second);
