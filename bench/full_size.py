@@ -1,8 +1,9 @@
-"""A checkpoint of Starling-LM-7B-alpha-AWQ's exact names, shapes and dtypes, with random values, for benchmarks.
-
-Speed and memory do not depend on the values; nothing has to be downloaded. 4.15 GB, made once.
+"""A checkpoint of Starling-LM-7B-alpha-AWQ's exact names, shapes and size, with random values, for benchmarks.
 
     python -m bench.full_size build/full-size
+
+Speed and memory do not depend on the values, and nothing has to be downloaded. 4.15 GB, made once. With mistral-common
+installed the folder gets the real tokenizer too, and can be served like the real one.
 """
 
 import argparse
@@ -13,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from starling import tokenizer_json
+from starling.errors import WeightsError
 from starling.model.checkpoint import expected_tensors
 from starling.model.config import ModelConfig
 
@@ -42,50 +45,60 @@ CONFIG: dict[str, Any] = {
         "quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True, "group_size": 128,
     },
 }  # fmt: skip
+SIZE = 4_150_913_000  # bytes of the real model.safetensors
 ITEM_BYTES = {"I32": 4, "F16": 2}
 
 
 def make(folder: Path, seed: int = 0) -> Path:
     """Write the checkpoint to `folder` unless it is there already; returns `folder`. Needs 4.2 GB of disk."""
     path = folder / "model.safetensors"
-    if path.exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    needed = 4_200_000_000
-    if shutil.disk_usage(folder).free < needed:
-        raise SystemExit(f"{folder} has less than the {needed / 1e9:.1f} GB free that the checkpoint needs.")
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
-    tensors = expected_tensors(ModelConfig.from_dict(CONFIG))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in tensors.items():
-        size = torch.Size(shape).numel() * ITEM_BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    generator = torch.Generator().manual_seed(seed)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name, (_, shape) in tensors.items():
-            file.write(_values(name, shape, generator).numpy().tobytes())
-    unfinished.replace(path)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < SIZE:
+            raise SystemExit(f"{folder} has {free / 1e9:.1f} GB free, and the checkpoint needs {SIZE / 1e9:.1f} GB.")
+        (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
+        _write(path, np.random.default_rng(seed))
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists():
+        try:
+            tokenizer.write_text(json.dumps(tokenizer_json.starling_tokenizer()), encoding="utf-8")
+        except WeightsError as error:
+            print(f"No tokenizer.json, so the folder can be measured but not served: {error}")
     return folder
 
 
-def _values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    def words() -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+def _write(path: Path, random: np.random.Generator) -> None:
+    # As the safetensors library orders them: the widest dtype first, then by name.
+    tensors = sorted(expected_tensors(ModelConfig.from_dict(CONFIG)).items(), key=lambda t: (t[1][0] != "I32", t[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors:
+        size = int(np.prod(shape)) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, (_, shape) in tensors:
+            _values(name, shape, random).tofile(file)
+    unfinished.replace(path)
 
-    def normal(mean: float, deviation: float) -> Callable[[], torch.Tensor]:
-        return lambda: (mean + deviation * torch.randn(shape, generator=generator)).to(torch.float16)
 
-    makers: dict[str, Callable[[], torch.Tensor]] = {
+def _values(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    def words() -> np.ndarray:
+        return random.integers(-(2**31), 2**31, shape, dtype=np.int32)
+
+    def normal(mean: float, deviation: float) -> Callable[[], np.ndarray]:
+        return lambda: (mean + deviation * random.standard_normal(shape, dtype=np.float32)).astype(np.float16)
+
+    makers: dict[str, Callable[[], np.ndarray]] = {
         "qweight": words,
         # Zero points of 7 and 8, as real ones mostly are; scales that keep activations near 1.
         "qzeros": lambda: (words() & 0x11111111) + 0x77777777,
-        "scales": lambda: (torch.rand(shape, generator=generator) * 0.002 + 0.002).to(torch.float16),
+        "scales": lambda: (random.random(shape, dtype=np.float32) * 0.002 + 0.002).astype(np.float16),
         "embed": normal(0, 0.02),
         "lm_head": normal(0, 0.02),
         "norm": normal(1, 0.05),
@@ -94,6 +107,6 @@ def _values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m bench.full_size", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=DEFAULT)
     print(make(parser.parse_args().folder))

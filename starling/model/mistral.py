@@ -1,10 +1,12 @@
 """The Mistral (and Llama) decoder: a batch of tokens and a KV cache in, logits out, written in terms of ops."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from starling.model import packed_cache
 from starling.model.awq import concatenate
 from starling.model.batch import Batch
 from starling.model.checkpoint import Checkpoint, open_checkpoint
@@ -36,21 +38,44 @@ class Mistral:
     rotary: torch.Tensor  # float32 [max_positions, D]
 
     @classmethod
-    def load(cls, folder: Path, ops: Ops) -> "Mistral":
-        """Read and repack the checkpoint in `folder`. Raises CheckpointError."""
+    def load(cls, folder: Path, ops: Ops, cache_folders: Sequence[Path] | None = None) -> "Mistral":
+        """Read and repack the checkpoint in `folder`, or map what an earlier start repacked. Raises CheckpointError.
+
+        `cache_folders`: where repacked weights may be kept, best first; None for packed_cache's choice.
+        """
         config = ModelConfig.from_folder(folder)
         with open_checkpoint(folder, config) as checkpoint:
-            embedding = checkpoint.tensor("model.embed_tokens.weight")
-            head = embedding if config.tie_word_embeddings else checkpoint.tensor("lm_head.weight")
-            return cls(
-                config=config,
-                ops=ops,
-                embedding=embedding.to(ops.device),
-                layers=tuple(_load_layer(checkpoint, ops, i) for i in range(config.num_hidden_layers)),
-                norm=checkpoint.tensor("model.norm.weight").to(ops.device),
-                head=ops.pack_head(head),
-                rotary=rotary_table(config).to(ops.device),
-            )
+            if ops.layout is None:
+                weights = dict(_repack(checkpoint, ops))
+            else:
+                folders = packed_cache.default_folders(folder) if cache_folders is None else cache_folders
+                weights = packed_cache.load_or_make(folder, ops.layout, lambda: _repack(checkpoint, ops), folders)
+
+        def plain(name: str) -> torch.Tensor:
+            return weights[name]["weight"].to(ops.device)
+
+        def packed(name: str) -> Packed:
+            return ops.restore(weights[name])
+
+        return cls(
+            config=config,
+            ops=ops,
+            embedding=plain("embedding"),
+            layers=tuple(
+                Layer(
+                    input_norm=plain(f"{i}.input_norm"),
+                    qkv=packed(f"{i}.qkv"),
+                    out=packed(f"{i}.out"),
+                    post_attention_norm=plain(f"{i}.post_attention_norm"),
+                    gate_up=packed(f"{i}.gate_up"),
+                    down=packed(f"{i}.down"),
+                )
+                for i in range(config.num_hidden_layers)
+            ),
+            norm=plain("norm"),
+            head=packed("head"),
+            rotary=rotary_table(config).to(ops.device),
+        )
 
     def allocate_cache(self, blocks: int, block_size: int) -> KVCache:
         return KVCache.allocate(self.config, blocks, block_size, self.ops.kv_dtype, self.ops.device)
@@ -84,17 +109,23 @@ def rotary_table(config: ModelConfig) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def _load_layer(checkpoint: Checkpoint, ops: Ops, index: int) -> Layer:
-    prefix = f"model.layers.{index}"
+def _repack(checkpoint: Checkpoint, ops: Ops) -> Iterator[tuple[str, Packed]]:
+    """Every weight of the model by the name that `Mistral.load` asks for. Norms and the embedding stay as they are."""
 
-    def linears(*names: str) -> Packed:
-        return ops.pack_awq(concatenate([checkpoint.linear(f"{prefix}.{name}") for name in names]))
+    def linears(index: int, *names: str) -> Packed:
+        stem = f"model.layers.{index}"
+        return ops.pack_awq(concatenate([checkpoint.linear(f"{stem}.{name}") for name in names]))
 
-    return Layer(
-        input_norm=checkpoint.tensor(f"{prefix}.input_layernorm.weight").to(ops.device),
-        qkv=linears("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        out=linears("self_attn.o_proj"),
-        post_attention_norm=checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight").to(ops.device),
-        gate_up=linears("mlp.gate_proj", "mlp.up_proj"),
-        down=linears("mlp.down_proj"),
-    )
+    embedding = checkpoint.tensor("model.embed_tokens.weight")
+    yield "embedding", {"weight": embedding}
+    for i in range(checkpoint.config.num_hidden_layers):
+        prefix = f"model.layers.{i}"
+        yield f"{i}.input_norm", {"weight": checkpoint.tensor(f"{prefix}.input_layernorm.weight")}
+        yield f"{i}.qkv", linears(i, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        yield f"{i}.out", linears(i, "self_attn.o_proj")
+        yield f"{i}.post_attention_norm", {"weight": checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight")}
+        yield f"{i}.gate_up", linears(i, "mlp.gate_proj", "mlp.up_proj")
+        yield f"{i}.down", linears(i, "mlp.down_proj")
+    yield "norm", {"weight": checkpoint.tensor("model.norm.weight")}
+    tied = checkpoint.config.tie_word_embeddings
+    yield "head", ops.pack_head(embedding if tied else checkpoint.tensor("lm_head.weight"))

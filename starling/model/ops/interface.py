@@ -20,7 +20,7 @@ class Ops(Protocol):
     """
 
     name: str
-    layout: str  # names the packed layout and its version; part of the key of a cached repack
+    layout: str | None  # names the packed layout and its version, for the cache of repacked weights; None: not cached
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -31,6 +31,10 @@ class Ops(Protocol):
 
     def pack_head(self, weight: torch.Tensor) -> Packed:
         """Repack the fp16 matrix [V, H] of the output projection."""
+        ...
+
+    def restore(self, weight: Packed) -> Packed:
+        """What pack_awq or pack_head returned, from its tensors as a cache gives them back: on the CPU."""
         ...
 
     def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:

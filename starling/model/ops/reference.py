@@ -14,7 +14,7 @@ class ReferenceOps:
     """Plain torch on any device. Weights are dequantized once, to `dtype`."""
 
     name = "reference"
-    layout = "reference-1"
+    layout: str | None = None
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.device = torch.device(device)
@@ -26,6 +26,9 @@ class ReferenceOps:
 
     def pack_head(self, weight: torch.Tensor) -> Packed:
         return {"weight": weight.to(self.device, self.dtype)}
+
+    def restore(self, weight: Packed) -> Packed:
+        return {part: tensor.to(self.device) for part, tensor in weight.items()}
 
     def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight["weight"])

@@ -71,7 +71,7 @@ class CpuOps:
         self.threads = threads or usable_cores()
         self.precision: Precision = precision
         self._head_bits = 16 if precision in ("float32", "int16") else 8
-        self.layout = f"cpu-1-head{self._head_bits}"
+        self.layout: str | None = f"cpu-1-head{self._head_bits}"
         self._precision = PRECISIONS[precision]
         self._lib = library.load()
         self._context: int | None = self._lib.starling_open(self.threads, isa.encode())
@@ -113,6 +113,9 @@ class CpuOps:
         matrix = weight.to(torch.float16).contiguous()
         self._lib.starling_pack_half(self._context, matrix.data_ptr(), packed.address)
         return packed
+
+    def restore(self, weight: Packed) -> Packed:
+        return weight if isinstance(weight, PackedLinear) else PackedLinear(weight)
 
     def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:
         return self._linear(x, weight, prompt_tokens.contiguous().data_ptr())

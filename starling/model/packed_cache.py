@@ -1,0 +1,211 @@
+"""Repacked weights in a file: made once per checkpoint and layout, then mapped into memory at every start.
+
+The file, all little-endian:
+    tensors   each at a multiple of 64 bytes
+    index     JSON: the key, and per weight its tensors' dtypes, shapes, offsets and check sums
+    footer    magic, offset and length of the index, its SHA-256
+The footer comes last, so a file that was cut short has none. A tensor's check sum covers the first 4 KiB of each of its
+MiB, and its last 4 KiB: enough to find blocks that a crashed disk lost, and read in 10 ms where all takes seconds.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import mmap
+import os
+import shutil
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from starling.model.ops import Packed
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the file; part of the key
+MAGIC = b"starpack"
+FOOTER = struct.Struct("<8sQQ32s")
+ALIGNMENT = 64  # a cache line
+SAMPLED_BYTES, SAMPLE_EVERY_BYTES = 4096, 1 << 20
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
+)}  # fmt: skip
+MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
+
+Weights = dict[str, Packed]
+
+
+class UnusableError(Exception):
+    """A cache file that is not this checkpoint's, or not whole. Says why; never leaves this module."""
+
+
+def default_folders(checkpoint: Path) -> tuple[Path, ...]:
+    """Where repacked weights are kept: beside the checkpoint, or in the user's cache where that cannot be written."""
+    return checkpoint, Path.home() / ".cache" / "starling"
+
+
+def load_or_make(
+    checkpoint: Path, layout: str, repack: Callable[[], Iterable[tuple[str, Packed]]], folders: Sequence[Path]
+) -> Weights:
+    """The weights that `repack` yields, mapped from the first of `folders` that has them or can take them.
+
+    `repack` yields named weights, each of them read once. Where no folder can be written to, they stay in memory. Two
+    processes that start together repack once; one that is killed leaves nothing that is taken for whole.
+    """
+    key, name = _key(checkpoint, layout), _file_name(checkpoint, layout)
+    for folder in folders:
+        found = _open(folder / name, key)
+        if found is not None:
+            return found
+    for folder in folders:
+        try:
+            return _make(folder / name, key, repack, _size(checkpoint))
+        except OSError as error:
+            log.info("Repacked weights cannot be kept in %s: %s.", folder, error)
+    log.warning("No folder could take the repacked weights, so every start repacks: %s.", ", ".join(map(str, folders)))
+    return dict(repack())
+
+
+def _key(checkpoint: Path, layout: str) -> str:
+    """Changes whenever what would be repacked does: headers, sizes and times of the files, config.json, the layout."""
+    digest = hashlib.sha256(f"{FORMAT} {layout}".encode())
+    digest.update((checkpoint / "config.json").read_bytes())
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        stat = path.stat()
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            digest.update(f"\0{path.name} {stat.st_size} {stat.st_mtime_ns}\0".encode() + file.read(length))
+    return digest.hexdigest()
+
+
+def _file_name(checkpoint: Path, layout: str) -> str:
+    """One file per checkpoint folder and layout, so that a new version replaces the old one."""
+    return f"packed-{hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:8]}-{layout}.bin"
+
+
+def _size(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+
+
+def _open(path: Path, key: str, level: int = logging.WARNING) -> Weights | None:
+    """The weights in `path`, mapped. None where it is no usable file; if it is there all the same, the log says why."""
+    try:
+        return _map(path, key)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (UnusableError, OSError) as error:
+        log.log(level, "%s cannot be used (%s): the weights are repacked.", path, error)
+        return None
+
+
+def _map(path: Path, key: str) -> Weights:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < FOOTER.size:
+            raise UnusableError(f"{size} bytes are no cache of weights")
+        # A private mapping: torch wants to be able to write, and what it wrote would stay in this process.
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    magic, offset, length, digest = FOOTER.unpack_from(mapped, size - FOOTER.size)
+    if magic != MAGIC or offset + length + FOOTER.size != size:
+        raise UnusableError("it was cut short, or is something else")
+    index_bytes = mapped[offset : offset + length]
+    if hashlib.sha256(index_bytes).digest() != digest:
+        raise UnusableError("its index is damaged")
+    index = json.loads(index_bytes)
+    if index["key"] != key:
+        raise UnusableError("it was made from another checkpoint, or by another version")
+    # Asks for the whole file at once: 20 ms where it is in the page cache, the disk's best speed where not. Without,
+    # the first token would stop at every 64 KiB.
+    with suppress(OSError):
+        mapped.madvise(MADV_POPULATE_READ)
+    whole = torch.frombuffer(mapped, dtype=torch.uint8)
+    weights: Weights = {}
+    for name, parts in index["weights"].items():
+        weight = {}
+        for part, (dtype, shape, start, checksum) in parts.items():
+            end = start + math.prod(shape) * DTYPES[dtype].itemsize
+            if _checksum(memoryview(mapped)[start:end]) != checksum:
+                raise UnusableError(f"{name} is damaged")
+            weight[part] = whole[start:end].view(DTYPES[dtype]).view(shape)
+        weights[name] = weight
+    return weights
+
+
+def _make(path: Path, key: str, repack: Callable[[], Iterable[tuple[str, Packed]]], expected_bytes: int) -> Weights:
+    """Write `path` and map it. Raises OSError when it cannot be written there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _unfinished(path) as file:
+        found = _open(path, key, logging.DEBUG)  # made while this process waited for its turn
+        if found is not None:
+            return found
+        free = shutil.disk_usage(path.parent).free
+        if free < expected_bytes:
+            raise OSError(errno.ENOSPC, f"{free / 1e9:.2f} GB are free, about {expected_bytes / 1e9:.2f} needed")
+        started = time.monotonic()
+        log.info("Repacking the weights into %s (once).", path)
+        try:
+            _write(file, key, repack())
+            os.fsync(file.fileno())
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+        Path(file.name).replace(path)
+        log.info("Repacked the weights in %.1f s.", time.monotonic() - started)
+    made = _open(path, key)
+    if made is None:
+        raise OSError(errno.EIO, f"{path} does not read as it was written")
+    return made
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[BinaryIO]:
+    """The file that will become `path`, opened, empty, and locked: other processes wait here, dead ones are out."""
+    partial = path.with_name(f"{path.name}.partial")
+    while True:
+        with partial.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                current = partial.stat().st_ino
+            except FileNotFoundError:
+                current = None
+            if current != os.fstat(file.fileno()).st_ino:
+                continue  # its last owner renamed it: wait for the next one, if there is one
+            file.truncate(0)
+            yield file
+            return
+
+
+def _write(file: BinaryIO, key: str, weights: Iterable[tuple[str, Packed]]) -> None:
+    index: dict[str, dict[str, tuple[str, list[int], int, int]]] = {}
+    offset = 0
+    for name, weight in weights:
+        index[name] = {}
+        for part, tensor in weight.items():
+            content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            data = memoryview(content.numpy().data)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            index[name][part] = (dtype, list(tensor.shape), offset, _checksum(data))
+            padding = -len(data) % ALIGNMENT
+            file.write(data)
+            file.write(bytes(padding))
+            offset += len(data) + padding
+    encoded = json.dumps({"key": key, "weights": index}).encode()
+    file.write(encoded)
+    file.write(FOOTER.pack(MAGIC, offset, len(encoded), hashlib.sha256(encoded).digest()))
+    file.flush()
+
+
+def _checksum(data: memoryview) -> int:
+    checksum = zlib.crc32(data[-SAMPLED_BYTES:])
+    for start in range(0, len(data), SAMPLE_EVERY_BYTES):
+        checksum = zlib.crc32(data[start : start + SAMPLED_BYTES], checksum)
+    return checksum
