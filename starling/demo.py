@@ -62,7 +62,7 @@ def prepare(folder: Path) -> Path:
     if _is_current(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with FileLock(folder.parent / f".{folder.name}.making"):
         if _is_current(folder):
             return folder
         if folder.exists() and any(folder.iterdir()) and not is_demo(folder):

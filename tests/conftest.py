@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from starling import demo
+
+# A slow machine is no fault of the code.
+settings.register_profile("starling", deadline=None, print_blob=True)
+settings.load_profile("starling")
 
 
 @pytest.fixture(scope="session")

