@@ -2,10 +2,14 @@
 
 import json
 import logging
+import platform
 import secrets
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from starling import __version__
 from starling.chat import END_OF_TURN, Chat
 from starling.engine.cache import BlockCache
 from starling.engine.engine import Engine
@@ -28,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Of the memory that is free once the weights are loaded, the KV cache takes at most this share.
 KV_SHARE = 0.5
+# One real prediction before the first caller's: it touches every page and every kernel once.
+WARM_UP = Request(prompt="Hello", max_tokens=2, temperature=0)
 
 
 class Service:
@@ -44,7 +50,24 @@ class Service:
     @classmethod
     def load(cls, settings: Settings) -> "Service":
         """Find the weights, fetching them if that is allowed, and load them. Raises StarlingError."""
-        return cls.from_folder(locate_weights(settings).folder, settings)
+        located = locate_weights(settings)
+        service = cls.from_folder(located.folder, settings)
+        service.answer(WARM_UP)
+        line = {
+            "event": "start",
+            "starling": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "weights": str(located.folder),
+            "weights_origin": located.origin,
+            "weights_sha256": located.model_sha256,
+            "stand_in": located.stand_in,  # true: the demo's small model, not Starling
+            # a source's address may hold a password
+            "settings": settings.model_dump(mode="json", exclude={"weights", "weights_source"}),
+            **service.occupancy,
+        }
+        logger.info("%s", json.dumps(line))
+        return service
 
     @classmethod
     def from_folder(cls, folder: Path, settings: Settings | None = None) -> "Service":

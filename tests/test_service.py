@@ -171,3 +171,16 @@ def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:
     stream._queue.put(Delivery([], "length"))
     generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
     assert "".join(generation) == text
+
+
+def test_the_start_line_says_what_is_served(demo_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="starling")
+    service = Service.load(Settings(weights=demo_folder, weights_source="https://user:secret@mirror.example"))
+    service.answer(Request.parse(prompt="My secret is out.", max_tokens=2))
+    service.close()
+    lines = [json.loads(record.message) for record in caplog.records if record.message.startswith("{")]
+    (start,) = [line for line in lines if line["event"] == "start"]
+    assert start["stand_in"] is True and start["weights"] == str(demo_folder)
+    *_, request = [line for line in lines if line["event"] == "request"]
+    assert (request["outcome"], request["output_tokens"]) == ("length", 2)
+    assert "secret" not in caplog.text

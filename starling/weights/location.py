@@ -23,6 +23,9 @@ REMEDY = (
 )
 
 
+STAND_IN_MARKER = "demo.json"  # a file that says: this is the demo's small model, not Starling
+
+
 @dataclass(frozen=True)
 class Located:
     """A checkpoint's folder, how it was found, and the digest of its tensors where the lock vouches for it."""
@@ -30,6 +33,11 @@ class Located:
     folder: Path
     origin: Literal["explicit", "baked", "downloaded"]
     model_sha256: str | None = None
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether this is the demo's model; who serves it says so."""
+        return (self.folder / STAND_IN_MARKER).exists()
 
 
 def locate(

@@ -75,7 +75,7 @@ def test_a_thousand_requests_leave_nothing_behind(server: LocalServer) -> None:
     client.close()
     assert server.health()["status"] == "READY"
     lines = journal(server)
-    # A caller that leaves before its request has begun leaves no line.
-    assert 700 <= len(lines) <= 1001
+    # A caller that leaves before its request has begun leaves no line; the warm-up leaves one.
+    assert 700 <= len(lines) <= 1002
     assert lines[-1]["kv_blocks_free"] == lines[-1]["kv_blocks"], f"seed {seed}"
     assert (lines[-1]["running"], lines[-1]["waiting"]) == (0, 0), f"seed {seed}"
