@@ -12,7 +12,7 @@ from starling.model.batch import Batch
 from starling.model.checkpoint import Checkpoint, open_checkpoint
 from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
-from starling.model.ops import Ops, Packed
+from starling.model.ops import FusedLayers, Ops, Packed
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,28 @@ class Mistral:
 
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Write the batch's keys and values to the cache; float32 logits [rows, V] of its `logit_rows`."""
+        ops, config = self.ops, self.config
+        x = ops.embed(batch.token_ids, self.embedding)
+        if isinstance(ops, FusedLayers):
+            x, residual = ops.run_layers(
+                x, self.layers, batch, cache.keys, cache.values, self.rotary, config.sliding_window, config.rms_norm_eps
+            )
+        else:
+            x, residual = self.run_layers(x, batch, cache)
+        rows = batch.logit_rows
+        x, _ = ops.add_rms_norm(x[rows], residual[rows], self.norm, config.rms_norm_eps)
+        return ops.head(x, self.head)
+
+    def run_layers(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings → (what the last layer adds, the residual before it). Defines what FusedLayers must equal."""
         ops, eps = self.ops, self.config.rms_norm_eps
-        residual = ops.embed(batch.token_ids, self.embedding)
-        x = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        residual = x
         for i, layer in enumerate(self.layers):
             keys, values = cache.keys[i], cache.values[i]
+            if i == 0:
+                x = ops.rms_norm(residual, layer.input_norm, eps)
+            else:
+                x, residual = ops.add_rms_norm(x, residual, layer.input_norm, eps)
             qkv = ops.awq_linear(x, layer.qkv, batch.prompt_tokens)
             q = ops.rotate_and_cache(qkv, batch, self.rotary, keys, values)
             attended = ops.attention(q, keys, values, batch, self.config.sliding_window)
@@ -94,10 +111,7 @@ class Mistral:
             x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
             gate_up = ops.awq_linear(x, layer.gate_up, batch.prompt_tokens)
             x = ops.awq_linear(ops.silu_and_mul(gate_up), layer.down, batch.prompt_tokens)
-            if i + 1 < len(self.layers):
-                x, residual = ops.add_rms_norm(x, residual, self.layers[i + 1].input_norm, eps)
-        x, _ = ops.add_rms_norm(x[batch.logit_rows], residual[batch.logit_rows], self.norm, eps)
-        return ops.head(x, self.head)
+        return x, residual
 
 
 def rotary_table(config: ModelConfig) -> torch.Tensor:

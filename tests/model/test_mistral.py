@@ -42,6 +42,18 @@ IMPLEMENTATIONS: dict[str, Callable[[], Ops]] = {
 }
 
 
+class OpByOp:
+    """Another's operations, without its call for all layers."""
+
+    def __init__(self, ops: CpuOps) -> None:
+        self._ops = ops
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "run_layers":
+            raise AttributeError(name)
+        return getattr(self._ops, name)
+
+
 @pytest.fixture(scope="module", params=SHAPES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
@@ -113,3 +125,18 @@ def test_a_batch_gives_what_each_gives_alone(model: Mistral, dice: random.Random
     for tokens, first, logits in zip(prompts, at, together, strict=True):
         alone = whole(model, tokens[: first + len(logits)])[first:]
         assert torch.allclose(logits, alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_all_layers_in_one_call_are_the_calls_one_by_one(folder: Path, dice: random.Random, precision: str) -> None:
+    ops = CpuOps(2, precision)  # type: ignore[arg-type]
+    fused, one_by_one = Mistral.load(folder, ops), Mistral.load(folder, OpByOp(ops))
+    caches = [model.allocate_cache(10, BLOCK) for model in (fused, one_by_one)]
+    sequences = [[Sequence(list(range(5))), Sequence(list(range(5, 10)))] for _ in range(2)]
+    a, b = prompt(dice, 40), prompt(dice, 12)
+    for work in ((a[:30], b[:1]), (a[30:31], b[1:7]), (a[31:], b[7:8])):
+        logits = [
+            torch.cat(step(model, cache, list(zip(own, work, strict=True))))
+            for model, cache, own in zip((fused, one_by_one), caches, sequences, strict=True)
+        ]
+        assert torch.equal(*logits)

@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 
 from starling.errors import DeviceError
-from starling.model.ops.interface import Ops, Packed
+from starling.model.ops.interface import FusedLayers, Ops, Packed
 
-__all__ = ["Ops", "Packed", "choose_ops"]
+__all__ = ["FusedLayers", "Ops", "Packed", "choose_ops"]
 
 
 def choose_ops(

@@ -1,7 +1,7 @@
 """The few operations that a device must offer. `reference.py` says in plain torch what each one means."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -10,6 +10,45 @@ from starling.model.batch import Batch
 
 # A weight in the layout that a device's kernels read: named tensors, so that it can be cached and mapped back.
 Packed = Mapping[str, torch.Tensor]
+
+
+class DecoderLayer(Protocol):
+    """One decoder layer's weights. Projections of one input are fused: q|k|v and gate|up."""
+
+    @property
+    def input_norm(self) -> torch.Tensor: ...  # fp16 [H]
+    @property
+    def qkv(self) -> Packed: ...
+    @property
+    def out(self) -> Packed: ...
+    @property
+    def post_attention_norm(self) -> torch.Tensor: ...  # fp16 [H]
+    @property
+    def gate_up(self) -> Packed: ...
+    @property
+    def down(self) -> Packed: ...
+
+
+@runtime_checkable
+class FusedLayers(Protocol):
+    """What a device may offer beside Ops: all layers in one call, equal to the calls one by one to the bit."""
+
+    def run_layers(
+        self,
+        x: torch.Tensor,
+        layers: Sequence[DecoderLayer],
+        batch: Batch,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rotary: torch.Tensor,
+        window: int | None,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [T, H] → (what the last layer adds, the residual before it), both [T, H].
+
+        `keys` and `values` are all layers' [layers, blocks, kv_heads, block_size, D]. `x` may be overwritten.
+        """
+        ...
 
 
 class Ops(Protocol):

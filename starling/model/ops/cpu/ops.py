@@ -2,7 +2,7 @@
 
 import ctypes
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -12,7 +12,7 @@ from starling.model.awq import AwqWeight
 from starling.model.batch import Batch
 from starling.model.ops.cpu import library
 from starling.model.ops.cpu.cores import usable_cores
-from starling.model.ops.interface import Packed
+from starling.model.ops.interface import DecoderLayer, Packed
 
 Precision = Literal["float32", "int16", "int8", "auto"]
 PRECISIONS: dict[str, int] = {"float32": 0, "int16": 1, "int8": 2, "auto": 3}  # enum Precision of types.h
@@ -40,6 +40,26 @@ class PackedLinear(dict[str, torch.Tensor]):
             rows, columns, group, bits,
         )  # fmt: skip
         self.address = ctypes.addressof(self.struct)
+
+
+class LayerStack:
+    """All layers' C structures, and the weights and the cache that they point at."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._layers, self._keys, self._values = layers, keys, values
+        assert keys.is_contiguous() and values.is_contiguous()
+        self._linears = [[_linear(w) for w in (layer.qkv, layer.out, layer.gate_up, layer.down)] for layer in layers]
+        self.qkv_rows = self._linears[0][0].rows
+        self.intermediate = self._linears[0][2].rows // 2
+        self.structs = (library.Layer * len(layers))()
+        for i, (layer, (qkv, out, gate_up, down)) in enumerate(zip(layers, self._linears, strict=True)):
+            self.structs[i] = library.Layer(
+                layer.input_norm.data_ptr(), qkv.address, out.address, layer.post_attention_norm.data_ptr(),
+                gate_up.address, down.address, keys[i].data_ptr(), values[i].data_ptr(),
+            )  # fmt: skip
+
+    def holds(self, layers: Sequence[DecoderLayer], keys: torch.Tensor, values: torch.Tensor) -> bool:
+        return self._layers is layers and self._keys is keys and self._values is values
 
 
 class CpuOps:
@@ -81,6 +101,7 @@ class CpuOps:
         self._close = weakref.finalize(self, self._lib.starling_close, self._context)
         self._step_batch: Batch | None = None
         self._step_struct = library.Step()
+        self._stack: LayerStack | None = None
 
     def pack_awq(self, weight: AwqWeight) -> Packed:
         rows, columns, group = weight.out_features, weight.in_features, weight.group_size
@@ -115,7 +136,7 @@ class CpuOps:
         return packed
 
     def restore(self, weight: Packed) -> Packed:
-        return weight if isinstance(weight, PackedLinear) else PackedLinear(weight)
+        return _linear(weight)
 
     def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:
         return self._linear(x, weight, prompt_tokens.contiguous().data_ptr())
@@ -170,6 +191,32 @@ class CpuOps:
         self._lib.starling_silu_mul(self._context, _rows(gate_up).data_ptr(), out.data_ptr(), tokens, intermediate)
         return out
 
+    def run_layers(
+        self,
+        x: torch.Tensor,
+        layers: Sequence[DecoderLayer],
+        batch: Batch,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rotary: torch.Tensor,
+        window: int | None,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._stack is None or not self._stack.holds(layers, keys, values):
+            self._stack = LayerStack(layers, keys, values)
+        dim, block_size = keys.shape[4], keys.shape[3]
+        kv_heads = keys.shape[2]
+        heads = self._stack.qkv_rows // dim - 2 * kv_heads
+        shape = self._shape(heads, kv_heads, dim, block_size, window)
+        shape.hidden, shape.intermediate, shape.eps = x.shape[1], self._stack.intermediate, eps
+        x = _rows(x)
+        residual = torch.empty_like(x)
+        self._lib.starling_layers(
+            self._context, ctypes.addressof(self._stack.structs), len(layers), ctypes.addressof(shape),
+            self._step(batch), rotary.data_ptr(), self._precision, x.data_ptr(), residual.data_ptr(),
+        )  # fmt: skip
+        return x, residual
+
     def sample(
         self,
         logits: torch.Tensor,
@@ -190,7 +237,7 @@ class CpuOps:
         return ids
 
     def _linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: int | None) -> torch.Tensor:
-        linear = weight if isinstance(weight, PackedLinear) else PackedLinear(weight)
+        linear = _linear(weight)
         x = _rows(x)
         tokens = x.shape[0]
         out = torch.empty(tokens, linear.rows)
@@ -231,6 +278,10 @@ class CpuOps:
             )  # fmt: skip
             self._step_batch = batch
         return ctypes.addressof(self._step_struct)
+
+
+def _linear(weight: Packed) -> PackedLinear:
+    return weight if isinstance(weight, PackedLinear) else PackedLinear(weight)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
