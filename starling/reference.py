@@ -228,7 +228,7 @@ def load_autoawq(folder: Path) -> PreTrainedModel:
     except ImportError as error:
         raise StarlingError(
             f"AutoAWQ's {error.name} is not installed. "
-            "Run: pip install --no-deps --no-build-isolation -r requirements-reference.txt"
+            "Run: pip install --no-build-isolation -r requirements-reference.txt"
         ) from error
     wrapper = AutoAWQForCausalLM.from_quantized(
         str(folder), fuse_layers=False, trust_remote_code=False, device_map={"": 0}

@@ -180,7 +180,7 @@ def _load_reference(folder: Path, settings: Settings) -> TokenEngine:
     except ImportError as error:
         raise StarlingError(
             f"STARLING_ENGINE is reference, and {error.name} is not installed. "
-            "Run: pip install --no-deps --no-build-isolation -r requirements-reference.txt"
+            "Run: pip install --no-build-isolation -r requirements-reference.txt"
         ) from error
     return ReferenceEngine.from_folder(folder, settings.device, settings.threads, settings.hang_after_s)
 
