@@ -54,16 +54,18 @@ def is_demo(folder: Path) -> bool:
     return (folder / MARKER).exists()
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, full_precision: bool = False) -> Path:
     """Make the demo checkpoint in `folder` if it is not there yet. Safe when several processes ask at once.
+
+    `full_precision`: its linears in float16, not rounded to AWQ; nothing serves that, it is what AWQ is compared with.
 
     Raises WeightsError when the package is not installed, or when `folder` holds something else.
     """
-    if _is_current(folder):
+    if _is_current(folder, full_precision):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.making"):
-        if _is_current(folder):
+        if _is_current(folder, full_precision):
             return folder
         if folder.exists() and any(folder.iterdir()) and not is_demo(folder):
             raise WeightsError(f"{folder} holds something that is not the demo model; name another folder.")
@@ -71,18 +73,18 @@ def prepare(folder: Path) -> Path:
         partial = folder.parent / f".{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write_checkpoint(source, partial)
+        _write_checkpoint(source, partial, full_precision)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     return folder
 
 
-def _is_current(folder: Path) -> bool:
+def _is_current(folder: Path, full_precision: bool) -> bool:
     try:
-        version = json.loads((folder / MARKER).read_text(encoding="utf-8"))["version"]
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
-    return bool(version == VERSION)
+    return bool(marker["version"] == VERSION and marker.get("full_precision", False) == full_precision)
 
 
 def _find_gguf() -> Path:
@@ -99,19 +101,28 @@ def _find_gguf() -> Path:
     return path
 
 
-def _write_checkpoint(gguf_file: Path, folder: Path) -> None:
+def _write_checkpoint(gguf_file: Path, folder: Path, full_precision: bool = False) -> None:
     from gguf import GGUFReader
 
     source = GGUFReader(gguf_file)
     fields = {name: field.contents() for name, field in source.fields.items()}
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     config = _config(fields, bos=tokens.index(OWN_BOS), eos=tokens.index(OWN_END_OF_TURN))
+    if full_precision:
+        del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer_json.write(_tokenizer(fields), folder)
     weights = folder / "model.safetensors"
     save_file(_tensors(source, config), weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # save_file leaves it readable to its owner alone
-    marker = {"model": "SmolLM2-135M-Instruct", "source": PACKAGE, "license": "Apache-2.0", "version": VERSION}
+    marker: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct",
+        "source": PACKAGE,
+        "license": "Apache-2.0",
+        "version": VERSION,
+    }
+    if full_precision:
+        marker["full_precision"] = True
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
@@ -154,7 +165,7 @@ def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(source: "GGUFReader", config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint by its Hugging Face name, linears rounded to 4 bits."""
+    """Every tensor of the checkpoint by its Hugging Face name, linears rounded to 4 bits if `config` says so."""
     from gguf import dequantize
 
     by_name = {tensor.name: tensor for tensor in source.tensors}
@@ -173,6 +184,9 @@ def _tensors(source: "GGUFReader", config: dict[str, Any]) -> dict[str, torch.Te
             matrix = read(f"blk.{layer}.{name}")
             if name in heads:
                 matrix = half_split(matrix, heads[name])
+            if "quantization_config" not in config:
+                tensors[f"{prefix}.{target}.weight"] = matrix.half()
+                continue
             weight = awq.quantize(matrix, GROUP_SIZE)
             tensors[f"{prefix}.{target}.qweight"] = weight.qweight
             tensors[f"{prefix}.{target}.qzeros"] = weight.qzeros
@@ -198,7 +212,9 @@ def _sha256(file: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the small demo model's checkpoint folder.")
     parser.add_argument("folder", type=Path, help="where the checkpoint is to lie; left alone if it is there already")
-    print(prepare(parser.parse_args().folder))
+    parser.add_argument("--full-precision", action="store_true", help="float16 in place of AWQ: a source to quantize")
+    options = parser.parse_args()
+    print(prepare(options.folder, options.full_precision))
 
 
 if __name__ == "__main__":

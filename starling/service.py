@@ -6,19 +6,21 @@ import platform
 import secrets
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from starling import __version__
 from starling.chat import END_OF_TURN, Chat
 from starling.engine.cache import BlockCache
-from starling.engine.engine import Engine
+from starling.engine.engine import Engine, TokenStream
 from starling.engine.runner import Runner
 from starling.engine.scheduler import Counters, Limits, Scheduler
-from starling.engine.sequence import SamplingParams
-from starling.errors import DeviceError
+from starling.engine.sequence import SamplingParams, TokenConstraint
+from starling.errors import DeviceError, StarlingError
 from starling.generation import Generation, GenerationResult
 from starling.grammar import Grammars
+from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
 from starling.model.memory import free_bytes
 from starling.model.mistral import Mistral
@@ -36,10 +38,29 @@ KV_SHARE = 0.5
 WARM_UP = Request(prompt="Hello", max_tokens=2, temperature=0)
 
 
+class TokenEngine(Protocol):
+    """What the service asks of an engine: `Engine`, or the reference that it is compared with."""
+
+    def submit(
+        self, prompt: list[int], params: SamplingParams, constraint: TokenConstraint | None = None
+    ) -> TokenStream: ...
+
+    @property
+    def healthy(self) -> bool: ...
+
+    @property
+    def occupancy(self) -> dict[str, int]: ...
+
+    @property
+    def counters(self) -> Counters: ...
+
+    def close(self) -> None: ...
+
+
 class Service:
     """A loaded model behind an engine. Safe to use from many threads."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, bos: int, stop_ids: frozenset[int]) -> None:
+    def __init__(self, engine: TokenEngine, tokenizer: Tokenizer, bos: int, stop_ids: frozenset[int]) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         end_of_turn = tokenizer.token_id(END_OF_TURN)
@@ -73,30 +94,9 @@ class Service:
     def from_folder(cls, folder: Path, settings: Settings | None = None) -> "Service":
         """Load the AWQ checkpoint in `folder`. Raises StarlingError when it cannot be served."""
         settings = settings or Settings()
-        ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
-        model = Mistral.load(folder, ops)
-        config = model.config
+        config = ModelConfig.from_folder(folder)
         tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
-        limits = Limits(
-            max_running=settings.max_concurrency,
-            prefill_tokens=settings.prefill_tokens,
-            speculative_rows=settings.speculative_rows,
-        )
-        cache = model.allocate_cache(_plan_blocks(model, ops, settings, limits), settings.block_size)
-        books = BlockCache(
-            cache.blocks,
-            cache.block_size,
-            rows=limits.max_running,
-            max_positions=config.max_position_embeddings,
-            window=config.sliding_window,
-        )
-        engine = Engine(
-            Scheduler(books, limits),
-            Runner(model, cache, books),
-            context_limit=config.max_position_embeddings,
-            vocab_size=config.vocab_size,
-            hang_after_s=settings.hang_after_s,
-        )
+        engine = load_engine(folder, settings)
         return cls(engine, tokenizer, config.bos_token_id, frozenset(config.eos_token_ids))
 
     def generate(self, request: Request) -> Generation:
@@ -164,6 +164,48 @@ class Service:
 
     def close(self) -> None:
         self._engine.close()
+
+
+def load_engine(folder: Path, settings: Settings) -> TokenEngine:
+    """The engine that `settings` choose, over the AWQ checkpoint in `folder`. Raises StarlingError."""
+    return (_load_reference if settings.engine == "reference" else _load_own)(folder, settings)
+
+
+def _load_own(folder: Path, settings: Settings) -> TokenEngine:
+    ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
+    model = Mistral.load(folder, ops)
+    config = model.config
+    limits = Limits(
+        max_running=settings.max_concurrency,
+        prefill_tokens=settings.prefill_tokens,
+        speculative_rows=settings.speculative_rows,
+    )
+    cache = model.allocate_cache(_plan_blocks(model, ops, settings, limits), settings.block_size)
+    books = BlockCache(
+        cache.blocks,
+        cache.block_size,
+        rows=limits.max_running,
+        max_positions=config.max_position_embeddings,
+        window=config.sliding_window,
+    )
+    return Engine(
+        Scheduler(books, limits),
+        Runner(model, cache, books),
+        context_limit=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        hang_after_s=settings.hang_after_s,
+    )
+
+
+def _load_reference(folder: Path, settings: Settings) -> TokenEngine:
+    try:
+        from starling.reference import ReferenceEngine  # transformers: seconds to import, and not installed to serve
+    except ImportError as error:
+        raise StarlingError(
+            f"STARLING_ENGINE is reference, and {error.name} is not installed. "
+            "Run: pip install --no-build-isolation -r requirements-reference.txt"
+        ) from error
+    return ReferenceEngine.from_folder(folder, settings.device, settings.threads, settings.hang_after_s)
 
 
 def _plan_blocks(model: Mistral, ops: Ops, settings: Settings, limits: Limits) -> int:

@@ -20,6 +20,8 @@ class Settings(BaseModel):
     allow_download: Flag = Field(False, alias="STARLING_ALLOW_DOWNLOAD")  # fetch weights that are missing at start
     weights_source: str | None = Field(None, alias="STARLING_WEIGHTS_SOURCE")  # a mirror's URL or a folder, for the hub
     device: Literal["auto", "cpu", "cuda"] = Field("auto", alias="STARLING_DEVICE")
+    # "reference": transformers and AutoAWQ in place of our engine; needs requirements-reference.txt
+    engine: Literal["engine", "reference"] = Field("engine", alias="STARLING_ENGINE")
     threads: int | None = Field(None, ge=1, alias="STARLING_THREADS")  # of the CPU; None: the cores it may use
     # How a CPU rounds activations; see CpuOps. auto: prompts to 8 bits, answers to 16.
     cpu_precision: Literal["auto", "int8", "int16", "float32"] = Field("auto", alias="STARLING_CPU_PRECISION")

@@ -84,7 +84,7 @@ def test_a_second_time_does_nothing_and_an_older_version_is_made_again(
 ) -> None:
     calls = []
 
-    def write(gguf_file: Path, partial: Path) -> None:
+    def write(gguf_file: Path, partial: Path, full_precision: bool) -> None:
         calls.append(gguf_file)
         (partial / demo.MARKER).write_text(json.dumps({"version": demo.VERSION}))
 

@@ -74,3 +74,8 @@ def test_every_requirement_is_pinned() -> None:
     for path in ROOT.glob("requirements*.txt"):
         for line in path.read_text().splitlines():
             assert not line or line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.+]+", line), f"{path.name}: {line}"
+
+
+def test_the_reference_is_pinned_as_the_tests_have_it() -> None:
+    reference, dev = pins("requirements-reference.txt"), pins("requirements-dev.txt")
+    assert {name: reference[name] for name in ("accelerate", "transformers")}.items() <= dev.items()

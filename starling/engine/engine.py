@@ -42,6 +42,10 @@ class TokenStream:
         except queue.Empty:
             return None
 
+    def put(self, delivery: Delivery) -> None:
+        """The engine's end."""
+        self._queue.put(delivery)
+
     def cancel(self) -> None:
         """Stop at the next step. A last delivery with finish "cancelled" follows unless the request ended before."""
         self._cancel()
@@ -238,4 +242,4 @@ class Engine:
             return
         if delivery.finish is not None:
             del self._streams[arrival]
-        stream._queue.put(delivery)
+        stream.put(delivery)

@@ -1,0 +1,105 @@
+"""`python -m starling quantize|evaluate`. What they run is imported when they run: transformers takes seconds."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from starling.errors import StarlingError
+
+INSTALL = "Run: pip install --no-build-isolation -r requirements-reference.txt"
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "make AWQ files from a full-precision Mistral or Llama checkpoint, with AutoAWQ's algorithm"
+    command = subparsers.add_parser("quantize", help=text, description=text)
+    command.add_argument("source", type=Path, metavar="SOURCE", help="a folder with config.json and *.safetensors")
+    command.add_argument("out", type=Path, metavar="OUT", help="a new folder; it appears when it is complete")
+    command.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128), help="default: %(default)s")
+    command.add_argument("--texts", type=Path, help="calibration: plain text, or JSON Lines of conversations")
+    command.add_argument("--blocks", type=int, default=128, help="most blocks of text to use (default: %(default)s)")
+    command.add_argument("--block-length", type=int, default=512, help="tokens in a block (default: %(default)s)")
+    command.add_argument("--no-clip", action="store_true", help="skip the search for clips: faster, coarser")
+    command.set_defaults(run=_guarded(_quantize))
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from starling.quantize import BUILT_IN_TEXTS, quantize
+
+    texts = args.texts or BUILT_IN_TEXTS
+    quantize(args.source, args.out, args.group_size, texts, args.blocks, args.block_length, clip=not args.no_clip)
+    print(args.out)
+    return 0
+
+
+def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = subparsers.add_parser("evaluate", help="perplexity, distance to the unquantized model, answers to judge")
+    actions = evaluate.add_subparsers(dest="action", required=True, metavar="text|answers")
+    text = actions.add_parser("text", help="perplexity; with --source also KL divergence and top-1 agreement")
+    text.add_argument("weights", type=Path, metavar="WEIGHTS", help="a checkpoint folder, AWQ or full precision")
+    text.add_argument("text", type=Path, metavar="TEXT", help="a text file in UTF-8")
+    text.add_argument("--source", type=Path, help="the full-precision checkpoint that WEIGHTS were made from")
+    text.add_argument("--window", type=int, default=512, help="tokens of context (default: %(default)s)")
+    text.add_argument("--max-tokens", type=int, help="use no more of the text than this")
+    text.set_defaults(run=_guarded(_evaluate_text))
+    answers = actions.add_parser("answers", help="answer multi-turn questions through the service, in MT-bench's form")
+    answers.add_argument("weights", type=Path, metavar="WEIGHTS", help="an AWQ checkpoint folder")
+    answers.add_argument("questions", type=Path, metavar="QUESTIONS", help="MT-bench's question.jsonl, or its like")
+    answers.add_argument("out", type=Path, metavar="OUT", help="answers are appended; those already there are kept")
+    answers.add_argument("--engine", choices=("engine", "reference"), help="default: as STARLING_ENGINE says")
+    answers.add_argument("--model-id", default="starling-lm-7b-alpha-awq", help="default: %(default)s")
+    answers.add_argument("--max-tokens", type=int, default=1024, help="per answer (default: %(default)s)")
+    answers.set_defaults(run=_guarded(_evaluate_answers))
+
+
+def _evaluate_text(args: argparse.Namespace) -> int:
+    from starling.evaluate import evaluate_text
+
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StarlingError(f"{args.text} cannot be read: {error}.") from error
+    quality = evaluate_text(args.weights, text, args.source, args.window, args.max_tokens)
+    print(f"tokens             {quality.tokens}")
+    print(f"perplexity         {quality.perplexity:.4f}")
+    if quality.source_perplexity is not None:
+        print(f"source's           {quality.source_perplexity:.4f}")
+        print(f"mean KL            {quality.kl_divergence:.5f} nats per token")
+        print(f"top-1 agreement    {quality.top1_agreement:.2%}")
+    return 0
+
+
+def _evaluate_answers(args: argparse.Namespace) -> int:
+    from starling.evaluate import answer_questions
+    from starling.service import Service
+    from starling.settings import Settings
+
+    settings = Settings.from_env(os.environ)
+    settings = settings.model_copy(update={"engine": args.engine} if args.engine else {})
+    service = Service.from_folder(args.weights, settings)
+    try:
+        asked = answer_questions(service, args.model_id, args.questions, args.out, args.max_tokens)
+    finally:
+        service.close()
+    print(f"{asked} questions answered, in {args.out}")
+    return 0
+
+
+def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """`command`, its faults printed. 0: as asked. 1: a fault. 130: interrupted."""
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            return command(args)
+        except ImportError as error:
+            print(f"{error.name} is not installed. {INSTALL}", file=sys.stderr)
+        except StarlingError as error:
+            print(error, file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\nStopped.", file=sys.stderr)
+            return INTERRUPTED
+        return 1
+
+    return run

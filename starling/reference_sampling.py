@@ -1,0 +1,103 @@
+"""Our sampling parameters as transformers' logits processors, in the order of `starling/engine/sampling.py`."""
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from starling.engine.sampling import uniform
+from starling.engine.sequence import SamplingParams, TokenConstraint
+
+
+def processors(prompt_length: int, params: SamplingParams, constraint: TokenConstraint | None) -> LogitsProcessorList:
+    """What stands between the model's logits and the choice of the likeliest token that is left."""
+    chain = LogitsProcessorList()
+    if params.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.presence_penalty or params.frequency_penalty:
+        chain.append(CountPenalties(prompt_length, params))
+    if params.min_tokens:
+        chain.append(MinTokens(prompt_length, params, constraint))
+    if constraint is not None:
+        chain.append(Grammar(constraint))
+    if params.temperature:
+        chain.append(Temperature(float(params.temperature)))
+        if params.min_p > 0:
+            chain.append(MinPLogitsWarper(params.min_p))
+        if params.top_k > 0:
+            chain.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1:
+            chain.append(TopPLogitsWarper(params.top_p))
+        chain.append(Draw(params.seed))
+    return chain
+
+
+class CountPenalties(LogitsProcessor):
+    """The OpenAI API's presence and frequency penalties, of generated tokens; transformers has none."""
+
+    def __init__(self, prompt_length: int, params: SamplingParams) -> None:
+        self._prompt_length = prompt_length
+        self._params = params
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ids, counts = torch.unique(input_ids[0, self._prompt_length :], return_counts=True)
+        scores[0, ids] -= self._params.frequency_penalty * counts + self._params.presence_penalty
+        return scores
+
+
+class MinTokens(MinNewTokensLengthLogitsProcessor):
+    """Bans the end until min_tokens are made; where a grammar leaves nothing but the end, it cannot."""
+
+    def __init__(self, prompt_length: int, params: SamplingParams, constraint: TokenConstraint | None) -> None:
+        super().__init__(prompt_length, params.min_tokens, sorted(params.stop_ids))
+        self._constraint = constraint
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._constraint is not None and self._constraint.finished:
+            return scores
+        banned: torch.Tensor = super().__call__(input_ids, scores)
+        return banned
+
+
+class Temperature(TemperatureLogitsWarper):
+    """Divides distances to the largest logit, which the smallest temperature cannot make infinite on both sides."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        warmed: torch.Tensor = super().__call__(input_ids, scores - scores.max())
+        return warmed
+
+
+class Grammar(LogitsProcessor):
+    """Leaves only the tokens that the grammar allows next."""
+
+    def __init__(self, constraint: TokenConstraint) -> None:
+        self._constraint = constraint
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        words = torch.from_numpy(self._constraint.mask()).to(scores.device)
+        bits = torch.arange(scores.shape[1], device=scores.device)
+        allowed = (words[bits >> 5] >> (bits & 31)) & 1
+        return scores.masked_fill(allowed == 0, -torch.inf)
+
+
+class Draw(LogitsProcessor):
+    """Draws a token with the engine's uniform number for this seed and position, and leaves only that one.
+
+    generate would draw from torch's global generator, which every request shares.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        mass = scores[0].to(torch.float64).softmax(dim=-1).cumsum(0)
+        token = (mass > uniform(self._seed, input_ids.shape[1]) * mass[-1]).to(torch.uint8).argmax()
+        drawn = torch.full_like(scores, -torch.inf)
+        drawn[0, token] = 0
+        return drawn
