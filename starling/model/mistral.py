@@ -45,7 +45,7 @@ class Mistral:
         """
         config = ModelConfig.from_folder(folder)
         with open_checkpoint(folder, config) as checkpoint:
-            if ops.layout is None:
+            if ops.layout is None or cache_folders == ():
                 weights = dict(_repack(checkpoint, ops))
             else:
                 folders = packed_cache.default_folders(folder) if cache_folders is None else cache_folders

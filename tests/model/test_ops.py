@@ -9,7 +9,7 @@ import torch
 
 from starling.model.awq import AwqWeight, pack, quantize
 from starling.model.ops import Ops
-from starling.model.ops.cpu import CpuOps
+from starling.model.ops.cpu import CpuOps, TorchCpuOps
 from starling.model.ops.cpu.library import usable_instruction_sets
 from starling.model.ops.reference import ReferenceOps
 from tests.model.paged import Piece, random_table, step
@@ -32,6 +32,7 @@ CANDIDATES = {
     "cpu-int16": Candidate(lambda: CpuOps(2, "int16", torch.float32), 1e-4),
     "cpu-int8": Candidate(lambda: CpuOps(2, "int8", torch.float32), 4e-2),
     "cpu-auto-fp16-cache": Candidate(lambda: CpuOps(2, "auto", torch.float16), 4e-2, 2e-3),
+    "torch-cpu": Candidate(lambda: TorchCpuOps(kv_dtype=torch.float16), 2e-2, 2e-3),
 }
 
 

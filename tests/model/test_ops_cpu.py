@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from starling.errors import DeviceError
+from starling.model.awq import quantize
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
-from starling.model.ops.cpu import CpuOps, cores, cpu_ops
+from starling.model.ops.cpu import CpuOps, TorchCpuOps, cores, cpu_ops
 from starling.model.ops.cpu import compiler as compiler_module
 from starling.model.ops.cpu.compiler import NoCompilerError, library_path
 from starling.model.ops.cpu.library import usable_instruction_sets
@@ -208,6 +209,12 @@ def test_without_a_compiler_plain_torch_takes_over(
         return model.forward(batch, model.allocate_cache(1, BLOCK_SIZE))
 
     assert error(logits(ops), logits(ReferenceOps())) < 0.05
+
+
+def test_plain_torch_keeps_weights_at_four_bits() -> None:
+    inputs, outputs = 1024, 2048
+    packed = TorchCpuOps().pack_awq(quantize(torch.randn(outputs, inputs), 128))
+    assert sum(tensor.nbytes for tensor in packed.values()) < 0.6 * inputs * outputs
 
 
 def test_no_compiler_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,248 @@
+"""The full-size model on this machine's CPU, against the memory's speed and against other engines.
+
+    python -m bench.cpu --peers-python /path/to/venv/bin/python > bench/results/cpu-$(date +%F).md
+
+Decode reads every weight once per step, so the floor of a step is its bytes over the speed at which this machine reads
+memory. That speed drifts with the neighbours': it is measured before each figure, and the share of the floor is against
+that measurement. Peers run in a process of their own, with a Python that has them:
+`pip install llama-cpp-python onnxruntime-genai onnx transformers torch`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from bench import full_size, full_size_gguf
+from starling.model.batch import Batch
+from starling.model.kv_cache import KVCache
+from starling.model.mistral import Mistral
+from starling.model.ops.cpu import CpuOps
+
+BLOCK = 16
+CHUNK = 256  # prompt tokens in a step, as Settings.prefill_tokens
+DECODES = ((1, 128), (1, 1024), (1, 2048), (1, 4096), (2, 128), (4, 128), (8, 128), (8, 1024))
+PROMPTS = (32, 128, 512, 2048)
+PEER_CONTEXTS, PEER_PROMPTS = (128, 1024), (32, 512)
+PEER_TIMEOUT_S = 1800
+
+
+class Stream:
+    """How fast this machine reads memory now: the best of a few sums over 1 GiB, on all threads, in bytes per s."""
+
+    def __init__(self) -> None:
+        self._block = torch.ones(1 << 28)
+        self._block.sum()
+
+    def measure(self) -> float:
+        return self._block.nbytes / min(_timed(self._block.sum) for _ in range(4))
+
+
+class Timed:
+    """Another's operations, one by one, with the seconds that each took."""
+
+    def __init__(self, ops: CpuOps) -> None:
+        self._ops = ops
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "run_layers":
+            raise AttributeError(name)
+        found = getattr(self._ops, name)
+        if not callable(found):
+            return found
+
+        def timed(*args: Any) -> Any:
+            begun_s = time.perf_counter()
+            result = found(*args)
+            self.seconds[name] += time.perf_counter() - begun_s
+            return result
+
+        return timed
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    begun_s = time.perf_counter()
+    work()
+    return time.perf_counter() - begun_s
+
+
+def batch_of(requests: int, start: int, tokens: int, prompt: bool) -> Batch:
+    """`tokens` tokens of each request, from position `start`; request r owns a run of blocks."""
+    blocks = -(-(start + tokens) // BLOCK)
+    positions = torch.arange(start, start + tokens, dtype=torch.int32).repeat(requests)
+    owner = torch.arange(requests, dtype=torch.int32).repeat_interleave(tokens)
+    return Batch(
+        token_ids=torch.randint(3, 32000, (requests * tokens,)),
+        positions=positions,
+        slots=owner * blocks * BLOCK + positions,
+        query_starts=torch.arange(requests + 1, dtype=torch.int32) * tokens,
+        context_lens=torch.full((requests,), start + tokens, dtype=torch.int32),
+        block_tables=torch.arange(requests * blocks, dtype=torch.int32).view(requests, blocks),
+        prompt_tokens=torch.full((requests * tokens,), prompt),
+        logit_rows=torch.arange(1, requests + 1) * tokens - 1,
+    )
+
+
+def weight_bytes(model: Mistral) -> int:
+    """What a step reads at the least: all weights but the embedding."""
+    packed = [w for layer in model.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    return sum(tensor.nbytes for weight in (*packed, model.head) for tensor in weight.values())
+
+
+def decode(model: Mistral, stream: Stream, requests: int, context: int, steps: int) -> str:
+    cache = filled_cache(model, requests, context)
+    config = model.config
+    seen = min(context, config.sliding_window or context)
+    kv_bytes = requests * seen * KVCache.bytes_per_block(config, 1, model.ops.kv_dtype)
+    batch = batch_of(requests, context - 1, 1, prompt=False)
+    model.forward(batch, cache)
+    rates, seconds = [], []
+    for _ in range(3):
+        rates.append(stream.measure())
+        seconds += [_timed(lambda: model.forward(batch, cache)) for _ in range(steps)]
+    step_s, rate = statistics.median(seconds), statistics.median(rates)
+    floor_s = (weight_bytes(model) + kv_bytes) / rate
+    return (
+        f"| {requests} | {context} | {rate / 1e9:.1f} | {floor_s * 1e3:.0f} | {step_s * 1e3:.0f} "
+        f"| {min(seconds) * 1e3:.0f} | **{requests / step_s:.2f}** | {floor_s / step_s:.0%} |"
+    )
+
+
+def prefill(model: Mistral, stream: Stream, tokens: int) -> str:
+    cache = model.allocate_cache(-(-tokens // BLOCK), BLOCK)
+
+    def run() -> None:
+        for start in range(0, tokens, CHUNK):
+            model.forward(batch_of(1, start, min(CHUNK, tokens - start), prompt=True), cache)
+
+    rate = stream.measure()
+    seconds = min(_timed(run) for _ in range(2 if tokens <= 512 else 1))
+    return f"| {tokens} | {rate / 1e9:.1f} | {seconds:.2f} | **{tokens / seconds:.1f}** |"
+
+
+def per_op(model: Mistral, context: int, tokens: int, prompt: bool) -> list[str]:
+    timed = Timed(model.ops)  # type: ignore[arg-type]
+    by_op = Mistral(**{**model.__dict__, "ops": timed})
+    cache, batch = filled_cache(model, 1, context), batch_of(1, context - tokens, tokens, prompt)
+    by_op.forward(batch, cache)
+    timed.seconds.clear()
+    rounds = 3 if tokens == 1 else 1
+    for _ in range(rounds):
+        by_op.forward(batch, cache)
+    total = sum(timed.seconds.values())
+    ranked = sorted(timed.seconds.items(), key=lambda item: -item[1])
+    return [f"| {name} | {seconds / rounds * 1e3:.1f} | {seconds / total:.1%} |" for name, seconds in ranked]
+
+
+def filled_cache(model: Mistral, requests: int, context: int) -> KVCache:
+    cache = model.allocate_cache(requests * -(-context // BLOCK), BLOCK)
+    for storage in (cache.keys, cache.values):
+        storage.copy_(torch.randn(storage.shape[1:]).expand(storage.shape))
+    return cache
+
+
+def peer(engine: str, python: Path, model: Path, threads: int) -> str:
+    arguments = [str(python), str(Path(__file__).parent / "peers.py"), engine, str(model), str(threads)]
+    arguments += [",".join(map(str, counts)) for counts in (PEER_CONTEXTS, PEER_PROMPTS)]
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=PEER_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{engine}: not measured ({error})."
+    if done.returncode:
+        return f"{engine}: not measured ({(done.stderr.strip().splitlines() or ['no message'])[-1]})."
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    decodes = ", ".join(f"{1 / s:.2f} at {context}" for context, s in found["decode_s"].items())
+    prefills = ", ".join(f"{int(n) / s:.1f} of {n}" for n, s in found["prefill_s"].items())
+    return f"{found['version']}: decode {decodes}; prefill {prefills} tok/s; peak {found['peak_bytes'] / 1e9:.1f} GB."
+
+
+def onnx_model(python: Path, checkpoint: Path, folder: Path) -> Path:
+    """The AWQ files as onnxruntime-genai's own builder converts them; made once (minutes, 8 GB)."""
+    if not (folder / "genai_config.json").exists():
+        builder = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder)]
+        builder += ["-p", "int4", "-e", "cpu", "--extra_options", "int4_accuracy_level=4"]
+        subprocess.run(builder, capture_output=True, timeout=PEER_TIMEOUT_S, check=True)
+    return folder
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def say(*lines: str) -> None:
+    print("\n".join(lines), flush=True)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--folder", type=Path, default=full_size.DEFAULT)
+    parser.add_argument("--isa", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--precision", default="auto", choices=("auto", "int8", "int16", "float32"))
+    parser.add_argument("--steps", type=int, default=4, help="decode steps in each of three rounds")
+    parser.add_argument("--quick", action="store_true", help="short contexts and prompts only")
+    parser.add_argument("--peers-python", type=Path, help="a Python with the peers installed; without it, no peers")
+    parser.add_argument("--skip-onnx", action="store_true", help="onnxruntime-genai's conversion takes minutes")
+    options = parser.parse_args()
+
+    ops = CpuOps(options.threads, options.precision, isa=options.isa)
+    torch.set_num_threads(ops.threads)
+    folder = full_size.make(options.folder)
+    loaded_s = _timed(lambda: Mistral.load(folder, ops))
+    model = Mistral.load(folder, ops)
+    process = psutil.Process()
+    say(
+        f"# The full-size model on a CPU, {date.today()}",
+        "",
+        f"{cpu_name()}, {ops.threads} threads, isa {options.isa}, precision {options.precision}; torch "
+        f"{torch.__version__}; load average at the start {os.getloadavg()[0]:.1f}. Random weights, "
+        f"{weight_bytes(model) / 1e9:.3f} GB read per step. Loading took {loaded_s:.2f} s.",
+        "",
+        "| batch | context | stream GB/s | floor ms | step ms | best ms | tok/s | of the floor |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+    )
+    stream = Stream()
+    for requests, context in DECODES:
+        if not options.quick or context <= 1024:
+            say(decode(model, stream, requests, context, options.steps))
+    say("", "| prompt | stream GB/s | s | tok/s |", "|--:|--:|--:|--:|")
+    for tokens in PROMPTS:
+        if not options.quick or tokens <= 512:
+            say(prefill(model, stream, tokens))
+    del stream
+    for title, context, tokens in (("decode at 1,024", 1024, 1), ("prefill of 256", 256, 256)):
+        say("", f"| op, {title} | ms | share |", "|:--|--:|--:|", *per_op(model, context, tokens, tokens > 1))
+    filled_cache(model, 1, 1024)
+    say("", f"Resident: {process.memory_info().rss / 1e9:.2f} GB with the weights and the last caches.")
+    threads = ops.threads
+    del model
+    if options.peers_python:
+        say("", "Peers, one after the other:", "")
+        gguf = full_size_gguf.make(folder.parent / f"{folder.name}.gguf")
+        say(f"- {peer('llama-cpp', options.peers_python, gguf, threads)}")
+        if not options.skip_onnx:
+            try:
+                onnx = onnx_model(options.peers_python, folder, folder.parent / f"{folder.name}-onnx")
+            except (OSError, subprocess.SubprocessError) as error:
+                say(f"- onnxruntime-genai: not measured, its builder failed ({error}).")
+            else:
+                say(f"- {peer('onnxruntime-genai', options.peers_python, onnx, threads)}")
+
+
+if __name__ == "__main__":
+    main()
