@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from starling.prepare import add_prepare_command
 from starling.weights.command import add_weights_command
 
 
@@ -13,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m starling", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_weights_command(subparsers)
+    add_prepare_command(subparsers)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs addresses, which may be signed
