@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from starling.checkpoint_commands import add_evaluate_command, add_quantize_command
+from starling.prepare import add_prepare_command
 from starling.weights.command import add_weights_command
 
 
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_weights_command(subparsers)
     add_quantize_command(subparsers)
     add_evaluate_command(subparsers)
+    add_prepare_command(subparsers)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs addresses, which may be signed

@@ -1,0 +1,130 @@
+"""What `cog build` does with a cog.yaml, as a Dockerfile for builders that are not Cog.
+
+    python scripts/cog_build.py cog-cpu.yaml --base my-python > Dockerfile
+
+It follows the order of Cog 0.23: base, environment, system packages, requirements, cog itself, build.run, working
+directory, port, predictor, source, schema. It differs where Cog needs a network that a test has not: pip instead of
+uv, and tini is expected in the base. tests/test_image.py checks what is rendered; scripts/image builds it.
+"""
+
+import argparse
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from starling.openapi import read_signature  # noqa: E402
+
+REQUIREMENTS = ".cog/tmp/requirements.txt"  # written by the builder: the project's file without cog and coglet
+SCHEMA = ".cog/openapi_schema.json"
+MANAGED = ("cog", "coglet")  # Cog installs these itself, whatever the requirements say
+
+TOP_KEYS = {"build", "image", "model", "run", "predict", "train", "concurrency", "observability", "environment"}
+BUILD_KEYS = {
+    "gpu", "cuda", "cudnn", "python_version", "python_requirements", "system_packages", "run", "sdk_version",
+}  # fmt: skip
+SAMPLERS = {
+    "always_on", "always_off", "traceidratio",
+    "parentbased_always_on", "parentbased_always_off", "parentbased_traceidratio",
+}  # fmt: skip
+# What `environment` may not set.
+RESERVED = re.compile(r"(PATH|LD_LIBRARY_PATH|PYTHONPATH|HF_ENDPOINT|(CUDA|NVIDIA|REPLICATE)_\w*)$")
+
+
+class CogYamlError(Exception):
+    """Cog would refuse the file."""
+
+
+@dataclass(frozen=True)
+class CogYaml:
+    """A cog.yaml that was checked."""
+
+    build: dict[str, Any]
+    predict: str
+    environment: list[str] = field(default_factory=list)
+    observability: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "CogYaml":
+        """Raises CogYamlError naming the key."""
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        build = raw.get("build", {})
+        for found, allowed in ((raw, TOP_KEYS), (build, BUILD_KEYS)):
+            if unknown := set(found) - allowed:
+                raise CogYamlError(f"{path.name}: Cog knows no {', '.join(sorted(unknown))}")
+        if not re.fullmatch(r"3\.1[0-3]", str(build.get("python_version"))):
+            raise CogYamlError(
+                f"{path.name}: python_version is {build.get('python_version')!r}; write '3.10' to '3.13'"
+            )
+        for entry in raw.get("environment", []):
+            name, equals, value = entry.partition("=")
+            if not equals or " " in value or RESERVED.match(name):
+                raise CogYamlError(f"{path.name}: environment cannot hold {entry!r}")
+        if (sampler := _traces(raw).get("sampler", "always_off")) not in SAMPLERS:
+            raise CogYamlError(f"{path.name}: no sampler is called {sampler!r}")
+        return cls(build, raw["predict"], raw.get("environment", []), raw.get("observability", {}))
+
+    @property
+    def base_image(self) -> str:
+        """Where Cog has no prepared base of its own."""
+        if self.build.get("gpu"):
+            return f"nvidia/cuda:{self.build['cuda']}-cudnn-devel-ubuntu22.04"
+        return f"python:{self.build['python_version']}-slim"
+
+
+def _traces(raw: dict[str, Any]) -> dict[str, Any]:
+    traces: dict[str, Any] = raw.get("observability", {}).get("traces", {})
+    return traces
+
+
+def requirements(config: CogYaml, root: Path = ROOT) -> str:
+    """The lines that Cog installs: the project's, without the packages that it manages."""
+    lines = (root / config.build["python_requirements"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if re.split(r"[=<>\[ ]", line.strip())[0] not in MANAGED)
+
+
+def dockerfile(config: CogYaml, root: Path = ROOT, base: str | None = None, pip_options: str = "") -> str:
+    """The Dockerfile, one step a line. `pip_options` are added to every pip install."""
+    build, traces = config.build, _traces({"observability": config.observability})
+    lines = [f"FROM {base or config.base_image}", "ENV PYTHONUNBUFFERED=1", 'ENTRYPOINT ["tini", "--"]']
+    lines += [f"ENV {entry}" for entry in config.environment]
+    if packages := build.get("system_packages"):
+        names = " ".join(packages)
+        lines.append(f"RUN apt-get update -qq && apt-get install -qqy {names} && rm -rf /var/lib/apt/lists/*")
+    pip = " ".join(["pip install --no-cache-dir", *pip_options.split()])
+    lines += [f"COPY {REQUIREMENTS} /tmp/requirements.txt", f"RUN {pip} -r /tmp/requirements.txt"]
+    extra = "[tracing]" if traces.get("enabled") else ""
+    lines.append(f"RUN {pip} cog{extra}=={build['sdk_version']} coglet=={build['sdk_version']}")
+    lines += [f"RUN {command}" for command in build.get("run", [])]
+    lines += ["WORKDIR /src", "EXPOSE 5000", f'ENV COG_PREDICT_TYPE_STUB="{config.predict}"']
+    signature = read_signature((root / config.predict.split(":")[0]).read_text(encoding="utf-8"))
+    lines.append(f"ENV COG_MAX_CONCURRENCY={signature.concurrency}")
+    if traces.get("enabled"):
+        lines.append("ENV COG_TRACE_CONFIGURED=true")
+        lines += [f"ENV COG_TRACE_SAMPLER={traces['sampler']}"] if "sampler" in traces else []
+    lines += ['CMD ["python", "-m", "cog.server.http"]', "COPY . /src", f"COPY {SCHEMA} /src/.cog/"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--base", help="the image to begin with, instead of Cog's")
+    parser.add_argument("--pip-options", default="", help="added to every pip install")
+    parser.add_argument("--requirements", action="store_true", help="print what pip installs instead")
+    options = parser.parse_args()
+    config = CogYaml.read(options.file)
+    if options.requirements:
+        print(requirements(config), end="")
+    else:
+        print(dockerfile(config, base=options.base, pip_options=options.pip_options), end="")
+
+
+if __name__ == "__main__":
+    main()

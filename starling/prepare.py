@@ -1,0 +1,41 @@
+"""`python -m starling prepare`: now what a first start would do, for an image's build or a machine's set-up.
+
+The CPU kernels are compiled and, where the weights are there, repacked for the device; later starts find both.
+"""
+
+import argparse
+import os
+import sys
+
+from starling.errors import StarlingError, WeightsError
+from starling.model.mistral import Mistral
+from starling.model.ops import choose_ops
+from starling.settings import Settings
+from starling.weights import locate_weights
+
+
+def add_prepare_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `prepare` to the command line; `args.run(args)` returns the exit code."""
+    text = "compile the kernels and repack the weights now, so that no start has to"
+    subparsers.add_parser("prepare", help=text, description=text).set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: done, or done as far as there are weights. 1: a fault, which is printed."""
+    try:
+        settings = Settings.from_env(os.environ)
+        ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
+        print(f"Operations: {ops.name} on {ops.device}.")
+        try:
+            folder = locate_weights(settings).folder
+        except WeightsError:
+            if settings.weights is not None or settings.allow_download:
+                raise
+            print("No weights are here yet; they are repacked at the first start that finds them.")
+            return 0
+        Mistral.load(folder, ops)
+        print(f"Weights: {folder}, repacked.")
+    except StarlingError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
