@@ -133,6 +133,10 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+# Imported on request alone; the image does not install what they need (requirements-reference.txt).
+SECOND_ENGINE = ("starling.reference", "starling.quantize", "starling.evaluate")
+
+
 def file_of(module: str) -> Path | None:
     path = ROOT / module.replace(".", "/")
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
@@ -146,6 +150,8 @@ def reachable(*start: str) -> tuple[set[Path], set[str]]:
     while waiting:
         module = waiting.pop()
         path = file_of(module)
+        if module in SECOND_ENGINE:
+            continue
         if path is None:
             if module.split(".")[0] not in ("starling", "predict"):
                 foreign.add(module.split(".")[0])
