@@ -5,8 +5,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from starling.checkpoint_commands import add_evaluate_command, add_quantize_command
+from starling.evaluate.command import add_evaluate_command
 from starling.prepare import add_prepare_command
+from starling.quantize.command import add_quantize_command
 from starling.weights.command import add_weights_command
 
 

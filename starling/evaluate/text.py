@@ -1,17 +1,13 @@
-"""Numbers on quality: perplexity, distance of a quantized checkpoint to its source, and answers for a judge.
+"""How well a checkpoint predicts a text, and how far a quantized one is from its source.
 
-The texts run through transformers' own model in float32, its weights read and dequantized as the forward pass reaches
+The text runs through transformers' own model in float32, its weights read and dequantized as the forward pass reaches
 them; so a 7B model and its source fit in a few GB, whatever serves them later.
 """
 
-import json
 import math
-import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -19,8 +15,6 @@ from transformers import PreTrainedModel
 
 from starling.dense import DenseWeights, streamed_model
 from starling.errors import StarlingError
-from starling.request import Request
-from starling.service import Service
 from starling.tokenizer import Tokenizer
 
 WINDOWS_AT_ONCE = 16  # windows of text in one pass over the weights
@@ -100,78 +94,3 @@ def _sums(models: list[PreTrainedModel], windows: torch.Tensor) -> torch.Tensor:
 def _hidden(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     states: torch.Tensor = model.model(ids, use_cache=False).last_hidden_state
     return states.flatten(0, 1)
-
-
-# -- answers for a judge ---------------------------------------------------------------------------------------------
-
-# FastChat's `gen_model_answer.py`: temperatures by category, so that answers compare with published ones.
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
-OTHER_TEMPERATURE = 0.7
-
-
-def answer_questions(
-    service: Service, model_id: str, questions: Path, out: Path, max_tokens: int = 1024, seed: int = 0
-) -> int:
-    """Ask every question of an MT-bench file ({"question_id", "category", "turns"}), turn by turn.
-
-    Appends to `out`, a line per question, in the form that FastChat's judge reads; questions that are answered there
-    already are left out, so an interrupted run goes on. Returns how many were asked. Raises StarlingError.
-    """
-    known = {answer["question_id"] for answer in read_lines(out)} if out.exists() else set()
-    asked = 0
-    with out.open("a", encoding="utf-8") as file:
-        for question in tqdm(read_lines(questions), desc="Answering", unit="question"):
-            if question["question_id"] in known:
-                continue
-            temperature = TEMPERATURES.get(question.get("category", ""), OTHER_TEMPERATURE)
-            answer = {
-                "question_id": question["question_id"],
-                "answer_id": uuid.uuid4().hex,
-                "model_id": model_id,
-                "choices": [
-                    {"index": 0, "turns": _converse(service, question["turns"], temperature, max_tokens, seed)}
-                ],
-                "tstamp": time.time(),
-            }
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-            file.flush()
-            asked += 1
-    return asked
-
-
-def _converse(service: Service, turns: list[str], temperature: float, max_tokens: int, seed: int) -> list[str]:
-    messages: list[dict[str, str]] = []
-    answers: list[str] = []
-    for turn in turns:
-        request = Request.parse(
-            messages=messages, prompt=turn, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed
-        )
-        answers.append(service.answer(request).text.strip())
-        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answers[-1]}]
-    return answers
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A JSON Lines file. Raises StarlingError naming the line that is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StarlingError(f"{path} cannot be read: {error}.") from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            entry["question_id"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StarlingError(f"{path}, line {number}: not an object with a question_id ({error}).") from error
-        found.append(entry)
-    return found

@@ -1,4 +1,4 @@
-"""`python -m starling quantize|evaluate`. What they run is imported when they run: transformers takes seconds."""
+"""`python -m starling evaluate text|answers`. What they run is imported when they run: transformers takes seconds."""
 
 import argparse
 import os
@@ -10,28 +10,6 @@ from starling.errors import StarlingError
 
 INSTALL = "Run: pip install --no-build-isolation -r requirements-reference.txt"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-
-
-def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "make AWQ files from a full-precision Mistral or Llama checkpoint, with AutoAWQ's algorithm"
-    command = subparsers.add_parser("quantize", help=text, description=text)
-    command.add_argument("source", type=Path, metavar="SOURCE", help="a folder with config.json and *.safetensors")
-    command.add_argument("out", type=Path, metavar="OUT", help="a new folder; it appears when it is complete")
-    command.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128), help="default: %(default)s")
-    command.add_argument("--texts", type=Path, help="calibration: plain text, or JSON Lines of conversations")
-    command.add_argument("--blocks", type=int, default=128, help="most blocks of text to use (default: %(default)s)")
-    command.add_argument("--block-length", type=int, default=512, help="tokens in a block (default: %(default)s)")
-    command.add_argument("--no-clip", action="store_true", help="skip the search for clips: faster, coarser")
-    command.set_defaults(run=_guarded(_quantize))
-
-
-def _quantize(args: argparse.Namespace) -> int:
-    from starling.quantize import BUILT_IN_TEXTS, quantize
-
-    texts = args.texts or BUILT_IN_TEXTS
-    quantize(args.source, args.out, args.group_size, texts, args.blocks, args.block_length, clip=not args.no_clip)
-    print(args.out)
-    return 0
 
 
 def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,7 +33,7 @@ def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.Argume
 
 
 def _evaluate_text(args: argparse.Namespace) -> int:
-    from starling.evaluate import evaluate_text
+    from starling.evaluate.text import evaluate_text
 
     try:
         text = args.text.read_text(encoding="utf-8")
@@ -72,7 +50,7 @@ def _evaluate_text(args: argparse.Namespace) -> int:
 
 
 def _evaluate_answers(args: argparse.Namespace) -> int:
-    from starling.evaluate import answer_questions
+    from starling.evaluate.answers import answer_questions
     from starling.service import Service
     from starling.settings import Settings
 

@@ -1,0 +1,85 @@
+"""Answers to multi-turn questions through the service, in the form that MT-bench's judge reads."""
+
+import json
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from starling.errors import StarlingError
+from starling.request import Request
+from starling.service import Service
+
+# FastChat's `gen_model_answer.py`: temperatures by category, so that answers compare with published ones.
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+OTHER_TEMPERATURE = 0.7
+
+
+def answer_questions(
+    service: Service, model_id: str, questions: Path, out: Path, max_tokens: int = 1024, seed: int = 0
+) -> int:
+    """Ask every question of an MT-bench file ({"question_id", "category", "turns"}), turn by turn.
+
+    Appends to `out`, a line per question, in the form that FastChat's judge reads; questions that are answered there
+    already are left out, so an interrupted run goes on. Returns how many were asked. Raises StarlingError.
+    """
+    known = {answer["question_id"] for answer in read_lines(out)} if out.exists() else set()
+    asked = 0
+    with out.open("a", encoding="utf-8") as file:
+        for question in tqdm(read_lines(questions), desc="Answering", unit="question"):
+            if question["question_id"] in known:
+                continue
+            temperature = TEMPERATURES.get(question.get("category", ""), OTHER_TEMPERATURE)
+            answer = {
+                "question_id": question["question_id"],
+                "answer_id": uuid.uuid4().hex,
+                "model_id": model_id,
+                "choices": [
+                    {"index": 0, "turns": _converse(service, question["turns"], temperature, max_tokens, seed)}
+                ],
+                "tstamp": time.time(),
+            }
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.flush()
+            asked += 1
+    return asked
+
+
+def _converse(service: Service, turns: list[str], temperature: float, max_tokens: int, seed: int) -> list[str]:
+    messages: list[dict[str, str]] = []
+    answers: list[str] = []
+    for turn in turns:
+        request = Request.parse(
+            messages=messages, prompt=turn, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed
+        )
+        answers.append(service.answer(request).text.strip())
+        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answers[-1]}]
+    return answers
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A JSON Lines file. Raises StarlingError naming the line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StarlingError(f"{path} cannot be read: {error}.") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            entry["question_id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StarlingError(f"{path}, line {number}: not an object with a question_id ({error}).") from error
+        found.append(entry)
+    return found

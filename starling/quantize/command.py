@@ -1,0 +1,55 @@
+"""`python -m starling quantize SOURCE OUT`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from starling.errors import StarlingError
+from starling.model.config import GROUP_SIZES
+from starling.quantize.calibration import BUILT_IN
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `quantize` to the command line; `args.run(args)` returns the exit code."""
+    text = "make AWQ files of a full-precision Mistral or Llama checkpoint; run again after an interruption, it goes on"
+    parser = subparsers.add_parser("quantize", help=text, description=text)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint's folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the new folder; it appears when it is complete")
+    parser.add_argument(
+        "--group-size", type=int, choices=sorted(GROUP_SIZES), default=128, help="weights per scale (default: 128)"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        default=BUILT_IN,
+        help="text of the kind that the model will see; 65,000 tokens are used by default (default: a short one)",
+    )
+    parser.add_argument("--samples", type=int, default=128, help="blocks of text at most (default: 128)")
+    parser.add_argument("--length", type=int, default=512, help="tokens per block (default: 512)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: done. 1: a fault, which is printed. 130: interrupted."""
+    try:
+        from starling.quantize.layerwise import quantize  # transformers and AutoAWQ: seconds to import
+    except ImportError as error:
+        print(
+            f"{error.name} is not installed. Run: pip install --no-build-isolation -r requirements-reference.txt",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        text = args.calibration.read_text(encoding="utf-8")
+        quantize(args.source, args.out, text, args.group_size, args.samples, args.length)
+    except (StarlingError, OSError, UnicodeDecodeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from the last finished layer.", file=sys.stderr)
+        return INTERRUPTED
+    print(args.out)
+    return 0

@@ -1,0 +1,93 @@
+"""What a quantization has done so far, on disk. Killed at any moment, it goes on where it was."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from starling.errors import StarlingError
+from starling.model.checkpoint import open_checkpoint
+from starling.model.config import ModelConfig
+
+PLAN_FILE = "plan.json"
+# Copied from the source if they are there.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json", "chat_template.jinja", "LICENSE", "demo.json",
+)  # fmt: skip
+
+
+class PartialFolder:
+    """`.OUT.partial` beside OUT: a file per finished layer, and the plan that they belong to.
+
+    A folder of another plan (another source, group size, text or version) is begun anew.
+    """
+
+    def __init__(self, out: Path, plan: Mapping[str, Any]) -> None:
+        """Raises StarlingError when OUT holds something already."""
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise StarlingError(f"{out} holds something already. Name another folder, or remove it.")
+        self._out = out
+        self.path = out.parent / f".{out.name}.partial"
+        text = json.dumps(plan, sort_keys=True)
+        plan_file = self.path / PLAN_FILE
+        if not plan_file.exists() or plan_file.read_text(encoding="utf-8") != text:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            plan_file.write_text(text, encoding="utf-8")
+
+    def has_layer(self, index: int) -> bool:
+        return self._layer_file(index).exists()
+
+    def save_layer(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        _save(tensors, self._layer_file(index))
+
+    def finish(self, source: Path, config: dict[str, Any], others: dict[str, torch.Tensor]) -> None:
+        """Write the checkpoint (all layers and `others`), check it as it will be read, and give it its name."""
+        tensors = dict(others)
+        for path in sorted(self.path.glob("layer-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    tensors[name] = file.get_tensor(name)
+        folder = self.path / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        _save(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in COMPANIONS:
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+        with open_checkpoint(folder, ModelConfig.from_folder(folder)):
+            pass
+        if self._out.exists():
+            self._out.rmdir()  # empty, or it would have been refused
+        folder.rename(self._out)
+        shutil.rmtree(self.path)
+
+    def _layer_file(self, index: int) -> Path:
+        return self.path / f"layer-{index:03}.safetensors"
+
+
+def fingerprint(source: Path) -> str:
+    """Of a checkpoint's config and of its files' names, sizes and times: enough to see that it was changed."""
+    digest = hashlib.sha256((source / "config.json").read_bytes())
+    for path in sorted(source.glob("*.safetensors")):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Written under another name and renamed, so that a file with the right name is whole."""
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(path)
