@@ -48,7 +48,9 @@ def test_the_sums_are_those_made_by_hand(folders: list[Path], monkeypatch: pytes
     assert quality.perplexity == pytest.approx((-own.gather(2, targets)).mean().exp().item(), rel=1e-4)
     assert quality.source_perplexity == pytest.approx((-source.gather(2, targets)).mean().exp().item(), rel=1e-4)
     assert quality.kl_divergence == pytest.approx((source.exp() * (source - own)).sum(-1).mean().item(), rel=1e-3)
-    assert quality.top1_agreement == pytest.approx((own.argmax(-1) == source.argmax(-1)).double().mean(), abs=0.02)
+    assert quality.top1_agreement == pytest.approx(
+        (own.argmax(-1) == source.argmax(-1)).double().mean().item(), abs=0.02
+    )
 
 
 def test_a_checkpoint_agrees_with_itself(folders: list[Path]) -> None:
