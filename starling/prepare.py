@@ -8,8 +8,6 @@ import os
 import sys
 
 from starling.errors import StarlingError, WeightsError
-from starling.model.mistral import Mistral
-from starling.model.ops import choose_ops
 from starling.settings import Settings
 from starling.weights import locate_weights
 
@@ -22,6 +20,9 @@ def add_prepare_command(subparsers: "argparse._SubParsersAction[argparse.Argumen
 
 def run(args: argparse.Namespace) -> int:
     """0: done, or done as far as there are weights. 1: a fault, which is printed."""
+    from starling.model.mistral import Mistral  # torch: seconds that no other command should wait for
+    from starling.model.ops import choose_ops
+
     try:
         settings = Settings.from_env(os.environ)
         ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)

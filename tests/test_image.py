@@ -150,7 +150,7 @@ def reachable(*start: str) -> tuple[set[Path], set[str]]:
     while waiting:
         module = waiting.pop()
         path = file_of(module)
-        if module in SECOND_ENGINE:
+        if module.startswith(SECOND_ENGINE):
             continue
         if path is None:
             if module.split(".")[0] not in ("starling", "predict"):

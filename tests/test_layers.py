@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,8 @@ def test_every_requirement_is_pinned() -> None:
 def test_the_reference_is_pinned_as_the_tests_have_it() -> None:
     reference, dev = pins("requirements-reference.txt"), pins("requirements-dev.txt")
     assert {name: reference[name] for name in ("accelerate", "transformers")}.items() <= dev.items()
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import starling.__main__, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

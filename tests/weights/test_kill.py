@@ -90,7 +90,7 @@ def test_two_together_fetch_once(hub, lock_path, folder, files):
 
 
 def test_one_that_waits_goes_on_when_the_other_is_killed(hub, lock_path, folder, files):
-    hub.faults_of(MODEL).pause_s = 0.02
+    hub.faults_of(MODEL).pause_s = 0.2  # so that the first is still at it when the second has started
     with pulling(lock_path, hub.url) as first:
         wait_until(lambda: hub.served_bytes[MODEL] > 150_000, first)
         with pulling(lock_path, hub.url) as second:
