@@ -33,7 +33,7 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2": AVX2,
         "portable": (),
     },
-    "aarch64": {"neondot": ("-march=armv8.2-a+dotprod",), "portable": ()},
+    "aarch64": {"neondot": ("-mcpu=generic+dotprod",), "portable": ()},
 }
 SOURCES = ("api.cpp", "context.cpp", "isa.cpp", "pool.cpp", "repack.cpp", "sampling.cpp")
 COMPILE_TIMEOUT_S = 300
