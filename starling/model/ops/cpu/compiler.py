@@ -24,6 +24,8 @@ NATIVE = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
+ARM_DOT = "-march=armv8.2-a+dotprod"
+ZIG_SPELLING = {ARM_DOT: "-mcpu=generic+dotprod"}  # zig's own names of processors
 # kernels.cpp is compiled once with each of these; isa.cpp chooses among them at run time.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
@@ -33,7 +35,7 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2": AVX2,
         "portable": (),
     },
-    "aarch64": {"neondot": ("-mcpu=generic+dotprod",), "portable": ()},
+    "aarch64": {"neondot": (ARM_DOT,), "portable": ()},
 }
 SOURCES = ("api.cpp", "context.cpp", "isa.cpp", "pool.cpp", "repack.cpp", "sampling.cpp")
 COMPILE_TIMEOUT_S = 300
@@ -121,6 +123,8 @@ def _locked(path: Path) -> Iterator[None]:
 def _compile(compiler: tuple[str, ...], path: Path, extra_flags: Sequence[str]) -> None:
     started = time.monotonic()
     sets = INSTRUCTION_SETS.get(_machine(), {"portable": ()})
+    if "ziglang" in compiler:
+        sets = {isa: tuple(ZIG_SPELLING.get(flag, flag) for flag in flags) for isa, flags in sets.items()}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
         folder = Path(scratch)
         jobs = [

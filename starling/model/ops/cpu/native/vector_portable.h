@@ -1,8 +1,10 @@
-// Vectors of the compiler (GCC and Clang): whatever the target has, with NEON's own instructions where they matter.
+// Vectors of the compiler (GCC and Clang): whatever the target has, with NEON's and SSE2's own instructions where they matter.
 #pragma once
 #include <cmath>
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace {
@@ -192,21 +194,37 @@ struct EightBits : Bytes {
   static constexpr bool kEight = true;
 };
 
-// sum += for each row, the products of its 4 bytes (unsigned) and the 4 bytes of `a` (signed).
+// sum += for each row, the products of its 4 bytes (unsigned; below 16 unless `eight`) and the 4 bytes of `a` (signed).
 inline I dot_four(I sum, I bytes, const int8_t* a, bool eight) {
-#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
-  union { I i; int32x4_t q[4]; uint8x16_t u[4]; int8x16_t s[4]; } acc = {sum}, w = {bytes};
+#if defined(__aarch64__)
+  union { I i; int32x4_t q[4]; } acc = {sum};
+  union { I i; uint8x16_t u[4]; int8x16_t s[4]; } w = {bytes};
   int32_t word;
   memcpy(&word, a, 4);
   const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(word));
-  if (eight) {  // SDOT is signed: w = (w - 128) + 128
-    const int32x4_t back = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(64), x);
-    for (int i = 0; i < 4; i++) {
-      acc.q[i] = vdotq_s32(acc.q[i], vreinterpretq_s8_u8(veorq_u8(w.u[i], vdupq_n_u8(128))), x);
-      acc.q[i] = vaddq_s32(acc.q[i], vaddq_s32(back, back));
-    }
-  } else {
-    for (int i = 0; i < 4; i++) acc.q[i] = vdotq_s32(acc.q[i], w.s[i], x);
+  // Signed multiplications: 8-bit weights go as w - 128, and 128 times the sum of x comes back.
+  const int32x4_t back = vdupq_n_s32(eight ? 128 * (a[0] + a[1] + a[2] + a[3]) : 0);
+  for (int i = 0; i < 4; i++) {
+    const int8x16_t row = eight ? vreinterpretq_s8_u8(veorq_u8(w.u[i], vdupq_n_u8(128))) : w.s[i];
+#if defined(__ARM_FEATURE_DOTPROD)
+    acc.q[i] = vdotq_s32(acc.q[i], row, x);
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(row), vget_low_s8(x)), high = vmull_high_s8(row, x);
+    acc.q[i] = vaddq_s32(acc.q[i], vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
+    acc.q[i] = vaddq_s32(acc.q[i], back);
+  }
+  return acc.i;
+#elif defined(__SSE2__)
+  (void)eight;
+  union { I i; __m128i q[4]; } acc = {sum}, w = {bytes};
+  const __m128i zero = _mm_setzero_si128();
+  const __m128i x = _mm_set_epi16(a[3], a[2], a[1], a[0], a[3], a[2], a[1], a[0]);
+  for (int i = 0; i < 4; i++) {
+    const __m128 low = _mm_castsi128_ps(_mm_madd_epi16(_mm_unpacklo_epi8(w.q[i], zero), x));
+    const __m128 high = _mm_castsi128_ps(_mm_madd_epi16(_mm_unpackhi_epi8(w.q[i], zero), x));
+    acc.q[i] = _mm_add_epi32(acc.q[i], _mm_castps_si128(_mm_shuffle_ps(low, high, 0x88)));
+    acc.q[i] = _mm_add_epi32(acc.q[i], _mm_castps_si128(_mm_shuffle_ps(low, high, 0xdd)));
   }
   return acc.i;
 #else
