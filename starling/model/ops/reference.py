@@ -124,7 +124,7 @@ def _sample_row(
     p = p * kept
     ranked = p[order] / p.sum()
     # A token stays while the likelier ones have not reached top_p; the likeliest always stays.
-    past = ranked.cumsum(0) - ranked >= top_p
+    past = ranked.cumsum(0) - ranked >= (top_p if top_p < 1 else math.inf)  # a sum may round to 1 before its end
     past[0] = False
     p[order[past]] = 0
     mass = p.cumsum(0)
