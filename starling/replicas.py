@@ -65,7 +65,7 @@ class Replica:
             if generation is not None:
                 generation.cancel()
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Ray asks now and then, and replaces a replica that raises."""
         if not self._service.healthy:
             raise RuntimeError("The engine makes no progress.")

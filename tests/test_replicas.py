@@ -78,12 +78,11 @@ class Cluster:
 
     def close(self) -> None:
         self.client.close()
+        started = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(60)
-        finally:
-            for process in psutil.Process().children(recursive=True):
-                process.kill()
+        self.process.wait(HANG_S)
+        for process in psutil.wait_procs(started, timeout=10)[1]:  # Ray leaves none, unless it was cut off
+            process.kill()
 
 
 @pytest.fixture(scope="module")
