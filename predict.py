@@ -24,14 +24,9 @@ if TYPE_CHECKING:
 
 LOG_GRACE_S = 0.5  # coglet ends the worker at once when setup fails; what it has not read of the log by then is lost
 METRICS = (
-    "input_token_count",
-    "output_token_count",
-    "cached_token_count",
-    "time_to_first_token",
-    "tokens_per_second",
-    "finish_reason",
-    "seed",
-)
+    "input_token_count", "output_token_count", "cached_token_count", "time_to_first_token", "tokens_per_second",
+    "finish_reason", "seed",
+)  # fmt: skip
 
 
 class Predictor(BasePredictor):

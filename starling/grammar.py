@@ -40,7 +40,7 @@ class GrammarConstraint:
     @property
     def fault(self) -> str | None:
         """What went wrong inside the grammar (it grew too complex, say); the request cannot go on."""
-        return self._matcher.get_error() or None
+        return _brief(self._matcher.get_error() or "") or None
 
 
 class Grammars:

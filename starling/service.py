@@ -2,15 +2,11 @@
 
 import json
 import logging
-import platform
 import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
-from starling import __version__
 from starling.chat import END_OF_TURN, Chat
 from starling.engine.cache import BlockCache
 from starling.engine.engine import Engine, TokenStream
@@ -27,6 +23,7 @@ from starling.model.mistral import Mistral
 from starling.model.ops import Ops, choose_ops
 from starling.request import MAX_SEED, Request
 from starling.settings import Settings
+from starling.startup import Startup
 from starling.tokenizer import IncrementalDecoder, Tokenizer
 from starling.weights import locate_weights
 
@@ -71,33 +68,25 @@ class Service:
     @classmethod
     def load(cls, settings: Settings) -> "Service":
         """Find the weights, fetching them if that is allowed, and load them. Raises StarlingError."""
-        located = locate_weights(settings)
-        service = cls.from_folder(located.folder, settings)
-        service.answer(WARM_UP)
-        line = {
-            "event": "start",
-            "starling": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "weights": str(located.folder),
-            "weights_origin": located.origin,
-            "weights_sha256": located.model_sha256,
-            "stand_in": located.stand_in,  # true: the demo's small model, not Starling
-            # a source's address may hold a password
-            "settings": settings.model_dump(mode="json", exclude={"weights", "weights_source"}),
-            **service.occupancy,
-        }
-        logger.info("%s", json.dumps(line))
+        startup = Startup()
+        with startup.lap("weights"):
+            located = locate_weights(settings)
+        service = cls.from_folder(located.folder, settings, startup)
+        with startup.lap("warm_up"):
+            service.answer(WARM_UP)
+        startup.report(located, settings, service.occupancy)
         return service
 
     @classmethod
-    def from_folder(cls, folder: Path, settings: Settings | None = None) -> "Service":
+    def from_folder(cls, folder: Path, settings: Settings | None = None, startup: Startup | None = None) -> "Service":
         """Load the AWQ checkpoint in `folder`. Raises StarlingError when it cannot be served."""
-        settings = settings or Settings()
+        settings, startup = settings or Settings(), startup or Startup()
         config = ModelConfig.from_folder(folder)
-        tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
-        engine = load_engine(folder, settings)
-        return cls(engine, tokenizer, config.bos_token_id, frozenset(config.eos_token_ids))
+        with startup.lap("tokenizer"):
+            tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
+        engine = load_engine(folder, settings, startup)
+        with startup.lap("grammars"):
+            return cls(engine, tokenizer, config.bos_token_id, frozenset(config.eos_token_ids))
 
     def generate(self, request: Request) -> Generation:
         """Start an answer. Raises RequestError at once for what cannot run, EngineStoppedError when nothing can."""
@@ -166,28 +155,35 @@ class Service:
         self._engine.close()
 
 
-def load_engine(folder: Path, settings: Settings) -> TokenEngine:
+def load_engine(folder: Path, settings: Settings, startup: Startup) -> TokenEngine:
     """The engine that `settings` choose, over the AWQ checkpoint in `folder`. Raises StarlingError."""
-    return (_load_reference if settings.engine == "reference" else _load_own)(folder, settings)
+    if settings.engine == "reference":
+        with startup.lap("model"):
+            return _load_reference(folder, settings)
+    return _load_own(folder, settings, startup)
 
 
-def _load_own(folder: Path, settings: Settings) -> TokenEngine:
-    ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
-    model = Mistral.load(folder, ops)
+def _load_own(folder: Path, settings: Settings, startup: Startup) -> TokenEngine:
+    with startup.lap("operations"):
+        ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
+        startup.operations = f"{ops.name} on {ops.device}"
+    with startup.lap("model"):
+        model = Mistral.load(folder, ops)
     config = model.config
     limits = Limits(
         max_running=settings.max_concurrency,
         prefill_tokens=settings.prefill_tokens,
         speculative_rows=settings.speculative_rows,
     )
-    cache = model.allocate_cache(_plan_blocks(model, ops, settings, limits), settings.block_size)
-    books = BlockCache(
-        cache.blocks,
-        cache.block_size,
-        rows=limits.max_running,
-        max_positions=config.max_position_embeddings,
-        window=config.sliding_window,
-    )
+    with startup.lap("kv_cache"):
+        cache = model.allocate_cache(_plan_blocks(model, ops, settings, limits), settings.block_size)
+        books = BlockCache(
+            cache.blocks,
+            cache.block_size,
+            rows=limits.max_running,
+            max_positions=config.max_position_embeddings,
+            window=config.sliding_window,
+        )
     return Engine(
         Scheduler(books, limits),
         Runner(model, cache, books),

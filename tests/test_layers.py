@@ -69,13 +69,15 @@ def test_pyproject_names_what_is_installed() -> None:
     assert set(project["dependencies"]) == set(pins("requirements.txt"))
     assert {*project["dependencies"], *extras["cli"]} == set(pins("requirements-cpu.txt"))
     assert set(extras["demo"]) == set(pins("requirements-demo.txt"))
+    assert set(extras["replicas"]) == set(pins("requirements-replicas.txt"))
     assert set(extras["dev"]) == set(pins("requirements-dev.txt"))
 
 
 def test_every_requirement_is_pinned() -> None:
     for path in ROOT.glob("requirements*.txt"):
         for line in path.read_text().splitlines():
-            assert not line or line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.+]+", line), f"{path.name}: {line}"
+            pinned = re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.+]+", line)
+            assert not line or line.startswith("#") or pinned, f"{path.name}: {line}"
 
 
 def test_the_reference_is_pinned_as_the_tests_have_it() -> None:

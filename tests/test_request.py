@@ -45,6 +45,7 @@ def test_stop_sequences(written: Any, meant: tuple[str, ...]) -> None:
         ({"prompt": "x", "mode": "poem"}, ["mode", "'chat' or 'code'"]),
         ({"prompt": "x", "unknown": 1}, ["unknown", "not permitted"]),
         ({"prompt": "x", "stop_sequences": '["a", "b"'}, ["stop_sequences", "JSON list"]),
+        ({"prompt": "x", "stop_sequences": "[" * 100_000 + "]" * 100_000}, ["stop_sequences", "256"]),
         ({"prompt": "x", "stop_sequences": "[1]"}, ["stop_sequences.0", "string"]),
         ({"prompt": "x", "stop_sequences": '[""]'}, ["stop_sequences.0", "at least 1"]),
         ({"prompt": "x", "stop_sequences": "a," * (MAX_STOP_SEQUENCES + 1)}, ["stop_sequences", "at most 16"]),

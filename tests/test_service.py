@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from starling.engine.engine import Delivery, TokenStream
-from starling.errors import GenerationCancelled, RequestError
+from starling.errors import EngineError, GenerationCancelled, RequestError
 from starling.generation import Generation
 from starling.request import Request
 from starling.service import Service
@@ -119,9 +119,19 @@ def test_an_answer_matches_its_regex(service: Service) -> None:
     assert ask(service, prompt="Yes or no?", regex="yes|no", min_tokens=20).text in ("yes", "no")
 
 
+def test_a_grammar_that_grows_without_bound_ends_its_request_alone(service: Service) -> None:
+    other = service.generate(Request.parse(prompt=FRANCE, temperature=0))
+    with pytest.raises(EngineError, match="too many expressions") as error:
+        ask(service, prompt="x", regex="((a{1000}){1000}){1000}")
+    assert "state" not in str(error.value)
+    assert "".join(other) == "The capital of France is Paris."
+
+
 @pytest.mark.parametrize(
     ("fields", "fault"),
     [
+        ({"json_schema": '{"items":' * 6000 + "{}" + "}" * 6000}, "not JSON"),
+        ({"regex": "(" * 20000 + "a" + ")" * 20000}, "regex"),
         ({"json_schema": "{"}, "not JSON"),
         ({"json_schema": "[]"}, "give an object"),
         ({"json_schema": '{"type": "animal"}'}, "animal"),

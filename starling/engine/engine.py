@@ -13,7 +13,7 @@ from starling.engine.runner import StepRunner
 from starling.engine.scheduler import Counters, Outcome, Scheduler
 from starling.engine.sequence import FinishReason, SamplingParams, Sequence, TokenConstraint
 from starling.engine.speculation import PromptLookup
-from starling.errors import EngineError, EngineStoppedError, RequestError
+from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,8 @@ class Engine:
                 f"the model's embedding table has ids 0 to {self._vocab_size - 1}."
             )
         self.check(len(prompt), params.max_tokens)
+        if self._hangs:
+            raise EngineStoppedError("The engine hangs in a step and takes no requests. Restart the container.")
         lookup = PromptLookup() if self._scheduler.limits.speculative_rows > 0 else None
         sequence = Sequence(next(self._arrivals), prompt, params, constraint, lookup)
         stream = TokenStream(lambda: self._put(_Command("cancel", sequence)))
@@ -129,12 +131,12 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """The thread lives, and no step has been running for longer than `hang_after_s`."""
+        return self._thread.is_alive() and not self._closed and not self._hangs
+
+    @property
+    def _hangs(self) -> bool:
         began = self._step_began_s
-        return (
-            self._thread.is_alive()
-            and not self._closed
-            and (began is None or time.monotonic() - began < self._hang_after_s)
-        )
+        return began is not None and time.monotonic() - began >= self._hang_after_s
 
     @property
     def counters(self) -> Counters:
@@ -209,6 +211,8 @@ class Engine:
         plan = self._scheduler.plan()
         try:
             outcomes = self._scheduler.complete(plan, self._runner.run(plan))
+        except DeviceError:
+            raise  # no later step can do better
         except Exception as fault:
             logger.error("a step failed; its %d requests end", len(plan), exc_info=True)
             error = EngineError(f"The request's step failed: {type(fault).__name__}. The server goes on; try again.")

@@ -8,6 +8,7 @@ import torch
 from starling.engine.cache import BlockCache
 from starling.engine.sampling import Sampler
 from starling.engine.scheduler import Work
+from starling.errors import DeviceError
 from starling.model.batch import Batch
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
@@ -17,7 +18,10 @@ class StepRunner(Protocol):
     """Computes one step. Tests and benchmarks put a constant in its place."""
 
     def run(self, plan: list[Work]) -> list[list[int]]:
-        """Tokens per work: none for a chunk inside a prompt, else one for the last row and one after each draft."""
+        """Tokens per work: none for a chunk inside a prompt, else one for the last row and one after each draft.
+
+        Raises DeviceError when the device is lost for good; any other exception ends this step's requests only.
+        """
         ...
 
 
@@ -33,8 +37,11 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: list[Work]) -> list[list[int]]:
-        logits = self._model.forward(build_batch(plan, self._books, self._model.ops.device), self._cache)
-        return self._sampler.sample(logits, plan)
+        try:
+            logits = self._model.forward(build_batch(plan, self._books, self._model.ops.device), self._cache)
+            return self._sampler.sample(logits, plan)
+        except torch.AcceleratorError as error:  # not OutOfMemoryError, after which the device still works
+            raise DeviceError(f"The device is lost: {error}. Restart the container.") from error
 
 
 def build_batch(plan: list[Work], books: BlockCache, device: torch.device) -> Batch:

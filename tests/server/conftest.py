@@ -9,10 +9,15 @@ from typing import Any
 import httpx
 import pytest
 
+from starling import tokenizer_json
 from starling.client import Client
 from starling.local_server import LocalServer
+from starling.tokenizer import byte_alphabet
+from tests.model.tiny import write_checkpoint
 
 SLOTS = 8
+CONTEXT = 4096  # positions of the tiny model
+BOS, END_OF_TURN = 256, 257
 # A bound for what would otherwise wait for ever; nothing is judged by it.
 HANG_S = 120.0
 
@@ -79,6 +84,16 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Echo]:
     echo = Echo(tmp_path_factory.mktemp("echo"))
     yield echo
     echo.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights, whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder, bos_token_id=BOS, eos_token_id=END_OF_TURN, max_position_embeddings=CONTEXT)
+    controls = {"<s>": BOS, "<|end_of_turn|>": END_OF_TURN}
+    tokenizer_json.write(tokenizer_json.byte_level(byte_alphabet() | controls, [], controls), folder)
+    return folder
 
 
 @pytest.fixture

@@ -8,34 +8,19 @@ from typing import Any
 
 import pytest
 
-from starling import tokenizer_json
 from starling.client import AnswerError, Client
 from starling.local_server import LocalServer
 from starling.request import Request
 from starling.service import Service
 from starling.settings import Settings
-from starling.tokenizer import byte_alphabet
-from tests.model.tiny import write_checkpoint
-from tests.server.conftest import HANG_S, SLOTS
+from tests.server.conftest import CONTEXT, HANG_S, SLOTS
 
-CONTEXT = 4096  # positions
-BOS, END_OF_TURN = 256, 257
 ENVIRONMENT = {"STARLING_DEVICE": "cpu", "COG_MAX_CONCURRENCY": str(SLOTS)}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose tokens are bytes."""
-    folder = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(folder, bos_token_id=BOS, eos_token_id=END_OF_TURN, max_position_embeddings=CONTEXT)
-    controls = {"<s>": BOS, "<|end_of_turn|>": END_OF_TURN}
-    tokenizer_json.write(tokenizer_json.byte_level(byte_alphabet() | controls, [], controls), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[LocalServer]:
-    with LocalServer(environ=ENVIRONMENT | {"STARLING_WEIGHTS": str(folder)}) as server:
+def server(tiny_folder: Path) -> Iterator[LocalServer]:
+    with LocalServer(environ=ENVIRONMENT | {"STARLING_WEIGHTS": str(tiny_folder)}) as server:
         yield server
 
 
@@ -47,9 +32,9 @@ def client(server: LocalServer) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def service(folder: Path) -> Iterator[Service]:
+def service(tiny_folder: Path) -> Iterator[Service]:
     """The same model in this process."""
-    service = Service.from_folder(folder, Settings.from_env(ENVIRONMENT))
+    service = Service.from_folder(tiny_folder, Settings.from_env(ENVIRONMENT))
     yield service
     service.close()
 

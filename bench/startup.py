@@ -1,0 +1,94 @@
+"""What a start is made of, from the process's first moment to the first token of the first answer.
+
+    python -m bench.startup --weights weights/demo
+
+Cog's own server is started: first with nothing prepared (kernels to compile, weights to repack), then as every later
+start is, `--rounds` times. The parts inside setup are those that the service logs itself (starling/startup.py).
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from starling.client import Client
+from starling.local_server import LocalServer
+from starling.weights import LOCK_PATH
+
+PARTS = {
+    "server": "Cog's server starts, and its worker",
+    "imports": "the worker imports cog, predict.py, torch, starling",
+    "weights": "weights are found, and verified where a lock names them",
+    "operations": "kernels are loaded (the first time: compiled)",
+    "model": "the model is mapped into memory (the first time: repacked)",
+    "tokenizer": "tokenizer.json is read",
+    "kv_cache": "the KV cache is allocated",
+    "grammars": "the tables for schemas and regular expressions are built",
+    "warm_up": "one real prediction",
+    "ready": "until the health check says READY",
+    "first token": "the first request's first text",
+}
+
+
+def start_line(log: str) -> dict[str, Any]:
+    """The service's own line about its start. Cog wraps each line of our log in JSON of its own."""
+    for text in log.splitlines():
+        message = json.loads(text)["fields"]["message"] if text.startswith("{") else text
+        if '"event": "start"' in message:
+            line: dict[str, Any] = json.loads(message[message.index("{") :])
+            return line
+    raise RuntimeError("the log has no line about the start")
+
+
+def one_start(environ: dict[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Seconds per part, and the service's own line."""
+    server = LocalServer(environ=environ)
+    began_s = time.time()
+    with server:
+        ready_s = time.time()
+        client = Client(server.url)
+        with client.stream(prompt="What is the capital of France?", temperature=0, max_tokens=16) as answer:
+            next(iter(answer))
+            first_s = time.time()
+        client.close()
+        line = start_line(server.log)
+    seconds = {"server": line["process_began"] - began_s, **line["seconds"]}
+    return seconds | {"ready": ready_s - began_s - sum(seconds.values()), "first token": first_s - ready_s}, line
+
+
+def copy_of(weights: Path, folder: Path) -> Path:
+    """The checkpoint's own files, without what was made of them."""
+    copy = folder / weights.name
+    copy.mkdir()
+    for pattern in ("*.json", "*.safetensors"):
+        for path in weights.glob(pattern):
+            shutil.copy2(path, copy)
+    return copy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.startup", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--weights", type=Path, default=LOCK_PATH.parent / "demo")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        environ = {"STARLING_WEIGHTS": str(copy_of(options.weights.resolve(), folder)), "HOME": str(folder)}
+        first, line = one_start(environ)
+        later = [one_start(environ)[0] for _ in range(options.rounds)]
+    median = {part: statistics.median(start[part] for start in later) for part in first}
+    print(f"{options.weights.name}: {line['operations']}, {line['processor']}, torch {line['versions']['torch']}")
+    print(f"seconds     first start   later (median of {options.rounds})")
+    for part, meaning in PARTS.items():
+        print(f"{part:11s} {first[part]:11.2f} {median[part]:8.2f}   {meaning}")
+    for name, parts in (("READY", list(PARTS)[:-1]), ("first token", list(PARTS))):
+        first_s, later_s = (sum(start[part] for part in parts) for start in (first, median))
+        print(f"from nothing to {name}: {first_s:.2f} s the first time, {later_s:.2f} s later")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Several replicas of the service behind one address, on Ray Serve: `pip install -r requirements-replicas.txt`, then
+
+    STARLING_WEIGHTS=weights/demo python -m starling.replicas --least 1 --most 4
+
+It answers as Cog's server does at POST /predictions, as JSON or as a stream of events. A replica holds a whole model
+and takes as many requests as COG_MAX_CONCURRENCY says; Ray starts more replicas when more than that wait for each,
+and ends idle ones. A request whose replica dies is begun again on another unless its text has begun to stream.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from starling.errors import EngineError, RequestError, StarlingError
+from starling.request import Request
+from starling.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# As Cog's server: a request's fields and its text together hold less.
+MAX_BODY_BYTES = 4 << 20
+ATTEMPTS = 5  # replicas that may die under one request before it fails
+RETRY_PAUSE_S = 0.2
+Event = dict[str, Any]
+
+
+class Replica:
+    """One model. A stream is {"chunk": text}… and then {"result": metrics} or {"error": message, "again": bool}."""
+
+    def __init__(self, settings: Settings) -> None:
+        from starling.logs import configure
+        from starling.service import Service
+
+        configure()
+        self._service = Service.load(settings)
+        self._threads = ThreadPoolExecutor(settings.max_concurrency, thread_name_prefix="stream")
+
+    async def stream(self, fields: dict[str, Any]) -> AsyncIterator[Event]:
+        loop = asyncio.get_running_loop()
+        generation = None
+        try:
+            request = Request.parse(**fields)
+            generation = await loop.run_in_executor(self._threads, self._service.generate, request)
+            while (chunk := await loop.run_in_executor(self._threads, next, generation, None)) is not None:
+                yield {"chunk": chunk}
+            assert generation.result is not None
+            yield {"result": {name: value for name, value in asdict(generation.result).items() if name != "text"}}
+        except StarlingError as error:
+            yield {"error": f"{type(error).__name__}: {error}", "again": isinstance(error, EngineError)}
+        finally:
+            if generation is not None:
+                generation.cancel()
+
+    async def check_health(self) -> None:
+        """Ray asks now and then, and replaces a replica that raises."""
+        if not self._service.healthy:
+            raise RuntimeError("The engine makes no progress.")
+
+
+class Front:
+    """Checks a request, passes it to a replica, and begins it again elsewhere when that one dies too early."""
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._replicas = replicas.options(method_name="stream", stream=True)
+
+    async def __call__(self, http: HttpRequest) -> Response:
+        if http.url.path == "/health-check":
+            return JSONResponse({"status": "READY"})
+        if http.url.path != "/predictions" or http.method != "POST":
+            return JSONResponse({"error": "POST /predictions, or GET /health-check"}, 404)
+        try:
+            fields = fields_of(await http.body())
+        except RequestError as error:
+            return JSONResponse({"detail": [{"loc": ["body", "input"], "msg": str(error)}]}, 422)
+        identity = secrets.token_hex(13)
+        if "text/event-stream" in http.headers.get("accept", ""):
+            return StreamingResponse(as_sent_events(identity, self._answer(fields)), media_type="text/event-stream")
+        return JSONResponse(await as_one(identity, self._answer(fields)))
+
+    async def _answer(self, fields: dict[str, Any]) -> AsyncIterator[Event]:
+        """A replica's stream, of the first replica that does not fail before its first chunk."""
+        begun = False
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async for event in self._replicas.remote(fields):
+                    if event.get("again") and not begun and attempt < ATTEMPTS:
+                        logger.warning("a replica could not begin a request (%s): again on another", event["error"])
+                        break
+                    begun = begun or "chunk" in event
+                    yield event
+                else:
+                    return
+            except (RayActorError, DeploymentUnavailableError) as error:
+                if begun or attempt == ATTEMPTS:
+                    yield {"error": "The replica died while it answered. Ask again.", "again": False}
+                    return
+                logger.warning("a replica died before its answer began (%s): again on another", type(error).__name__)
+            await asyncio.sleep(RETRY_PAUSE_S)
+
+
+def fields_of(body: bytes) -> dict[str, Any]:
+    """Cog's body, {"input": {…}} → a request's fields, checked. Raises RequestError."""
+    if len(body) > MAX_BODY_BYTES:
+        raise RequestError(f"The body holds {len(body)} bytes; at most {MAX_BODY_BYTES} are accepted. Shorten it")
+    try:
+        fields = json.loads(body)["input"]
+    except (ValueError, TypeError, KeyError):
+        raise RequestError('The body is not JSON of the form {"input": {…}}') from None
+    if not isinstance(fields, dict):
+        raise RequestError("input is no object. Give the inputs by name")
+    known = Request.model_fields
+    fields = {name: value for name, value in fields.items() if name in known and value != ""}  # as Cog: others drop
+    Request.parse(**fields)
+    return fields
+
+
+async def as_sent_events(identity: str, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+    """The events that Cog's server sends."""
+
+    def sent(name: str, **data: Any) -> str:
+        return f"event: {name}\ndata: {json.dumps({'id': identity, **data})}\n\n"
+
+    yield sent("start", status="processing")
+    async for event in events:
+        if "chunk" in event:
+            yield sent("output", chunk=event["chunk"])
+        elif "result" in event:
+            yield sent("completed", status="succeeded", metrics=event["result"])
+        else:
+            yield sent("completed", status="failed", error=event["error"], metrics={})
+
+
+async def as_one(identity: str, events: AsyncIterator[Event]) -> dict[str, Any]:
+    """The whole prediction, as Cog's server answers."""
+    prediction: dict[str, Any] = {"id": identity, "output": [], "status": "failed", "error": None, "metrics": {}}
+    async for event in events:
+        if "chunk" in event:
+            prediction["output"].append(event["chunk"])
+        elif "result" in event:
+            prediction |= {"status": "succeeded", "metrics": event["result"]}
+        else:
+            prediction["error"] = event["error"]
+    return prediction
+
+
+def application(settings: Settings, least: int, most: int, cores: float, gpus: float) -> serve.Application:
+    """Between `least` and `most` replicas, each with `cores` CPU cores and `gpus` GPUs of its own."""
+    slots = settings.max_concurrency
+    replica = serve.deployment(
+        Replica,
+        name="starling",
+        max_ongoing_requests=slots,
+        autoscaling_config={
+            "min_replicas": least,
+            "max_replicas": most,
+            "initial_replicas": least,
+            "target_ongoing_requests": slots,  # those that wait count too
+        },
+        ray_actor_options={"num_cpus": cores, "num_gpus": gpus},
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=120,  # streams finish
+    )
+    front = serve.deployment(Front, name="front", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
+    return front.bind(replica.bind(settings))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m starling.replicas", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--least", type=int, default=1, help="replicas that always run")
+    parser.add_argument("--most", type=int, default=4, help="replicas under load")
+    parser.add_argument("--cores", type=float, default=1, help="CPU cores that Ray sets aside for a replica")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs that Ray sets aside for a replica")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=5000)
+    options = parser.parse_args()
+    settings = Settings.from_env({"COG_MAX_CONCURRENCY": "32", **os.environ})
+    serve.start(http_options={"host": options.host, "port": options.port})
+    serve.run(application(settings, options.least, options.most, options.cores, options.gpus), blocking=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What a start is made of: how long each part took, and one line of JSON that says what runs."""
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from starling import __version__
+from starling.settings import Settings
+from starling.weights import Located
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("cog", "coglet", "torch", "tokenizers", "safetensors", "llguidance")
+MAY_HOLD_SECRETS = {"weights_source"}  # a mirror's address can carry a password
+
+
+class Startup:
+    """A stopwatch with named laps. The first, "imports", began with the process."""
+
+    def __init__(self) -> None:
+        self.began_s = psutil.Process().create_time()  # seconds since the epoch
+        self.laps_s: dict[str, float] = {"imports": time.time() - self.began_s}
+        self.operations = "reference"  # whose own engine computes; else which operations, and on which device
+
+    @contextmanager
+    def lap(self, name: str) -> Iterator[None]:
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.laps_s[name] = time.monotonic() - began_s
+
+    def report(self, located: Located, settings: Settings, occupancy: dict[str, int]) -> None:
+        """Log what has started: versions, device, weights, settings, and seconds per lap."""
+        line = {
+            "event": "start",
+            "versions": {"starling": __version__, "python": platform.python_version()} | versions(),
+            "operations": self.operations,
+            "processor": processor(),
+            "weights": str(located.folder),
+            "weights_origin": located.origin,
+            "weights_sha256": located.model_sha256,
+            "stand_in": located.stand_in,  # true: the demo's small model, not Starling
+            "settings": shown(settings),
+            **occupancy,
+            "process_began": round(self.began_s, 3),
+            "seconds": {name: round(seconds, 3) for name, seconds in self.laps_s.items()},
+        }
+        logger.info("%s", json.dumps(line))
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what is answered and how, where they are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> str:
+    """The CPU's name as the kernel tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({len(names)} cores)" if names else platform.machine()
+
+
+def shown(settings: Settings) -> dict[str, Any]:
+    """Environment variable → value, of all that is not left to choose itself; without secrets."""
+    values = settings.model_dump(mode="json", exclude_none=True)
+    fields = type(settings).model_fields
+    return {str(fields[name].alias): "(set)" if name in MAY_HOLD_SECRETS else value for name, value in values.items()}
