@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         from starling.quantize.layerwise import quantize  # transformers and AutoAWQ: seconds to import
     except ImportError as error:
-        print(f"{error.name} is not installed. Run: pip install --no-build-isolation -r requirements-reference.txt", file=sys.stderr)
+        print(
+            f"{error.name} is not installed. Run: pip install --no-build-isolation -r requirements-reference.txt",
+            file=sys.stderr,
+        )
         return 1
     try:
         text = args.calibration.read_text(encoding="utf-8")
