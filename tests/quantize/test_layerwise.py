@@ -46,6 +46,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LlamaForCausalLM(config)
     for layer in model.model.layers:
         layer.input_layernorm.weight.data = torch.exp(torch.randn(128))
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight.data *= torch.exp(torch.randn(128))
     model.save_pretrained(folder)
     return folder
 
@@ -149,6 +151,23 @@ def test_the_search_beats_rounding_on_what_it_searched(source: Path, quantized: 
         if "_proj" in name:
             parameter.data = awq.quantize(parameter.data, SIZES["group_size"]).dequantize()
     assert searched < (first_layer(full) - exact).square().mean()
+
+
+def test_scales_cancel(source: Path, quantized: Path) -> None:
+    """What a norm is divided by, the columns after it are multiplied by; only rounding is left of the difference."""
+    before, after = DenseWeights(source), DenseWeights(quantized)
+    for layer in range(4):
+        prefix = f"model.layers.{layer}"
+        for norm, linears in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj",)),  # up_proj's rows are scaled too
+        ):
+            for linear in linears:
+                old, new = (
+                    weights[f"{prefix}.{linear}.weight"] * weights[f"{prefix}.{norm}.weight"]
+                    for weights in (before, after)
+                )
+                assert (new - old).norm() < 0.2 * old.norm(), f"{prefix}.{linear}"
 
 
 def test_what_cannot_be_quantized_is_refused(source: Path, quantized: Path, tmp_path: Path) -> None:
