@@ -47,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layer in model.model.layers:
         layer.input_layernorm.weight.data = torch.exp(torch.randn(128))
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
-            linear.weight.data *= torch.exp(torch.randn(128))
+            linear.weight.data *= torch.exp(0.5 * torch.randn(128))
     model.save_pretrained(folder)
     return folder
 
