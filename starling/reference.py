@@ -124,6 +124,13 @@ class ReferenceEngine:
             self._change.notify()
         return task.stream
 
+    @torch.inference_mode()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """float32 [V] for what follows `tokens`, as the model gives them. Only while no request runs."""
+        ids = torch.tensor([tokens], device=self._model.device)
+        last: torch.Tensor = self._model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+        return last.float()
+
     @property
     def healthy(self) -> bool:
         """The thread lives, and no step has been running for longer than `hang_after_s`."""

@@ -134,7 +134,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 # Imported on request alone; the image does not install what they need (requirements-reference.txt).
-SECOND_ENGINE = ("starling.reference", "starling.quantize", "starling.evaluate")
+SECOND_ENGINE = ("starling.reference", "starling.quantize.layerwise", "starling.evaluate.text")
 
 
 def file_of(module: str) -> Path | None:

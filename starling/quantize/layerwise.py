@@ -59,6 +59,22 @@ class LayerwiseQuantizer(autoawq.AwqQuantizer):  # type: ignore[misc]
                 self._partial.save_layer(index, _stored(prefix, layers[index]))
             layers[index].to("meta")
 
+    def _compute_best_scale(
+        self, x: torch.Tensor, w_mean: torch.Tensor, x_mean: torch.Tensor, module2inspect: torch.nn.Module, *args: Any
+    ) -> torch.Tensor:
+        """AutoAWQ's search, with a real copy of the weights that it tries scales on.
+
+        It keeps `tensor.cpu()` of each weight to restore it. On a CPU that is the weight itself, which the first try
+        then changes for good: the model that comes out is ruined, without an error.
+        """
+        kept = {name: tensor.clone() for name, tensor in module2inspect.state_dict().items()}
+        module2inspect.state_dict = lambda: kept  # type: ignore[method-assign,assignment]
+        try:
+            scales: torch.Tensor = super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *args)
+        finally:
+            del module2inspect.state_dict
+        return scales
+
     @torch.no_grad()
     def _compute_best_clip(
         self,

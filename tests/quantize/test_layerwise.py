@@ -21,7 +21,7 @@ from starling.model.config import ModelConfig
 from starling.model.mistral import Mistral
 from starling.model.ops.reference import ReferenceOps
 from starling.quantize.partial_folder import PartialFolder
-from starling.tokenizer import byte_alphabet
+from starling.tokenizer import Tokenizer, byte_alphabet
 
 pytest.importorskip(
     "awq", reason="AutoAWQ is not installed; requirements-reference.txt brings it", exc_type=ImportError
@@ -46,6 +46,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LlamaForCausalLM(config)
     for layer in model.model.layers:
         layer.input_layernorm.weight.data = torch.exp(torch.randn(128))
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight.data *= torch.exp(0.5 * torch.randn(128))
     model.save_pretrained(folder)
     return folder
 
@@ -132,17 +134,40 @@ def test_the_files_load_in_the_engine_in_transformers_and_in_autoawq(
     assert (theirs - exact).abs().max() < 0.02 * exact.abs().max()
 
 
-def test_scaling_beats_rounding_where_inputs_differ_in_size(source: Path, quantized: Path) -> None:
-    """Mean squared change of the logits, against the same source rounded without a search."""
-    ids = torch.randint(2, 258, (64,))
+def test_the_search_beats_rounding_on_what_it_searched(source: Path, quantized: Path) -> None:
+    """Mean squared change of what the first layer puts out for the calibration text, against plain rounding."""
+    text = Tokenizer.from_folder(source, 264).encode(TEXT)
+    ids = torch.tensor([[0, *text[: SIZES["samples"] * SIZES["length"] - 1]]])
+
+    def first_layer(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            states: torch.Tensor = model(ids, output_hidden_states=True).hidden_states[1]
+        return states
+
     full = loaded_model(DenseWeights(source))
-    exact = logits_of(full, ids)
-    searched = (logits_of(loaded_model(DenseWeights(quantized)), ids) - exact).square().mean()
+    exact = first_layer(full)
+    searched = (first_layer(loaded_model(DenseWeights(quantized))) - exact).square().mean()
     for name, parameter in full.named_parameters():
         if "_proj" in name:
-            parameter.data = awq.quantize(parameter.data, 32).dequantize()
-    rounded = (logits_of(full, ids) - exact).square().mean()
-    assert searched < rounded
+            parameter.data = awq.quantize(parameter.data, SIZES["group_size"]).dequantize()
+    assert searched < (first_layer(full) - exact).square().mean()
+
+
+def test_scales_cancel(source: Path, quantized: Path) -> None:
+    """What a norm is divided by, the columns after it are multiplied by; only rounding is left of the difference."""
+    before, after = DenseWeights(source), DenseWeights(quantized)
+    for layer in range(4):
+        prefix = f"model.layers.{layer}"
+        for norm, linears in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj",)),  # up_proj's rows are scaled too
+        ):
+            for linear in linears:
+                old, new = (
+                    weights[f"{prefix}.{linear}.weight"] * weights[f"{prefix}.{norm}.weight"]
+                    for weights in (before, after)
+                )
+                assert (new - old).norm() < 0.2 * old.norm(), f"{prefix}.{linear}"
 
 
 def test_what_cannot_be_quantized_is_refused(source: Path, quantized: Path, tmp_path: Path) -> None:
