@@ -155,8 +155,9 @@ class Service:
         self._engine.close()
 
 
-def load_engine(folder: Path, settings: Settings, startup: Startup) -> TokenEngine:
+def load_engine(folder: Path, settings: Settings, startup: Startup | None = None) -> TokenEngine:
     """The engine that `settings` choose, over the AWQ checkpoint in `folder`. Raises StarlingError."""
+    startup = startup or Startup()
     if settings.engine == "reference":
         with startup.lap("model"):
             return _load_reference(folder, settings)
