@@ -10,12 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from starling.errors import DeviceError
+from starling.model.ops.build_cache import locked, user_cache
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,10 @@ def library_path(cache: Path | None = None, extra_flags: Sequence[str] = ()) -> 
     The cache's key covers the sources, the flags, the compiler and the architecture. Two processes that start together
     compile one after the other's lock; the file appears by renaming, whole.
     """
-    folder = cache or _user_cache()
+    try:
+        folder = cache or user_cache()
+    except DeviceError as error:
+        raise NoCompilerError(str(error)) from error
     compiler = find_compiler()
     key = _key(compiler, extra_flags)
     path = folder / f"starling-cpu-{key}{'.dylib' if sys.platform == 'darwin' else '.so'}"
@@ -62,7 +65,7 @@ def library_path(cache: Path | None = None, extra_flags: Sequence[str] = ()) -> 
             "No C++ compiler (c++, g++, clang++ or the ziglang package) was found, so the CPU kernels cannot be built: "
             "install one, for instance `apt-get install g++` or `pip install ziglang`."
         )
-    with _locked(folder / f"{path.name}.lock"):
+    with locked(folder / f"{path.name}.lock"):
         if not path.exists():
             _compile(compiler, path, extra_flags)
     return path
@@ -91,33 +94,6 @@ def _key(compiler: tuple[str, ...] | None, extra_flags: Sequence[str]) -> str:
         digest.update(part.encode() + b"\0")
     del compiler  # the C interface is the same whoever compiled it: an image may drop its compiler after the build
     return digest.hexdigest()[:20]
-
-
-def _user_cache() -> Path:
-    """A folder of this user's that can be written to."""
-    for base in (Path.home() / ".cache", Path(tempfile.gettempdir()) / f"starling-{_user()}"):
-        folder = base / "starling"
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
-    raise NoCompilerError(f"Neither {Path.home() / '.cache'} nor {tempfile.gettempdir()} can be written to.")
-
-
-def _user() -> str:
-    return str(os.getuid()) if hasattr(os, "getuid") else "user"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _compile(compiler: tuple[str, ...], path: Path, extra_flags: Sequence[str]) -> None:

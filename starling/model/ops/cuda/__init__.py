@@ -1,0 +1,1 @@
+"""The operations on an NVIDIA GPU: CUDA C++ kernels, compiled by NVRTC at first use or when an image is built."""

@@ -1,0 +1,155 @@
+// What the kernels use of the device beyond plain CUDA C++: fp16 as bits, tensor cores, asynchronous copies.
+//
+// It includes nothing, so that NVRTC compiles the kernels without CUDA's headers; and tests/cuda/emulated_device.h
+// offers the same names on a CPU. Kernels keep to these rules, which the emulation rests on:
+//   blocks have one dimension of threads, a multiple of 32, and every thread of a warp reaches each warp operation;
+//   all shared memory is dynamic, from shared_memory(); a thread's own index is threadIdx.x;
+//   parameters are pointers, int and float;
+//   no block waits for another one (the last to arrive at a counter may do what remains).
+#ifndef STARLING_DEVICE_H
+#define STARLING_DEVICE_H
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+typedef u16 half_t;  // the bits of an fp16 number; two of them in a u32, the first in the low half
+
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define DEVICE static __device__ __forceinline__
+
+DEVICE u8* shared_memory() {
+  extern __shared__ uint4 dynamic_shared_memory[];
+  return (u8*)dynamic_shared_memory;
+}
+
+// -- fp16 ---------------------------------------------------------------------------------------------------------
+
+DEVICE float half_to_float(half_t x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+
+DEVICE half_t float_to_half(float x) {  // to nearest, ties to even
+  half_t y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+
+DEVICE u32 pack_halves(float low, float high) {
+  u32 y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+DEVICE float low_half(u32 x) { return half_to_float((half_t)x); }
+DEVICE float high_half(u32 x) { return half_to_float((half_t)(x >> 16)); }
+
+DEVICE u32 half2_add(u32 a, u32 b) {
+  u32 y;
+  asm("add.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+DEVICE u32 half2_sub(u32 a, u32 b) {
+  u32 y;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+DEVICE u32 half2_mul(u32 a, u32 b) {
+  u32 y;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {  // a * b + c, rounded once
+  u32 y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+
+// -- warps --------------------------------------------------------------------------------------------------------
+
+DEVICE float warp_sum(float x) {  // the same in every lane, and added in the same order
+#pragma unroll
+  for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+
+DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
+  return x;
+}
+
+// c += a * b on tensor cores: a [16][16] and b [16][8] fp16, c [16][8] float32, spread over the warp. With g = lane / 4
+// and t = lane % 4, in rows and columns of the whole tile:
+//   a[0] = (g, 2t..2t+1), a[1] = (g + 8, 2t..), a[2] = (g, 2t+8..), a[3] = (g + 8, 2t+8..)
+//   b[0] = rows 2t..2t+1 of column g, b[1] = rows 2t+8.. of it
+//   c[0..1] = (g, 2t..2t+1), c[2..3] = (g + 8, 2t..2t+1)
+// Source: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".
+DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four matrices of 8 x 8 halves from shared memory; lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, so
+// aligned). m[i] holds row g, columns 2t and 2t+1 of matrix i; transposed: rows 2t and 2t+1 of column g.
+DEVICE void load_matrices(u32 (&m)[4], const void* row) {
+  const u32 address = (u32)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(address) : "memory");
+}
+
+DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) {
+  const u32 address = (u32)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(address) : "memory");
+}
+
+// -- memory -------------------------------------------------------------------------------------------------------
+
+// 16 bytes that are read once in a kernel: they need not push others out of the nearest cache.
+DEVICE uint4 load_once(const void* from) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+  return x;
+}
+
+// 16 bytes from global to shared memory, in the background; zeros where not `valid` (`from` is not read then).
+DEVICE void copy_async(void* shared, const void* from, bool valid = true) {
+  const u32 to = (u32)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+// What this thread has asked for since the last commit becomes a group.
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+
+// Waits until at most `pending` of this thread's latest groups are under way. Other threads' copies need a barrier too.
+template <int pending> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory"); }
+
+// True in the last of `blocks` blocks to call it with this counter, which must be 0 before and is 0 again after. What
+// the others wrote to global memory before is visible then. Every thread of the block calls it; `scratch` is an int of
+// shared memory.
+DEVICE bool last_to_arrive(u32* counter, u32 blocks, int* scratch) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool last = atomicAdd(counter, 1u) == blocks - 1;
+    if (last) *counter = 0;
+    *scratch = last;
+  }
+  __syncthreads();
+  const bool last = *scratch != 0;
+  __threadfence();
+  __syncthreads();
+  return last;
+}
+
+#endif

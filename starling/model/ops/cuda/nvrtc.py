@@ -1,0 +1,122 @@
+"""NVIDIA's run-time compiler: a .cu file → machine code for one architecture, kept in a cache. Needs no GPU."""
+
+import ctypes
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+import time
+from functools import lru_cache
+from pathlib import Path
+
+from starling.errors import DeviceError
+from starling.model.ops.build_cache import locked, user_cache
+
+log = logging.getLogger(__name__)
+
+NATIVE = Path(__file__).parent / "native"
+SOURCES = tuple(sorted(path.stem for path in NATIVE.glob("*.cu")))
+# --fmad is on by default, as for every CUDA kernel: a product and a sum are rounded once, in all kernels alike.
+OPTIONS = ("--std=c++17", "--extra-device-vectorization")
+LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+
+
+def cubin(source: str, arch: int, cache: Path | None = None) -> bytes:
+    """Machine code of native/`source`.cu for compute capability `arch` (86 for 8.6), from the cache if it is there.
+
+    For a GPU newer than the compiler knows it is PTX, which the driver finishes. Raises DeviceError.
+    """
+    folder = cache or user_cache()
+    path = folder / f"starling-cuda-{source}-sm{arch}-{_key(source)}.cubin"
+    if not path.exists():
+        with locked(folder / f"{path.name}.lock"):
+            if not path.exists():
+                began_s = time.monotonic()
+                code, _ = compile_source(source, arch)
+                _write_whole(path, code)
+                log.info("Compiled %s.cu for sm_%d in %.1f s.", source, arch, time.monotonic() - began_s)
+    return path.read_bytes()
+
+
+def compile_source(source: str, arch: int, ptx: bool = False) -> tuple[bytes, str]:
+    """Machine code, or PTX where asked for, and the compiler's log, with each kernel's registers and spills."""
+    nvrtc = _library()
+    supported = _supported(nvrtc)
+    known = max((known for known in supported if known <= arch), default=None)
+    if known is None:
+        raise DeviceError(f"NVRTC compiles for sm_{min(supported)} and newer, and this GPU is sm_{arch}.")
+    virtual = ptx or known != arch
+    target = f"--gpu-architecture={'compute' if virtual else 'sm'}_{known}"
+    options = [option.encode() for option in (target, *OPTIONS, *(() if virtual else ("--ptxas-options=-v",)))]
+    headers = sorted(NATIVE.glob("*.h"))
+    contents = (ctypes.c_char_p * len(headers))(*(header.read_bytes() for header in headers))
+    names = (ctypes.c_char_p * len(headers))(*(header.name.encode() for header in headers))
+    program = ctypes.c_void_p()
+    text = (NATIVE / f"{source}.cu").read_bytes()
+    _check(
+        nvrtc,
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, f"{source}.cu".encode(), len(headers), contents, names),
+    )
+    try:
+        result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        report = _read(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+        if result:
+            raise DeviceError(f"{source}.cu does not compile for sm_{known}: {report.strip()[-4000:]}")
+        return _read(nvrtc, program, "PTX" if virtual else "CUBIN"), report
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    """NVRTC as torch's CUDA build or the pip package nvidia-cuda-nvrtc brings it, else the system's."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    bundled = sorted(path for root in roots for path in root.glob("*/lib/libnvrtc.so.*[0-9]"))
+    for name in (*map(str, bundled), *LIBRARIES):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise DeviceError(
+        "NVIDIA's run-time compiler (libnvrtc) was not found, so the CUDA kernels cannot be built: install a CUDA "
+        "build of torch, which brings it, or `pip install nvidia-cuda-nvrtc`."
+    )
+
+
+def _supported(nvrtc: ctypes.CDLL) -> list[int]:
+    count = ctypes.c_int()
+    _check(nvrtc, nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    archs = (ctypes.c_int * count.value)()
+    _check(nvrtc, nvrtc.nvrtcGetSupportedArchs(archs))
+    return list(archs)
+
+
+def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    content = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, content))
+    return content.raw
+
+
+def _check(nvrtc: ctypes.CDLL, result: int) -> None:
+    if result:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise DeviceError(f"NVRTC failed: {nvrtc.nvrtcGetErrorString(result).decode()}.")
+
+
+def _key(source: str) -> str:
+    digest = hashlib.sha256()
+    for path in (*sorted(NATIVE.glob("*.h")), NATIVE / f"{source}.cu"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(" ".join(OPTIONS).encode())
+    return digest.hexdigest()[:20]
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    Path(name).replace(path)

@@ -1,0 +1,61 @@
+// Each thing that the emulation offers, used once: tests/cuda/test_emulator.py says what must come out.
+#include "device.h"
+
+KERNEL(64) reverse(const float* x, float* y) {  // through shared memory, by a copy that must be waited for
+  float* shared = (float*)shared_memory();
+  const int i = threadIdx.x;
+  if (i < 16) copy_async(shared + 4 * i, x + 64 * blockIdx.x + 4 * i);
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  y[64 * blockIdx.x + i] = shared[63 - i];
+}
+
+KERNEL(64) reverse_without_waiting(const float* x, float* y) {
+  float* shared = (float*)shared_memory();
+  const int i = threadIdx.x;
+  if (i < 16) copy_async(shared + 4 * i, x + 4 * i);
+  copy_async_commit();
+  __syncthreads();
+  y[i] = shared[63 - i];
+}
+
+KERNEL(64) reverse_without_barrier(const float* x, float* y) {
+  float* shared = (float*)shared_memory();
+  shared[threadIdx.x] = x[threadIdx.x];
+  y[threadIdx.x] = shared[63 - threadIdx.x];
+}
+
+KERNEL(64) divergent() {
+  if (threadIdx.x < 16) __syncthreads();
+  else __syncwarp();
+  __syncthreads();
+}
+
+// c [16][8] = a [16][16] * b [16][8]; b by way of ldmatrix, transposed.
+KERNEL(32) product(const half_t* a, const half_t* b, float* c) {
+  half_t* shared = (half_t*)shared_memory();
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  for (int i = lane; i < 128; i += 32) shared[i] = b[i];
+  __syncwarp();
+  u32 right[4];
+  load_matrices_transposed(right, shared + 8 * (lane % 16));
+  const u32* rows = (const u32*)a;
+  const u32 left[4] = {rows[g * 8 + t], rows[(g + 8) * 8 + t], rows[g * 8 + t + 4], rows[(g + 8) * 8 + t + 4]};
+  const u32 column[2] = {right[0], right[1]};
+  float sums[4] = {};
+  mma_16x8x16(sums, left, column);
+  for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+
+// The last block to arrive adds what all have written, in order.
+KERNEL(32) total(const float* x, float* parts, u32* counter, float* sum) {
+  const float part = warp_sum(x[32 * blockIdx.x + threadIdx.x]);
+  if (threadIdx.x == 0) parts[blockIdx.x] = part;
+  if (!last_to_arrive(counter, gridDim.x, (int*)shared_memory())) return;
+  if (threadIdx.x == 0) {
+    float all = 0;
+    for (u32 i = 0; i < gridDim.x; i++) all += parts[i];
+    *sum = all;
+  }
+}

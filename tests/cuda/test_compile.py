@@ -1,0 +1,40 @@
+"""Every kernel compiles, without a GPU, for the cards that it is meant for; nothing spills."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from starling.errors import DeviceError
+from starling.model.ops.cuda import nvrtc
+
+ARCHS = (80, 86, 89, 90)
+USED = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+)", re.S
+)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", nvrtc.SOURCES)
+def test_compiles_without_spills(source: str, arch: int) -> None:
+    code, report = nvrtc.compile_source(source, arch)
+    assert code.startswith(b"\x7fELF")
+    kernels = {name: (int(stores), int(loads), int(used)) for name, stores, loads, used in USED.findall(report)}
+    wanted = set(re.findall(r"^KERNEL\([^)]*\)\s*(\w+)\(", (nvrtc.NATIVE / f"{source}.cu").read_text(), re.M))
+    assert set(kernels) == wanted
+    for name, (stores, loads, _) in kernels.items():
+        assert stores == loads == 0, f"{name} spills registers on sm_{arch}"
+
+
+def test_the_cache_keeps_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = nvrtc.SOURCES[0]
+    made = nvrtc.cubin(source, 86, tmp_path)
+    monkeypatch.setattr(nvrtc, "compile_source", None)
+    assert nvrtc.cubin(source, 86, tmp_path) == made
+
+
+def test_a_card_newer_than_the_compiler_gets_ptx_and_an_older_one_an_error() -> None:
+    source = nvrtc.SOURCES[0]
+    assert b".target sm_" in nvrtc.compile_source(source, 999)[0]
+    with pytest.raises(DeviceError, match="sm_20"):
+        nvrtc.compile_source(source, 20)

@@ -1,0 +1,60 @@
+"""The emulated device does what device.h promises, and finds what it is there to find."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda.emulator import EmulatedModule
+
+
+@pytest.fixture(scope="module")
+def probe() -> EmulatedModule:
+    return EmulatedModule(Path(__file__).with_name("probe.cu"))
+
+
+def test_copies_and_barriers(probe: EmulatedModule) -> None:
+    x, y = torch.randn(3, 64), torch.empty(3, 64)
+    probe.launch("reverse", (3, 1, 1), 64, 256, x, y)
+    assert torch.equal(y, x.flip(1))
+
+
+@pytest.mark.parametrize("kernel", ["reverse_without_waiting", "reverse_without_barrier"])
+def test_a_missing_wait_shows(probe: EmulatedModule, kernel: str) -> None:
+    x, y = torch.randn(64), torch.empty(64)
+    probe.launch(kernel, (1, 1, 1), 64, 256, x, y)
+    assert not torch.equal(y, x.flip(0))
+
+
+def test_a_barrier_that_not_all_reach_is_a_fault(probe: EmulatedModule) -> None:
+    with pytest.raises(AssertionError, match="different barriers"):
+        probe.launch("divergent", (1, 1, 1), 64, 0)
+
+
+def test_shared_memory_has_bounds(probe: EmulatedModule) -> None:
+    with pytest.raises(AssertionError, match="outside the block's shared memory"):
+        probe.launch("reverse", (1, 1, 1), 64, 64, torch.randn(64), torch.empty(64))
+    with pytest.raises(AssertionError, match="more shared memory"):
+        probe.launch("reverse", (1, 1, 1), 64, 200_000, torch.randn(64), torch.empty(64))
+
+
+def test_an_unaligned_copy_is_a_fault(probe: EmulatedModule) -> None:
+    with pytest.raises(AssertionError, match="not aligned"):
+        probe.launch("reverse", (1, 1, 1), 64, 256, torch.randn(65)[1:], torch.empty(64))
+
+
+def test_tensor_core_fragments(probe: EmulatedModule) -> None:
+    a, b, c = torch.randn(16, 16).half(), torch.randn(16, 8).half(), torch.empty(16, 8)
+    probe.launch("product", (1, 1, 1), 32, 256, a, b, c)
+    torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_block_adds_in_order(probe: EmulatedModule) -> None:
+    x, parts, counter, total = torch.randn(20, 32), torch.empty(20), torch.zeros(1, dtype=torch.int32), torch.empty(1)
+    found = set()
+    for _ in range(5):
+        probe.launch("total", (20, 1, 1), 32, 4, x, parts, counter, total)
+        found.add(total.item())
+        assert counter.item() == 0
+    assert len(found) == 1
+    torch.testing.assert_close(total[0], x.sum(), rtol=1e-5, atol=1e-5)
