@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from starling import demo
@@ -10,6 +11,11 @@ from starling import demo
 # A slow machine is no fault of the code.
 settings.register_profile("starling", deadline=None, print_blob=True)
 settings.load_profile("starling")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
 """AWQ safetensors, read strictly: every tensor's name, shape and dtype is checked before any of them is used."""
 
+import json
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 from starling.errors import CheckpointError
 from starling.model.awq import AwqWeight
 from starling.model.config import ModelConfig
+from starling.model.staging import Staging
+
+DTYPES = {"F16": torch.float16, "I32": torch.int32}
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -42,14 +48,27 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...
     return tensors
 
 
+class Place(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened, checked set of safetensors files. Tensors are read when asked for."""
+    """An opened, checked set of safetensors files. Tensors are read when asked for: mapped, or onto a GPU."""
 
     config: ModelConfig
     _files: dict[str, safe_open]
+    _staging: Staging | None
+    _places: dict[str, Place]
 
     def tensor(self, name: str) -> torch.Tensor:
+        if self._staging is not None:
+            return self._staging.tensor(*self._places[name])
         tensor: torch.Tensor = self._files[name].get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor
 
@@ -58,8 +77,11 @@ class Checkpoint:
 
 
 @contextmanager
-def open_checkpoint(folder: Path, config: ModelConfig) -> Iterator[Checkpoint]:
-    """Open every *.safetensors of `folder`. Raises CheckpointError listing all faults at once."""
+def open_checkpoint(folder: Path, config: ModelConfig, staging: Staging | None = None) -> Iterator[Checkpoint]:
+    """Open every *.safetensors of `folder`. Raises CheckpointError listing all faults at once.
+
+    Tensors are mapped; with `staging` they are read onto its device.
+    """
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{folder} holds no *.safetensors file: the weights are missing.")
@@ -88,7 +110,19 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Iterator[Checkpoint]:
                 faults.append(f"{name} is {found[0]} {list(found[1])}, config.json asks for {dtype} {list(shape)}")
         if faults:
             raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(faults[:20])}.")
-        yield Checkpoint(config, files)
+        places = {name: place for path in paths for name, place in _places(path)} if staging else {}
+        yield Checkpoint(config, files, staging, places)
+
+
+def _places(path: Path) -> Iterator[tuple[str, Place]]:
+    """Of every tensor in a file whose header was checked before."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            offset = 8 + length + entry["data_offsets"][0]
+            yield name, Place(path, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
 
 def _some(names: list[str]) -> str:

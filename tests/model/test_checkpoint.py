@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from starling.errors import CheckpointError
 from starling.model.checkpoint import expected_tensors, open_checkpoint
 from starling.model.config import ModelConfig
+from starling.model.staging import Staging
 from tests.model.test_config import STARLING
 from tests.model.tiny import write_checkpoint
 
@@ -33,6 +34,23 @@ def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("buffer_bytes", [1000, 1 << 20])
+def test_staged_tensors_are_the_mapped_ones(folder: Path, device: str, buffer_bytes: int) -> None:
+    config = ModelConfig.from_folder(folder)
+    staging = Staging(torch.device(device), buffer_bytes)
+    with open_checkpoint(folder, config) as mapped, open_checkpoint(folder, config, staging) as staged:
+        for name in expected_tensors(config):
+            assert torch.equal(staged.tensor(name).cpu(), mapped.tensor(name))
+
+
+def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(bytes(100))
+    with pytest.raises(OSError, match="ends at byte 100"):
+        Staging(torch.device("cpu")).tensor(path, 60, torch.float16, (30,))
 
 
 def test_the_real_checkpoints_tensors() -> None:
