@@ -18,7 +18,7 @@ from starling.generation import Generation, GenerationResult
 from starling.grammar import Grammars
 from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
-from starling.model.memory import free_bytes
+from starling.model.memory import kv_cache_budget
 from starling.model.mistral import Mistral
 from starling.model.ops import Ops, choose_ops
 from starling.request import MAX_SEED, Request
@@ -29,8 +29,6 @@ from starling.weights import locate_weights
 
 logger = logging.getLogger(__name__)
 
-# Of the memory that is free once the weights are loaded, the KV cache takes at most this share.
-KV_SHARE = 0.5
 # One real prediction before the first caller's: it touches every page and every kernel once.
 WARM_UP = Request(prompt="Hello", max_tokens=2, temperature=0)
 
@@ -211,7 +209,7 @@ def _plan_blocks(model: Mistral, ops: Ops, settings: Settings, limits: Limits) -
     per_block = KVCache.bytes_per_block(config, size, ops.kv_dtype)
     positions = config.max_position_embeddings
     most = limits.max_running * (-(-positions // size) + 1)
-    budget = settings.kv_cache_bytes or int(free_bytes(ops.device) * KV_SHARE)
+    budget = settings.kv_cache_bytes or kv_cache_budget(ops.device)
     blocks = min(most, budget // per_block)
     if blocks < 1:
         raise DeviceError(

@@ -5,7 +5,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from starling.errors import DeviceError
+
 CGROUP = Path("/sys/fs/cgroup")
+# Of the memory that is free once the weights are loaded, the KV cache takes at most this share on a CPU, where others
+# want some too; on a GPU, all but what steps and their captured graphs need.
+CPU_SHARE = 0.5
+GPU_RESERVE_BYTES = 1 << 30
 
 
 def free_bytes(device: torch.device) -> int:
@@ -14,6 +20,23 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free
     return min(psutil.virtual_memory().available, _cgroup_free_bytes(CGROUP))
+
+
+def kv_cache_budget(device: torch.device) -> int:
+    """Bytes that the KV cache may take, once the weights are loaded."""
+    free = free_bytes(device)
+    return max(0, free - GPU_RESERVE_BYTES) if device.type == "cuda" else int(free * CPU_SHARE)
+
+
+def check_fits(free: int, weights: int, cache: int) -> None:
+    """All in bytes, of a GPU. Raises DeviceError when `free` holds less than these and what steps need."""
+    needed = weights + cache + GPU_RESERVE_BYTES
+    if free < needed:
+        gb = [f"{size / 1e9:.2f} GB" for size in (free, weights, cache, GPU_RESERVE_BYTES, needed)]
+        raise DeviceError(
+            f"The GPU has {gb[0]} free. The weights take {gb[1]}, one request's KV cache {gb[2]}, steps {gb[3]}: "
+            f"{gb[4]} in all. Use a larger GPU, or end what else holds its memory (`nvidia-smi` lists it)."
+        )
 
 
 def _cgroup_free_bytes(root: Path) -> int:

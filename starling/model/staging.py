@@ -18,7 +18,7 @@ class Staging:
         self._cuda = device.type == "cuda"
         self._device = device
         self._buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in self._buffers] if self._cuda else []
+        self._copied = [torch.cuda.Event() for _ in self._buffers] if self._cuda else []  # type: ignore[no-untyped-call]
         self._turn = 0
 
     def tensor(self, path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -32,7 +32,7 @@ class Staging:
                 if self._cuda:
                     self._copied[self._turn].synchronize()
                 wanted = min(buffer.numel(), target.numel() - done)
-                read = os.preadv(file.fileno(), [memoryview(buffer.numpy())[:wanted]], offset + done)
+                read = os.preadv(file.fileno(), [memoryview(buffer.numpy().data)[:wanted]], offset + done)
                 if read == 0:
                     raise OSError(f"{path} ends at byte {offset + done}, in the middle of a tensor")
                 target[done : done + read].copy_(buffer[:read], non_blocking=True)
