@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from starling.engine.cache import BlockCache
-from starling.engine.runner import build_batch
+from starling.engine.inputs import StepInputs
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.engine.speculation import PromptLookup
@@ -48,7 +48,7 @@ def throughput(service: Service) -> list[tuple[int, float]]:
 
 
 def overhead_us(batch: int, steps: int = 400) -> tuple[float, float]:
-    """Medians per decode step, the model a constant: planning and booking, and building the batch's tensors."""
+    """Medians per decode step, the model a constant: planning and booking, and building the step's arrays."""
     books = BlockCache(4096, 16, batch, 2048, window=1024)
     scheduler = Scheduler(books, Limits(max_running=batch))
     for i in range(batch):
@@ -58,13 +58,13 @@ def overhead_us(batch: int, steps: int = 400) -> tuple[float, float]:
     def constant(plan: list[Work]) -> list[list[int]]:
         return [[work.start % 997 + 1] * (1 + len(work.drafts)) if work.samples else [] for work in plan]
 
-    device = torch.device("cpu")
     scheduling, building = [], []
     for _ in range(steps):
         t0 = time.perf_counter()
         plan = scheduler.plan()
         t1 = time.perf_counter()
-        build_batch(plan, books, device)
+        assert plan is not None
+        StepInputs.of(plan, books)
         t2 = time.perf_counter()
         sampled = constant(plan)
         t3 = time.perf_counter()
@@ -133,7 +133,7 @@ def main() -> None:
     print("Overhead per decode step, the model stubbed (µs, medians)")
     for batch in (1, 8, 32):
         scheduling, building = overhead_us(batch)
-        print(f"  batch {batch:>2}   plan and book {scheduling:6.0f}   build tensors {building:6.0f}")
+        print(f"  batch {batch:>2}   plan and book {scheduling:6.0f}   build arrays {building:6.0f}")
 
     for folder in options.weights:
         service = Service.from_folder(folder, Settings(max_concurrency=max(CONCURRENCIES)))

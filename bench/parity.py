@@ -16,7 +16,8 @@ import torch
 from starling.chat import END_OF_TURN, Chat
 from starling.engine.cache import BlockCache
 from starling.engine.engine import TokenStream
-from starling.engine.runner import build_batch
+from starling.engine.inputs import StepInputs
+from starling.engine.runner import to_batch
 from starling.engine.scheduler import Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.model.mistral import Mistral
@@ -142,7 +143,7 @@ def _our_logits(model: Mistral, prompt: list[int], answer: list[int]) -> torch.T
     books.admit(sequence)
     assert books.grow(sequence, length)
     work = Work(sequence, 0, length, [], samples=True)
-    batch = build_batch([work], books, model.ops.device)
+    batch = to_batch(StepInputs.of([work], books), torch.empty(0, dtype=torch.int64, device=model.ops.device))
     return model.forward(batch, model.allocate_cache(blocks, BLOCK_SIZE))[-1]
 
 

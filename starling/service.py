@@ -183,9 +183,10 @@ def _load_own(folder: Path, settings: Settings, startup: Startup) -> TokenEngine
             max_positions=config.max_position_embeddings,
             window=config.sliding_window,
         )
+    runner = Runner(model, cache, books)
     return Engine(
-        Scheduler(books, limits),
-        Runner(model, cache, books),
+        Scheduler(books, limits, runner.device_counts),
+        runner,
         context_limit=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         hang_after_s=settings.hang_after_s,

@@ -2,6 +2,15 @@
 
 A block is idle (nobody's), owned by one sequence, or shared by several. Only full blocks whose keys and values are
 computed are published, and a published block is never written again, so sharing needs no copy.
+
+Steps may be in flight while these books change; the device runs steps in the order in which they were started.
+- A block given back while a step in flight still reads or writes it may be handed out at once: its next owner writes
+  it in a later step, after that step.
+- A block is published when the step that filled it is complete, not when that step is started: only then are all its
+  tokens known, as its content key requires (the last may be one that the step before sampled), and only then is it
+  certain that the step did not fail. So whatever is findable is whole, and a step that fails takes no other sequence
+  with it. `Sequence.settled` counts the positions of completed steps; `computed` runs ahead of it.
+- The window gives back blocks by `settled` too, so a block is published before it leaves its sequence.
 """
 
 import hashlib
@@ -46,7 +55,7 @@ class BlockCache:
         return min(whole, -(-(self.window + chunk) // self.block_size) + 2)
 
     def held(self, sequence: Sequence) -> int:
-        return len(sequence.blocks) - self._dead(sequence.computed) if sequence.blocks else 0
+        return len(sequence.blocks) - self._dead(sequence.settled) if sequence.blocks else 0
 
     # -- a sequence's life ---------------------------------------------------------------------------------------
 
@@ -62,7 +71,7 @@ class BlockCache:
                 self._hold(block)
             sequence.blocks.append(block)
         self.tables[sequence.row, :full] = sequence.blocks
-        sequence.computed = found
+        sequence.computed = sequence.settled = found
         sequence.published = full
         return found
 
@@ -85,8 +94,8 @@ class BlockCache:
         return True
 
     def advance(self, sequence: Sequence) -> None:
-        """After a step: offer the blocks that it filled for sharing, give back those that the window has passed."""
-        full = sequence.computed // self.block_size
+        """Once a step is complete: offer what it filled for sharing, give back what the window has passed."""
+        full = sequence.settled // self.block_size
         if full == sequence.published:
             return
         self._extend_keys(sequence, full)
@@ -97,7 +106,7 @@ class BlockCache:
                 self._block_of_key[key] = block
                 self._key_of_block[block] = key
         sequence.published = full
-        for index in range(self._dead(sequence.computed) - 1, -1, -1):
+        for index in range(self._dead(sequence.settled) - 1, -1, -1):
             if sequence.blocks[index] < 0:
                 break
             self._release(sequence.blocks[index])
@@ -115,7 +124,7 @@ class BlockCache:
             self._free_rows.append(sequence.row)
         sequence.row = -1
         sequence.blocks = []
-        sequence.computed = 0
+        sequence.computed = sequence.settled = 0
         sequence.published = 0
 
     def forget(self) -> None:
@@ -129,12 +138,15 @@ class BlockCache:
         """Assert every invariant; `sequences` are all that hold anything. For tests."""
         holders = [0] * self.blocks
         for sequence in sequences:
+            assert sequence.settled <= len(sequence.tokens), "a completed step computed a token that nobody knows"
+            assert sequence.settled <= sequence.computed <= sequence.size
+            assert sequence.published == sequence.settled // self.block_size
             for index, block in enumerate(sequence.blocks):
                 if block >= 0:
                     holders[block] += 1
-                if index >= sequence.computed // self.block_size:
-                    assert block not in self._key_of_block, "a block that will be written is findable"
-                    assert self._holders[block] == 1, "a block that will be written is shared"
+                if index >= sequence.published:
+                    assert block not in self._key_of_block, "a block that is or will be written is findable"
+                    assert self._holders[block] == 1, "a block that is or will be written is shared"
             assert self.tables[sequence.row, : len(sequence.blocks)].tolist() == sequence.blocks
             assert (self.tables[sequence.row, len(sequence.blocks) :] == -1).all()
         assert holders == self._holders

@@ -1,16 +1,21 @@
-"""The loop: plan, step, deliver. Requests are submitted and cancelled from any thread; one thread does the rest."""
+"""The loop: plan, step, deliver. Requests are submitted and cancelled from any thread; one thread does the rest.
+
+Where the device computes by itself, the loop works one step behind it: the next step is planned and started before the
+tokens of the one in flight are taken and delivered, so the device never waits for the host.
+"""
 
 import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from starling.engine.runner import StepRunner
-from starling.engine.scheduler import Counters, Outcome, Scheduler
+from starling.engine.runner import Step, StepRunner
+from starling.engine.scheduler import Counters, Outcome, Scheduler, Work
 from starling.engine.sequence import FinishReason, SamplingParams, Sequence, TokenConstraint
 from starling.engine.speculation import PromptLookup
 from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError
@@ -51,6 +56,12 @@ class TokenStream:
         self._cancel()
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    plan: list[Work]
+    step: Step
+
+
 @dataclass(slots=True)
 class _Command:
     kind: Literal["submit", "cancel", "stop"]
@@ -83,6 +94,7 @@ class Engine:
         self._arrivals = itertools.count()
         self._gate = threading.Lock()  # held while a command is put, so that none is lost behind "stop"
         self._closed = False
+        self._in_flight: _Flight | None = None
         self._step_began_s: float | None = None
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
@@ -178,6 +190,7 @@ class Engine:
         finally:
             with self._gate:
                 self._closed = True
+            self._step_began_s = None
             while not self._inbox.empty():
                 self._book(self._inbox.get())
             for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
@@ -187,14 +200,16 @@ class Engine:
 
     def _take_commands(self) -> bool:
         """Book what callers asked since the last step; sleep while there is nothing to do. False: stop."""
-        idle = not self._scheduler.running and not self._scheduler.waiting
-        while idle or not self._inbox.empty():
+        while self._idle or not self._inbox.empty():
             command = self._inbox.get()
             if command.kind == "stop":
                 return False
             self._book(command)
-            idle = not self._scheduler.running and not self._scheduler.waiting
         return True
+
+    @property
+    def _idle(self) -> bool:
+        return not self._scheduler.running and not self._scheduler.waiting and self._in_flight is None
 
     def _book(self, command: _Command) -> None:
         sequence = command.sequence
@@ -207,22 +222,30 @@ class Engine:
             self._deliver(sequence.arrival, Delivery([], "cancelled"))
 
     def _step(self) -> None:
+        """Start the next step, then take what the one before it gave. Without a plan, only the latter."""
         self._step_began_s = time.monotonic()
         plan = self._scheduler.plan()
-        try:
-            outcomes = self._scheduler.complete(plan, self._runner.run(plan))
-        except DeviceError:
-            raise  # no later step can do better
-        except Exception as fault:
-            logger.error("a step failed; its %d requests end", len(plan), exc_info=True)
-            error = EngineError(f"The request's step failed: {type(fault).__name__}. The server goes on; try again.")
-            for work in plan:
-                self._scheduler.remove(work.sequence)
-                self._deliver(work.sequence.arrival, Delivery([], "error", error))
-            self._scheduler.cache.forget()
+        started = self._start(plan) if plan else None
+        self._land()
+        self._in_flight = started
+        if not self._runner.overlaps:
+            self._land()
+        self._step_began_s = None
+
+    def _start(self, plan: list[Work]) -> _Flight | None:
+        started = None
+        with self._ending_if_it_fails(plan):
+            started = _Flight(plan, self._runner.start(plan))
+        return started
+
+    def _land(self) -> None:
+        """Wait for the step in flight, if there is one, and deliver what it gave."""
+        flight, self._in_flight = self._in_flight, None
+        if flight is None:
             return
-        finally:
-            self._step_began_s = None
+        outcomes: list[Outcome] = []
+        with self._ending_if_it_fails(flight.plan):
+            outcomes = self._scheduler.complete(flight.plan, flight.step.result())
         for outcome in outcomes:
             sequence = outcome.sequence
             delivery = Delivery(outcome.tokens, outcome.finish, None, sequence.cached or 0)
@@ -232,6 +255,20 @@ class Engine:
                     self._scheduler.remove(sequence)
                     delivery = Delivery([], "error", EngineError(f"The answer's grammar cannot go on: {broken}."))
             self._deliver(sequence.arrival, delivery)
+
+    @contextmanager
+    def _ending_if_it_fails(self, plan: list[Work]) -> Iterator[None]:
+        """An error inside ends the requests of this step, and no others."""
+        try:
+            yield
+        except DeviceError:
+            raise  # no later step can do better
+        except Exception as fault:
+            logger.error("a step failed; its %d requests end", len(plan), exc_info=True)
+            self._land()  # who ends well in the step before this one is not to end badly
+            error = EngineError(f"The request's step failed: {type(fault).__name__}. The server goes on; try again.")
+            for sequence in self._scheduler.fail(plan):
+                self._deliver(sequence.arrival, Delivery([], "error", error))
 
     @staticmethod
     def _constrain(constraint: TokenConstraint, outcome: Outcome) -> str | None:

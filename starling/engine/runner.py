@@ -1,12 +1,16 @@
-"""A planned step on the device: the plan as tensors, one forward pass, one token per sampled row."""
+"""A planned step on the device: one forward pass, one token per sampled row."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from starling.engine.cache import BlockCache
-from starling.engine.sampling import Sampler
+from starling.engine.inputs import StepInputs, split
+from starling.engine.sampling import RowRules, rules
 from starling.engine.scheduler import Work
 from starling.errors import DeviceError
 from starling.model.batch import Batch
@@ -14,70 +18,103 @@ from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 
 
-class StepRunner(Protocol):
-    """Computes one step. Tests and benchmarks put a constant in its place."""
+class Step(Protocol):
+    """A step that was started."""
 
-    def run(self, plan: list[Work]) -> list[list[int]]:
-        """Tokens per work: none for a chunk inside a prompt, else one for the last row and one after each draft.
-
-        Raises DeviceError when the device is lost for good; any other exception ends this step's requests only.
-        """
+    def result(self) -> list[list[int]]:
+        """Wait for it. Tokens per work: none for a chunk inside a prompt, else one for the last row and one after each
+        draft. Asked for once, and in the order in which steps were started."""
         ...
 
 
+class StepRunner(Protocol):
+    """Computes steps in the order in which they are started. Tests and benchmarks put a constant in its place.
+
+    `start` and `result` raise DeviceError when the device is lost for good; any other exception ends the requests of
+    this step only.
+    """
+
+    @property
+    def overlaps(self) -> bool:
+        """`start` returns while the device still computes, so the next step is worth starting before the result."""
+        ...
+
+    @property
+    def device_counts(self) -> bool:
+        """The device itself counts the tokens of each sequence, so penalties need not wait for those in flight."""
+        ...
+
+    def start(self, plan: list[Work]) -> Step:
+        """Everything that the step needs of the plan, of its sequences and of the block tables is read before this
+        returns. Where Work.source says so, a token is one that the step started before samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that was computed as it was started."""
+
+    tokens: list[list[int]]
+
+    def result(self) -> list[list[int]]:
+        return self.tokens
+
+
 class Runner:
-    """Runs steps on a model."""
+    """Runs steps on a model, operation by operation."""
+
+    overlaps = False
+    device_counts = False
 
     def __init__(self, model: Mistral, cache: KVCache, books: BlockCache) -> None:
         assert cache.blocks == books.blocks and cache.block_size == books.block_size
         self._model = model
         self._cache = cache
         self._books = books
-        self._sampler = Sampler(model.ops)
+        self._sampled = torch.empty(0, dtype=torch.int64, device=model.ops.device)  # by the step before
+
+    def start(self, plan: list[Work]) -> Step:
+        sampled = self.compute(StepInputs.of(plan, self._books), rules(plan))
+        return Done(split(plan, sampled.tolist()))
 
     @torch.inference_mode()
-    def run(self, plan: list[Work]) -> list[list[int]]:
-        try:
-            logits = self._model.forward(build_batch(plan, self._books, self._model.ops.device), self._cache)
-            return self._sampler.sample(logits, plan)
-        except torch.AcceleratorError as error:  # not OutOfMemoryError, after which the device still works
-            raise DeviceError(f"The device is lost: {error}. Restart the container.") from error
+    def compute(self, inputs: StepInputs, row_rules: list[RowRules]) -> torch.Tensor:
+        """Token ids, int64 [rows]."""
+        with device_faults():
+            logits = self._model.forward(to_batch(inputs, self._sampled), self._cache)
+            for rule in row_rules:
+                rule.apply(logits)
+            settings = (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.uniform)
+            self._sampled = self._model.ops.sample(logits, *map(torch.from_numpy, settings))
+            return self._sampled
 
 
-def build_batch(plan: list[Work], books: BlockCache, device: torch.device) -> Batch:
-    """The plan's tokens, flattened in plan order."""
-    tokens: list[int] = []
-    logit_rows: list[int] = []
-    shapes: list[tuple[int, int, int, int]] = []
-    for work in plan:
-        sequence, start, count, drafts = work.sequence, work.start, work.count, work.drafts
-        if count == 1:
-            tokens.append(sequence.tokens[start])
-        else:
-            tokens += sequence.tokens[start : start + count]
-        if drafts:
-            tokens += drafts
-        if work.samples:
-            logit_rows += range(len(tokens) - 1 - len(drafts), len(tokens))
-        shapes.append((start, count + len(drafts), sequence.row, sequence.prompt_length))
-    start_of, size_of, row_of, prompt_of = np.array(shapes, dtype=np.int32).T
-    query_starts = np.zeros(len(plan) + 1, dtype=np.int32)
-    np.cumsum(size_of, out=query_starts[1:])
-    positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(start_of - query_starts[:-1], size_of)
-    blocks = books.tables[np.repeat(row_of, size_of), positions // books.block_size]
-    contexts = start_of + size_of
-    width = -(-int(contexts.max()) // books.block_size)
+@contextmanager
+def device_faults() -> Iterator[None]:
+    """Raises DeviceError where torch says that the device is lost; not where it is out of memory, and still works."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise DeviceError(f"The device is lost: {error}. Restart the container.") from error
+
+
+def to_batch(inputs: StepInputs, sampled: torch.Tensor) -> Batch:
+    """On the device of `sampled`, int64 [rows of the step before], which tells the tokens that the inputs leave out."""
 
     def tensor(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(device)
+        return torch.from_numpy(values).to(sampled.device)
 
+    token_ids = tensor(inputs.token_ids)
+    if (inputs.token_ids < 0).any():
+        from_before = token_ids < 0
+        token_ids[from_before] = sampled[-1 - token_ids[from_before]]
     return Batch(
-        token_ids=tensor(np.array(tokens, dtype=np.int64)),
-        positions=tensor(positions),
-        slots=tensor(blocks * books.block_size + positions % books.block_size),
-        query_starts=tensor(query_starts),
-        context_lens=tensor(contexts),
-        block_tables=tensor(books.tables[row_of, :width]),
-        prompt_tokens=tensor(positions < np.repeat(prompt_of, size_of)),
-        logit_rows=tensor(np.array(logit_rows, dtype=np.int64)),
+        token_ids=token_ids,
+        positions=tensor(inputs.positions),
+        slots=tensor(inputs.slots),
+        query_starts=tensor(inputs.query_starts),
+        context_lens=tensor(inputs.context_lens),
+        block_tables=tensor(inputs.block_tables),
+        prompt_tokens=tensor(inputs.prompt_tokens),
+        logit_rows=tensor(inputs.logit_rows),
     )

@@ -11,86 +11,87 @@ import numpy as np
 import torch
 
 from starling.engine.scheduler import Work
-from starling.engine.sequence import Sequence
-from starling.model.ops import Ops
+from starling.engine.sequence import SamplingParams
 
-_MASK = (1 << 64) - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits: the SplitMix64 mix (Steele et al. 2014) of seed and position."""
-    x = (_mix(seed + 0x9E3779B97F4A7C15) + position * 0x9E3779B97F4A7C15) & _MASK
-    return (_mix(x) >> 11) * 2.0**-53
+    return float(uniforms(np.array([seed], dtype=np.uint64), np.array([position]))[0])
 
 
-def _mix(x: int) -> int:
-    x &= _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """`uniform` of each pair: uint64 [n], integers [n] → float64 [n]. Sums and products are modulo 2^64."""
+    bits: np.ndarray = _mix(_mix(seeds + _GOLDEN) + positions.astype(np.uint64) * _GOLDEN) >> np.uint64(11)
+    return bits * 2.0**-53
 
 
-@dataclass(frozen=True)
-class Sampler:
-    ops: Ops
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
-    def sample(self, logits: torch.Tensor, plan: list[Work]) -> list[list[int]]:
-        """float32 [rows, V], a row for each sampling work and each of its drafts in order → tokens per work.
 
-        `logits` may be changed in place.
-        """
-        sampling = [work for work in plan if work.samples]
-        rows = sum(1 + len(work.drafts) for work in sampling)
-        assert logits.shape[0] == rows
-        settings = np.empty((5, rows), dtype=np.float64)
-        row = 0
-        for work in sampling:
-            sequence, params = work.sequence, work.sequence.params
+@dataclass(frozen=True, slots=True)
+class RowRules:
+    """What changes one row of logits before a token is drawn from it, as it stands when the step starts."""
+
+    row: int
+    params: SamplingParams
+    prompt: list[int]  # prompt and generated: for penalties; empty where there are none
+    generated: list[int]
+    banned: list[int]
+    allowed: np.ndarray | None  # TokenConstraint.mask()
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """To float32 [rows, V], in place."""
+        row = logits[self.row]
+        if self.params.penalized:
+            self._penalize(row)
+        if self.banned:
+            row[self.banned] = -torch.inf
+        if self.allowed is not None:
+            words = torch.from_numpy(self.allowed).to(row.device)
+            bits = torch.arange(row.numel(), device=row.device)
+            row.masked_fill_((words[bits >> 5] >> (bits & 31)) & 1 == 0, -torch.inf)
+
+    def _penalize(self, row: torch.Tensor) -> None:
+        params = self.params
+        if params.repetition_penalty != 1.0:
+            seen = torch.tensor(list({*self.prompt, *self.generated}), device=row.device)
+            values = row[seen]
+            factor = params.repetition_penalty
+            row[seen] = torch.where(values > 0, values / factor, values * factor)
+        if self.generated and (params.frequency_penalty or params.presence_penalty):
+            ids, counts = torch.unique(torch.tensor(self.generated, device=row.device), return_counts=True)
+            row[ids] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def rules(plan: list[Work]) -> list[RowRules]:
+    """Penalties, bans and grammars of a step's logit rows, as if the drafts before each had been generated."""
+    found = []
+    row = 0
+    for work in plan:
+        if not work.samples:
+            continue
+        sequence, params, constraint = work.sequence, work.sequence.params, work.sequence.constraint
+        if params.penalized or params.min_tokens or constraint is not None:
+            size = work.start + work.count  # tokens before the one to be drawn, the one in flight included
+            # Where a grammar leaves nothing but the end, min_tokens cannot hold.
+            at_least = 0 if constraint is not None and constraint.finished else params.min_tokens
+            assert work.source < 0 or not (params.penalized or constraint), "what is not known cannot be judged"
             for ahead in range(1 + len(work.drafts)):
-                self._shape(logits[row], sequence, work.drafts[:ahead])
-                position = len(sequence.tokens) + ahead
-                settings[:, row] = (
-                    params.temperature,
-                    max(0, params.top_k),
-                    params.top_p,
-                    params.min_p,
-                    uniform(params.seed, position) if params.temperature else 0.0,
+                few = size - sequence.prompt_length + ahead < at_least
+                prompt, generated = _history(work, ahead) if params.penalized else ([], [])
+                allowed = None if constraint is None else constraint.mask()
+                found.append(
+                    RowRules(row + ahead, params, prompt, generated, list(params.stop_ids) if few else [], allowed)
                 )
-                row += 1
-        temperature, top_k, top_p, min_p, draws = torch.from_numpy(settings)
-        tokens = self.ops.sample(logits, temperature, top_k.long(), top_p, min_p, draws).tolist()
-        result: list[list[int]] = []
-        row = 0
-        for work in plan:
-            count = 1 + len(work.drafts) if work.samples else 0
-            result.append(tokens[row : row + count])
-            row += count
-        return result
-
-    def _shape(self, logits: torch.Tensor, sequence: Sequence, drafts: list[int]) -> None:
-        """Apply bans, the grammar and penalties to one row [V], as if `drafts` had been generated."""
-        params = sequence.params
-        if params.penalized:
-            _penalize(logits, sequence, drafts)
-        constraint = sequence.constraint
-        # Where a grammar leaves nothing but the end, min_tokens cannot hold.
-        if sequence.generated + len(drafts) < params.min_tokens and not (constraint and constraint.finished):
-            logits[list(params.stop_ids)] = -torch.inf
-        if constraint is not None:
-            words = torch.from_numpy(constraint.mask()).to(logits.device)
-            bits = torch.arange(logits.numel(), device=logits.device)
-            allowed = (words[bits >> 5] >> (bits & 31)) & 1
-            logits.masked_fill_(allowed == 0, -torch.inf)
+        row += 1 + len(work.drafts)
+    return found
 
 
-def _penalize(logits: torch.Tensor, sequence: Sequence, drafts: list[int]) -> None:
-    params = sequence.params
-    generated = sequence.tokens[sequence.prompt_length :] + drafts
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(list(set(sequence.tokens) | set(drafts)), device=logits.device)
-        values = logits[seen]
-        factor = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / factor, values * factor)
-    if generated and (params.frequency_penalty or params.presence_penalty):
-        ids, counts = torch.unique(torch.tensor(generated, device=logits.device), return_counts=True)
-        logits[ids] -= params.frequency_penalty * counts + params.presence_penalty
+def _history(work: Work, ahead: int) -> tuple[list[int], list[int]]:
+    tokens, length = work.sequence.tokens, work.sequence.prompt_length
+    return tokens[:length], tokens[length:] + work.drafts[:ahead]

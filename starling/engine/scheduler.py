@@ -1,5 +1,8 @@
 """Who runs in the next step. No clock, no randomness, no model: a step's plan follows from the state alone.
 
+One step may be in flight while the next is planned: a sequence whose newest token that step samples decodes on, and is
+told where the token will be instead of what it is.
+
 Every running stream decodes in every step. Prompts share what is left of the step's prefill budget in equal parts, so
 that a long one delays others by one chunk and no more. Requests enter in order of arrival; when blocks run short the
 newest is paused, and computed again later, so the oldest always moves and everything ends.
@@ -31,6 +34,7 @@ class Work:
     count: int
     drafts: list[int]
     samples: bool  # the last of the tokens is computed, so something new can be sampled
+    source: int = -1  # the token is this one of the ids that the step before samples; -1: it is known
 
 
 @dataclass(slots=True, eq=False)
@@ -59,9 +63,11 @@ class Counters:
 class Scheduler:
     cache: BlockCache
     limits: Limits
+    device_counts: bool = False  # penalties follow tokens in flight (StepRunner.device_counts)
     waiting: deque[Sequence] = field(default_factory=deque)  # by arrival; the paused come first
     running: list[Sequence] = field(default_factory=list)  # by arrival
     counters: Counters = field(default_factory=Counters)
+    _in_flight: deque[list[Work]] = field(default_factory=deque)  # planned, and neither completed nor failed
 
     def fits(self, prompt_length: int, max_tokens: int) -> bool:
         """Whether a request could ever finish, alone on the device."""
@@ -82,13 +88,35 @@ class Scheduler:
             return True
         return False
 
-    def plan(self) -> list[Work]:
-        """The next step: decodes first, then chunks of prompts. Empty when there is nothing to do."""
-        plan = self._plan_decodes()
+    def plan(self) -> list[Work] | None:
+        """The next step: decodes first, then chunks of prompts. Empty when there is nothing to do.
+
+        None when the step in flight must be completed first. Every plan that holds work is to be started, and then
+        completed or failed, in order; the next may be asked for while one is in flight, and no more.
+        """
+        assert len(self._in_flight) <= 1
+        if self._in_flight and self._must_know(self._in_flight[0]):
+            return None
+        decodes = self._plan_decodes()
+        if decodes is None:
+            return None
         self._admit()
-        plan += self._plan_prefills({work.sequence.arrival for work in plan})
+        prefills = self._plan_prefills({work.sequence.arrival for work in decodes})
+        if prefills is None:
+            return None
         # Making room for an older sequence may have paused one that was planned already.
-        return [work for work in plan if work.sequence.row >= 0]
+        plan = [work for work in decodes + prefills if work.sequence.row >= 0]
+        sampled_row = 0
+        for work in plan:
+            sequence = work.sequence
+            sequence.computed = work.start + work.count
+            if work.samples:
+                sequence.unknown += 1
+                sequence.sampled_row = sampled_row
+                sampled_row += 1 + len(work.drafts)
+        if plan:
+            self._in_flight.append(plan)
+        return plan
 
     def complete(self, plan: list[Work], sampled: list[list[int]]) -> list[Outcome]:
         """Book a step's results. `sampled` holds, per work, one token for its last row and one after each draft."""
@@ -96,18 +124,23 @@ class Scheduler:
         prefilled = decoded = 0
         for work, candidates in zip(plan, sampled, strict=True):
             sequence = work.sequence
-            computed = work.start + work.count
+            if sequence.row < 0:  # removed since; never paused, for that waits until nothing is in flight
+                continue
+            settled = work.start + work.count
             prefilled += work.count
             if work.samples:
                 right = self._judge(work, candidates) if work.drafts else 0
                 tokens, finish = self._cut(sequence, candidates[: right + 1] if work.drafts else candidates)
-                computed += min(right, len(tokens))
                 sequence.tokens += tokens
+                sequence.unknown -= 1
+                if work.drafts:
+                    settled += min(right, len(tokens))
+                    sequence.computed = settled
                 prefilled -= 1
                 decoded += len(tokens)
                 outcomes.append(Outcome(sequence, tokens, finish))
-            sequence.computed = computed
-            if computed // self.cache.block_size != sequence.published:
+            sequence.settled = settled
+            if settled // self.cache.block_size != sequence.published:
                 self.cache.advance(sequence)
         for outcome in outcomes:
             if outcome.finish is not None:
@@ -115,36 +148,73 @@ class Scheduler:
         self.counters.steps += 1
         self.counters.prefill_tokens += prefilled
         self.counters.decode_tokens += decoded
+        self._leave(plan)
         return outcomes
+
+    def fail(self, plan: list[Work]) -> list[Sequence]:
+        """Remove the sequences of a step that failed, and return those that were still here.
+
+        A step in flight that builds on this one goes on for the others: it shares no block with these, and what it
+        samples for them is dropped.
+        """
+        self._leave(plan)
+        ended = [work.sequence for work in plan if self.remove(work.sequence)]
+        self.cache.forget()
+        return ended
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _plan_decodes(self) -> list[Work]:
+    def _leave(self, plan: list[Work]) -> None:
+        assert self._in_flight[0] is plan, "steps are completed in the order in which they were planned"
+        self._in_flight.popleft()
+
+    def _must_know(self, plan: list[Work]) -> bool:
+        """Whether a sequence can only go on once it is known what `plan`, in flight, samples for it."""
+        guessing = len(plan) <= self.limits.speculative_rows
+        for work in plan:
+            sequence = work.sequence
+            if not work.samples or sequence.row < 0 or sequence.pending == 0:
+                continue
+            if work.drafts or sequence.constraint is not None:
+                return True
+            if sequence.params.penalized and not self.device_counts:
+                return True
+            # A guess that continues the known tokens: it may well hold after one more, and is worth a gap.
+            if guessing and self._drafts(sequence, len(plan)):
+                return True
+        return False
+
+    def _plan_decodes(self) -> list[Work] | None:
         plan: list[Work] = []
         rows = sum(sequence.pending == 1 for sequence in self.running)
         for sequence in list(self.running):
             if sequence.pending != 1 or sequence.row < 0:
                 continue
-            size = len(sequence.tokens)
-            drafts = self._drafts(sequence, rows) if rows <= self.limits.speculative_rows else []
-            if drafts and not self.cache.grow(sequence, size + len(drafts)):
-                drafts = []  # nobody is paused for a guess
+            size = sequence.size
+            drafts: list[int] = []
+            if rows <= self.limits.speculative_rows and not sequence.unknown:
+                drafts = self._drafts(sequence, rows)
+                if drafts and not self.cache.grow(sequence, size + len(drafts)):
+                    drafts = []  # nobody is paused for a guess
             while sequence.row >= 0 and not self.cache.grow(sequence, size):
+                if self._in_flight:
+                    return None  # what it ends gives room, and who is paused has nothing in flight
                 self._pause(self.running[-1])
             if sequence.row >= 0:
                 rows += len(drafts)
-                plan.append(Work(sequence, size - 1, 1, drafts, samples=True))
+                source = sequence.sampled_row if sequence.unknown else -1
+                plan.append(Work(sequence, size - 1, 1, drafts, True, source))
         return plan
 
     def _drafts(self, sequence: Sequence, rows: int) -> list[int]:
         if sequence.lookup is None or sequence.constraint is not None:
             return []
         # The last token of an answer is never worth guessing: it comes with the step anyway.
-        room = sequence.longest - len(sequence.tokens) - 1
+        room = sequence.longest - sequence.size - 1
         return sequence.lookup.draft(sequence.tokens, min(MAX_DRAFT, room, self.limits.speculative_rows - rows))
 
-    def _plan_prefills(self, decoding: set[int]) -> list[Work]:
-        prompts = [sequence for sequence in self.running if sequence.arrival not in decoding]
+    def _plan_prefills(self, decoding: set[int]) -> list[Work] | None:
+        prompts = [s for s in self.running if s.arrival not in decoding and s.pending > 0]
         if not prompts:
             return []
         budget = self.limits.prefill_tokens
@@ -159,11 +229,12 @@ class Scheduler:
             while count > 0 and sequence.row >= 0 and not self.cache.grow(sequence, sequence.computed + count):
                 # Only a sequence that arrived later makes way; else this one waits for the older ones to end.
                 newest = self.running[-1]
-                if newest is sequence:
+                if newest is sequence and len(self.running) > 1:
                     count = 0
-                    if len(self.running) == 1:
-                        raise AssertionError("a sequence that fits alone found no room alone")
                     break
+                if self._in_flight:
+                    return None
+                assert newest is not sequence, "a sequence that fits alone found no room alone"
                 self._pause(newest)
             if count > 0 and sequence.row >= 0:
                 samples = count == sequence.pending

@@ -1,6 +1,7 @@
 """One request as the engine knows it: its tokens, how far they are computed, and the blocks that hold them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -50,6 +51,11 @@ class SamplingParams:
     def penalized(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
+    @cached_property  # every step asks
+    def filters(self) -> tuple[float, int, float, float]:
+        """What Ops.sample is told besides the random number: temperature, top_k, top_p, min_p."""
+        return self.temperature, max(0, self.top_k), self.top_p, self.min_p
+
 
 class Sequence:
     """Mutable, and touched by the engine's thread alone."""
@@ -61,12 +67,16 @@ class Sequence:
         "computed",
         "constraint",
         "keys",
+        "longest",
         "lookup",
         "params",
         "prompt_length",
         "published",
         "row",
+        "sampled_row",
+        "settled",
         "tokens",
+        "unknown",
     )
 
     def __init__(
@@ -78,12 +88,16 @@ class Sequence:
         lookup: PromptLookup | None = None,
     ) -> None:
         self.arrival = arrival  # order of submission; also the identity
-        self.tokens = list(prompt)  # the prompt, then what was generated
+        self.tokens = list(prompt)  # the prompt, then what was generated, as far as it is known
+        self.unknown = 0  # tokens after them that steps in flight sample: one per step
+        self.sampled_row = -1  # of the last of those, among the ids that its step samples
         self.prompt_length = len(prompt)
+        self.longest = len(prompt) + params.max_tokens  # tokens that it can grow to
         self.params = params
         self.constraint = constraint
         self.lookup = lookup
-        self.computed = 0  # positions whose keys and values are in the cache
+        self.computed = 0  # positions whose keys and values are in the cache once the steps in flight are done
+        self.settled = 0  # those of them that steps already completed have written
         self.blocks: list[int] = []  # block of each block_size positions; -1 where the window has passed
         self.keys: list[bytes] = []  # content keys of the full blocks, as far as they were needed
         self.published = 0  # leading blocks that were offered for sharing
@@ -91,18 +105,18 @@ class Sequence:
         self.cached: int | None = None  # prompt tokens found in the cache at first admission
 
     @property
+    def size(self) -> int:
+        """Tokens it has, counting those in flight."""
+        return len(self.tokens) + self.unknown
+
+    @property
     def pending(self) -> int:
-        """Tokens that the next steps must compute: 1 while decoding."""
-        return len(self.tokens) - self.computed
+        """Tokens that the next steps must compute: 1 while decoding, 0 once its last token is in flight."""
+        return min(len(self.tokens) + self.unknown, self.longest - 1) - self.computed
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
 
-    @property
-    def longest(self) -> int:
-        """Tokens that it can grow to."""
-        return self.prompt_length + self.params.max_tokens
-
     def __repr__(self) -> str:
-        return f"Sequence({self.arrival}, {self.computed}/{len(self.tokens)} of {self.longest})"
+        return f"Sequence({self.arrival}, {self.computed}/{len(self.tokens)}+{self.unknown} of {self.longest})"

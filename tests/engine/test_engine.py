@@ -1,47 +1,79 @@
 """The loop with a model of a few lines: delivery, cancelling at any stage, faults, and the end of the engine."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import pytest
 
 from starling.engine.cache import BlockCache
 from starling.engine.engine import Delivery, Engine, TokenStream
-from starling.engine.runner import StepRunner
+from starling.engine.inputs import StepInputs
+from starling.engine.runner import Step
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams
-from starling.errors import EngineError, EngineStoppedError, RequestError
+from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError
 from tests.engine.fake_model import FakeRunner, expected_answer
 
 CONTEXT = 128
 
 
 class Gated(FakeRunner):
-    """Waits before each step until it is let through."""
+    """Computes a step once it is let through."""
 
-    def __init__(self) -> None:
+    def __init__(self, books: BlockCache, overlaps: bool) -> None:
+        super().__init__(books, overlaps)
         self.gate = threading.Semaphore(0)
+        self.started = 0
         self.steps = 0
 
-    def run(self, plan: list[Work]) -> list[list[int]]:
+    def start(self, plan: list[Work]) -> Step:
+        self.started += 1
+        return super().start(plan)
+
+    def compute(self, *inputs: Any) -> list[int]:
         self.gate.acquire()
         self.steps += 1
-        return super().run(plan)
+        return super().compute(*inputs)
 
 
 class Failing(FakeRunner):
-    """Fails the step in which a token of value 6 is computed as part of a prompt."""
+    """Fails the step in which a token of value 6 is computed as part of a prompt, as it starts or as it is computed."""
 
-    def run(self, plan: list[Work]) -> list[list[int]]:
-        if any(6 in w.sequence.tokens[w.start : w.sequence.prompt_length] for w in plan):
+    at_start = False
+
+    def start(self, plan: list[Work]) -> Step:
+        if self.at_start and any(6 in w.sequence.tokens[w.start : w.sequence.prompt_length] for w in plan):
             raise ArithmeticError("six")
-        return super().run(plan)
+        return super().start(plan)
+
+    def compute(self, inputs: StepInputs, allowed: dict[int, int]) -> list[int]:
+        if 6 in inputs.token_ids[inputs.prompt_tokens]:
+            self._sampled = [0] * len(inputs.logit_rows)
+            raise ArithmeticError("six")
+        return super().compute(inputs, allowed)
+
+
+class FailingAtStart(Failing):
+    at_start = True
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "overlapped"])
+def overlaps(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+RunnerType = TypeVar("RunnerType", bound=FakeRunner)
 
 
 @contextmanager
-def running(runner: StepRunner, blocks: int = 64, max_running: int = 4, hang_after_s: float = 60) -> Iterator[Engine]:
+def running(
+    runner_type: type[RunnerType], overlaps: bool, blocks: int = 64, max_running: int = 4, hang_after_s: float = 60
+) -> Iterator[tuple[Engine, RunnerType]]:
     books = BlockCache(blocks, 4, max_running, CONTEXT)
+    runner = runner_type(books, overlaps)
     engine = Engine(
         Scheduler(books, Limits(max_running, prefill_tokens=16)),
         runner,
@@ -50,8 +82,10 @@ def running(runner: StepRunner, blocks: int = 64, max_running: int = 4, hang_aft
         hang_after_s=hang_after_s,
     )
     try:
-        yield engine
+        yield engine, runner
     finally:
+        if isinstance(runner, Gated):
+            runner.gate.release(10000)
         engine.close()
         assert books.available == books.blocks
 
@@ -70,18 +104,17 @@ def drain(stream: TokenStream) -> tuple[list[int], Delivery]:
             return tokens, delivery
 
 
-def test_many_at_once_each_get_their_own_answer() -> None:
+def test_many_at_once_each_get_their_own_answer(overlaps: bool) -> None:
     prompts = [[i % 7, 1 + i % 5, 2] * (1 + i % 4) for i in range(40)]
-    with running(FakeRunner(), blocks=20) as engine:
+    with running(FakeRunner, overlaps, blocks=20) as (engine, _):
         streams = [engine.submit(prompt, params(12)) for prompt in prompts]
         for prompt, stream in zip(prompts, streams, strict=True):
             assert drain(stream)[0] == expected_answer(prompt, 12, frozenset({0}))
 
 
 @pytest.mark.parametrize("stage", ["queued", "prefilling", "decoding"])
-def test_cancel_ends_a_request_within_one_step(stage: str) -> None:
-    runner = Gated()
-    with running(runner, max_running=1) as engine:
+def test_cancel_ends_a_request_within_one_step(stage: str, overlaps: bool) -> None:
+    with running(Gated, overlaps, max_running=1) as (engine, runner):
         first = engine.submit([1] * (60 if stage == "prefilling" else 3), params(60, stops=False))
         second = engine.submit([2, 3], params(60, stops=False))
         runner.gate.release(1 if stage == "prefilling" else 3)
@@ -95,16 +128,80 @@ def test_cancel_ends_a_request_within_one_step(stage: str) -> None:
         assert drain(other)[1].finish in ("stop", "length")
 
 
-def test_a_failing_step_ends_its_own_requests_and_no_other() -> None:
-    with running(Failing()) as engine:
+@pytest.mark.parametrize("kind", [Failing, FailingAtStart])
+def test_a_failing_step_ends_its_own_requests_and_no_other(kind: type[Failing], overlaps: bool) -> None:
+    with running(kind, overlaps) as (engine, _):
         with pytest.raises(EngineError, match="ArithmeticError"):
             raise drain(engine.submit([1, 6], params()))[1].error or AssertionError("no error")
         assert drain(engine.submit([1, 2], params()))[0] == expected_answer([1, 2], 10, frozenset({0}))
         assert engine.healthy
 
 
+class FailsWithOneInFlight(Gated):
+    """The third step fails; by then the fourth is started."""
+
+    def compute(self, *inputs: Any) -> list[int]:
+        sampled = super().compute(*inputs)
+        if self.steps == 3:
+            raise ArithmeticError("three")
+        return sampled
+
+
+def test_a_step_built_on_one_that_fails_serves_the_others() -> None:
+    with running(FailsWithOneInFlight, overlaps=True) as (engine, runner):
+        first = engine.submit([1, 2], params(20, stops=False))
+        runner.gate.release(1)
+        while runner.steps < 1:
+            pass
+        # The second and the third step are of the first request alone; the third is started before the second is let
+        # through, and this one comes in before the fourth is planned.
+        second = engine.submit([3, 4], params(20, stops=False))
+        runner.gate.release(1000)
+        tokens, delivery = drain(first)
+        assert isinstance(delivery.error, EngineError) and "ArithmeticError" in str(delivery.error)
+        assert tokens == expected_answer([1, 2], 20, frozenset())[: len(tokens)]
+        tokens, delivery = drain(second)
+        assert (delivery.finish, tokens) == ("length", expected_answer([3, 4], 20, frozenset()))
+
+
+def test_tokens_come_while_the_next_step_is_in_flight() -> None:
+    with running(Gated, overlaps=True) as (engine, runner):
+        stream = engine.submit([1, 2], params(20, stops=False))
+        runner.gate.release(1)
+        delivery = stream.get()
+        assert delivery is not None and len(delivery.tokens) == 1
+        assert runner.steps == 1 and runner.started > 1
+
+
+def test_a_lost_device_ends_everything(overlaps: bool) -> None:
+    class Lost(FakeRunner):
+        def compute(self, inputs: StepInputs, allowed: dict[int, int]) -> list[int]:
+            raise DeviceError("gone")
+
+    with running(Lost, overlaps) as (engine, _):
+        stream = engine.submit([1, 2], params())
+        assert isinstance(drain(stream)[1].error, EngineStoppedError)
+        while engine.healthy:
+            pass
+
+
+def test_a_cancelled_request_leaves_no_step_behind() -> None:
+    """With nobody left to serve, the step in flight is still taken, and the engine does not count as hung."""
+    with running(Gated, overlaps=True, hang_after_s=0.2) as (engine, runner):
+        stream = engine.submit([1, 2], params(60, stops=False))
+        runner.gate.release(3)
+        while runner.steps < 3:
+            pass
+        stream.cancel()
+        runner.gate.release(1)
+        assert drain(stream)[1].finish == "cancelled"
+        runner.gate.release(1000)
+        time.sleep(0.4)
+        assert engine.healthy and engine._in_flight is None
+
+
 def test_what_cannot_run_is_refused_with_numbers() -> None:
-    with running(FakeRunner(), blocks=8) as engine:
+    with running(FakeRunner, overlaps=False, blocks=8) as (engine, _):
         with pytest.raises(RequestError, match=r"100 tokens long and max_tokens is 29, 129 together.*128.*28 or less"):
             engine.submit([1] * 100, params(29))
         with pytest.raises(RequestError, match=r"200 tokens long.*Shorten the prompt"):
@@ -117,9 +214,8 @@ def test_what_cannot_run_is_refused_with_numbers() -> None:
             engine.submit([], params())
 
 
-def test_a_closed_engine_ends_what_runs_and_refuses_the_rest() -> None:
-    runner = Gated()
-    with running(runner) as engine:
+def test_a_closed_engine_ends_what_runs_and_refuses_the_rest(overlaps: bool) -> None:
+    with running(Gated, overlaps) as (engine, runner):
         stream = engine.submit([1, 2], params())
         closer = threading.Thread(target=engine.close)
         closer.start()
@@ -132,9 +228,8 @@ def test_a_closed_engine_ends_what_runs_and_refuses_the_rest() -> None:
             engine.submit([1], params())
 
 
-def test_a_step_that_hangs_is_unhealthy_until_it_ends() -> None:
-    runner = Gated()
-    with running(runner, hang_after_s=0.05) as engine:
+def test_a_step_that_hangs_is_unhealthy_until_it_ends(overlaps: bool) -> None:
+    with running(Gated, overlaps, hang_after_s=0.05) as (engine, runner):
         assert engine.healthy
         stream = engine.submit([1, 2], params())
         while engine.healthy:
@@ -145,12 +240,12 @@ def test_a_step_that_hangs_is_unhealthy_until_it_ends() -> None:
             pass
 
 
-def test_a_dead_thread_ends_everything() -> None:
+def test_a_dead_thread_ends_everything(overlaps: bool) -> None:
     class Exits(FakeRunner):
-        def run(self, plan: list[Work]) -> list[list[int]]:
+        def compute(self, inputs: StepInputs, allowed: dict[int, int]) -> list[int]:
             raise SystemExit
 
-    with running(Exits()) as engine:
+    with running(Exits, overlaps) as (engine, _):
         stream = engine.submit([1, 2], params())
         assert isinstance(drain(stream)[1].error, EngineStoppedError)
         while engine.healthy:

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starling.engine.sampling import Sampler, uniform
+from starling.engine.cache import BlockCache
+from starling.engine.inputs import StepInputs, split
+from starling.engine.sampling import rules, uniform
 from starling.engine.scheduler import Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.model.ops.reference import ReferenceOps
@@ -72,9 +74,20 @@ def params(**settings: float) -> SamplingParams:
 
 
 def shaped(logits: list[float], case: Work) -> list[float]:
-    row = torch.tensor([logits])
-    Sampler(ReferenceOps())._shape(row[0], case.sequence, case.drafts)
-    return [round(x, 6) for x in row[0].tolist()]
+    rows = torch.tensor([logits] * (1 + len(case.drafts)))
+    for rule in rules([case]):
+        rule.apply(rows)
+    return [round(x, 6) for x in rows[-1].tolist()]
+
+
+def sample(logits: torch.Tensor, plan: list[Work]) -> list[list[int]]:
+    """By work; `logits` are changed in place."""
+    books = BlockCache(64, 16, rows=1, max_positions=16)
+    inputs = StepInputs.of(plan, books)
+    for rule in rules(plan):
+        rule.apply(logits)
+    settings = (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.uniform)
+    return split(plan, ReferenceOps().sample(logits, *map(torch.from_numpy, settings)).tolist())
 
 
 def test_penalties_as_the_openai_api_and_ctrl_define_them() -> None:
@@ -103,6 +116,21 @@ def test_uniform_lies_in_its_range(seed: int, position: int) -> None:
     assert 0.0 <= uniform(seed, position) < 1.0
 
 
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**31 - 1)), min_size=1, max_size=5))
+def test_uniform_is_splitmix(pairs: list[tuple[int, int]]) -> None:
+    """As published, in exact integers."""
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    golden = 0x9E3779B97F4A7C15
+    for seed, position in pairs:
+        x = mix((mix((seed + golden) % 2**64) + position * golden) % 2**64)
+        assert uniform(seed, position) == (x >> 11) * 2.0**-53
+
+
 def chi_square(counts: Counter[int], expected: list[float], draws: int) -> float:
     return sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in enumerate(expected))
 
@@ -128,13 +156,12 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         )
         for i in range(6)
     ]
-    sampler = Sampler(ReferenceOps())
-    together = sampler.sample(logits.clone(), cases)
-    alone = [sampler.sample(logits[i : i + 1].clone(), [case])[0] for i, case in enumerate(cases)]
-    backwards = sampler.sample(logits.flip(0).clone(), cases[::-1])[::-1]
+    together = sample(logits.clone(), cases)
+    alone = [sample(logits[i : i + 1].clone(), [case])[0] for i, case in enumerate(cases)]
+    backwards = sample(logits.flip(0).clone(), cases[::-1])[::-1]
     assert together == alone == backwards, f"torch seed {seed}"
 
 
 def test_chunks_inside_a_prompt_sample_nothing() -> None:
     inside = Work(Sequence(0, [1, 2, 3], params()), 0, 2, [], samples=False)
-    assert Sampler(ReferenceOps()).sample(torch.zeros(1, 4), [inside, work(params(temperature=0), [1])]) == [[], [0]]
+    assert sample(torch.zeros(1, 4), [inside, work(params(temperature=0), [1])]) == [[], [0]]

@@ -1,5 +1,8 @@
 """The scheduler without a model: random lives of many requests, every invariant checked after every step."""
 
+from typing import Literal
+
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -8,16 +11,22 @@ from starling.engine.cache import BlockCache
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.engine.speculation import PromptLookup
-from tests.engine.fake_model import FakeRunner, expected_answer
+from tests.engine.fake_model import FakeRunner, Loop, Rhythm, Turn, expected_answer
 
 MAX_POSITIONS = 64
 
 
 def make(
-    arrival: int, prompt: list[int], max_tokens: int, stop_ids: frozenset[int] = frozenset(), lookup: bool = False
+    arrival: int,
+    prompt: list[int],
+    max_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+    lookup: bool = False,
+    constraint: Rhythm | None = None,
+    **settings: float,
 ) -> Sequence:
-    params = SamplingParams(max_tokens=max_tokens, stop_ids=stop_ids, seed=0)
-    return Sequence(arrival, prompt, params, lookup=PromptLookup() if lookup else None)
+    params = SamplingParams(max_tokens=max_tokens, stop_ids=stop_ids, seed=0, **settings)  # type: ignore[arg-type]
+    return Sequence(arrival, prompt, params, constraint, PromptLookup() if lookup else None)
 
 
 def scheduler(blocks: int = 64, block_size: int = 4, window: int | None = None, **limits: int) -> Scheduler:
@@ -25,17 +34,24 @@ def scheduler(blocks: int = 64, block_size: int = 4, window: int | None = None, 
     return Scheduler(BlockCache(blocks, block_size, chosen.max_running, MAX_POSITIONS, window), chosen)
 
 
-def step(target: Scheduler) -> tuple[list[Work], dict[int, list[int]], list[Sequence]]:
-    """One step with the fake model: the plan, tokens by arrival, and who finished."""
-    plan = target.plan()
-    outcomes = target.complete(plan, FakeRunner().run(plan))
-    return plan, {o.sequence.arrival: o.tokens for o in outcomes}, [o.sequence for o in outcomes if o.finish]
+def loop(overlaps: bool = False, device_counts: bool = False, **shape: int) -> Loop:
+    target = scheduler(**shape)
+    target.device_counts = device_counts
+    return Loop(target, FakeRunner(target.cache, overlaps))
+
+
+def step(target: Loop) -> tuple[list[Work], dict[int, list[int]]]:
+    """One step, not overlapped: the plan, and tokens by arrival."""
+    turn = target.step()
+    assert turn.plan is not None
+    return turn.plan, {o.sequence.arrival: o.tokens for o in turn.outcomes}
 
 
 class Lives(RuleBasedStateMachine):
-    """Requests come, are computed, are cancelled, finish; sometimes a step fails."""
+    """Requests come, are computed, are cancelled, finish; sometimes a step fails. A step may be in flight all along."""
 
     @initialize(
+        overlaps=st.booleans(),
         blocks=st.integers(8, 40),
         block_size=st.sampled_from([1, 3, 4, 16]),
         window=st.sampled_from([None, 5, 16]),
@@ -43,8 +59,9 @@ class Lives(RuleBasedStateMachine):
         prefill_tokens=st.integers(1, 24),
         speculative_rows=st.sampled_from([0, 4, 16]),
     )
-    def begin(self, **shape: int) -> None:
-        self.target = scheduler(**shape)
+    def begin(self, overlaps: bool, **shape: int) -> None:
+        self.loop = loop(overlaps, **shape)
+        self.target = self.loop.scheduler
         self.live: dict[int, Sequence] = {}
         self.answers: dict[int, list[int]] = {}
         self.prompts: list[list[int]] = []
@@ -55,15 +72,21 @@ class Lives(RuleBasedStateMachine):
         shared=st.integers(0, 30),
         max_tokens=st.integers(1, 20),
         stops=st.booleans(),
+        constrained=st.sampled_from([False, False, True]),
+        penalized=st.sampled_from([False, False, True]),
     )
-    def submit(self, fresh: list[int], shared: int, max_tokens: int, stops: bool) -> None:
+    def submit(
+        self, fresh: list[int], shared: int, max_tokens: int, stops: bool, constrained: bool, penalized: bool
+    ) -> None:
         # Half of the prompts begin like an earlier one, answer included: the next turn of a conversation.
         earlier = self.prompts[shared % len(self.prompts)] if self.prompts and shared % 2 else []
         prompt = (earlier[:shared] + fresh)[: MAX_POSITIONS - max_tokens]
         if not self.target.fits(len(prompt), max_tokens):
             return
         stop_ids = frozenset({0}) if stops else frozenset()
-        sequence = make(self.arrivals, prompt, max_tokens, stop_ids, lookup=True)
+        grammar = Rhythm() if constrained else None
+        penalty = 1.5 if penalized else 1.0  # the fake model obeys none, but what is planned depends on it
+        sequence = make(self.arrivals, prompt, max_tokens, stop_ids, True, grammar, repetition_penalty=penalty)
         self.arrivals += 1
         self.target.add(sequence)
         self.live[sequence.arrival] = sequence
@@ -78,34 +101,42 @@ class Lives(RuleBasedStateMachine):
         assert not self.target.remove(sequence)
         assert sequence.blocks == []
 
-    @rule()
-    def fail(self) -> None:
-        plan = self.target.plan()
-        for work in plan:
-            self.target.remove(work.sequence)
-            del self.live[work.sequence.arrival]
-        self.target.cache.forget()
+    @rule(when=st.sampled_from(["start", "result"]))
+    def fail(self, when: Literal["start", "result"]) -> None:
+        self._book(self.loop.step(breaks=when))
 
     @rule()
     def step(self) -> None:
-        before = [s.arrival for s in self.target.running]
-        plan, tokens, finished = step(self.target)
-        assert bool(plan) == bool(self.live), "with work to do, a step does some"
-        if self.live:
-            oldest = min(self.live)
-            assert any(w.sequence.arrival == oldest for w in plan), "the oldest always moves"
-        assert sum(w.count for w in plan if w.count > 1 or not w.samples) <= self.target.limits.prefill_tokens
-        planned = {w.sequence.arrival for w in plan}
-        paused = {s.arrival for s in self.target.waiting}
-        assert all(a in planned or a in paused for a in before if self.live[a].pending == 1)
-        for arrival, new in tokens.items():
-            self.answers[arrival] += new
-        for sequence in finished:
-            self._judge(self.live.pop(sequence.arrival))
+        running = list(self.target.running)
+        in_flight = self.loop.in_flight is not None
+        decoding = {s.arrival for s in running if s.pending == 1}
+        ending = {s.arrival for s in running if s.pending == 0}
+        turn = self.loop.step()
+        assert turn.plan or in_flight or not self.live, "with work to do, a step does some"
+        assert turn.plan is not None or in_flight
+        assert in_flight or not ending
+        if turn.plan is not None:
+            planned = {w.sequence.arrival for w in turn.plan}
+            paused = {s.arrival for s in self.target.waiting}
+            assert not self.live or min(self.live) in planned | ending, "the oldest always moves"
+            chunks = sum(w.count for w in turn.plan if w.count > 1 or not w.samples)
+            assert chunks <= self.target.limits.prefill_tokens
+            assert decoding <= planned | paused
+            assert not planned & ending, "nothing is computed for a token that max_tokens rules out"
+        self._book(turn)
+
+    def _book(self, turn: Turn) -> None:
+        for sequence in turn.failed:
+            del self.live[sequence.arrival]
+        for outcome in turn.outcomes:
+            self.answers[outcome.sequence.arrival] += outcome.tokens
+            if outcome.finish is not None:
+                self._judge(self.live.pop(outcome.sequence.arrival))
 
     def _judge(self, sequence: Sequence) -> None:
-        prompt = sequence.tokens[: sequence.prompt_length]
-        expected = expected_answer(prompt, sequence.params.max_tokens, sequence.params.stop_ids)
+        prompt, params = sequence.tokens[: sequence.prompt_length], sequence.params
+        grammar = Rhythm() if sequence.constraint is not None else None
+        expected = expected_answer(prompt, params.max_tokens, params.stop_ids, grammar)
         assert self.answers[sequence.arrival] == expected
         self.prompts.append(sequence.tokens)
 
@@ -115,12 +146,14 @@ class Lives(RuleBasedStateMachine):
             self.target.cache.check(self.target.running)
             arrivals = [s.arrival for s in [*self.target.running, *self.target.waiting]]
             assert arrivals == sorted(self.live), "in order of arrival, none lost, none twice"
+            assert all(s.unknown == 0 for s in self.target.waiting)
+            assert all(s.unknown == 0 or self.loop.in_flight for s in self.target.running)
 
     def teardown(self) -> None:
         if not hasattr(self, "target"):
             return
         for _ in range(5000):
-            if not self.live:
+            if self.loop.idle:
                 break
             self.step()
             self.books_balance()
@@ -128,73 +161,148 @@ class Lives(RuleBasedStateMachine):
         assert self.target.cache.available == self.target.cache.blocks
 
 
-Lives.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Lives.TestCase.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
 TestLives = Lives.TestCase
 
 
-def test_a_plan_follows_from_the_state_alone() -> None:
-    def history() -> list[list[tuple[int, int, int, int]]]:
-        target = scheduler(blocks=20)
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_plan_follows_from_the_state_alone(overlaps: bool) -> None:
+    def history() -> list[list[tuple[int, ...]]]:
+        target = loop(overlaps, blocks=20)
         for arrival in range(6):
-            target.add(make(arrival, [arrival % 3] * (5 + 3 * arrival), 8, lookup=True))
+            target.scheduler.add(make(arrival, [arrival % 3] * (5 + 3 * arrival), 8, lookup=True))
         shapes = []
-        while target.running or target.waiting:
-            plan, _, _ = step(target)
-            shapes.append([(w.sequence.arrival, w.start, w.count, len(w.drafts)) for w in plan])
+        while not target.idle:
+            plan = target.step().plan or []
+            shapes.append([(w.sequence.arrival, w.start, w.count, len(w.drafts), w.source) for w in plan])
         return shapes
 
     assert history() == history()
 
 
+def gaps(target: Loop) -> list[bool]:
+    """Per step until all is done: was it planned only after the step before was complete?"""
+    found = []
+    while not target.idle:
+        waited = target.in_flight is None
+        if target.step().plan:
+            found.append(waited)
+    return found
+
+
+def test_the_device_never_waits_for_plain_streams() -> None:
+    target = loop(overlaps=True, speculative_rows=0)
+    for arrival in range(4):
+        target.scheduler.add(
+            make(arrival, [arrival + 1] * (1 + 9 * arrival), 10 + arrival, frozenset({0}), min_tokens=5)
+        )
+    waited = gaps(target)
+    assert len(waited) > 12
+    assert waited == [True] + [False] * (len(waited) - 1)
+
+
+def test_a_grammar_waits_for_every_token_of_its_own() -> None:
+    target = loop(overlaps=True)
+    target.scheduler.add(make(0, [1] * 40, 6, constraint=Rhythm()))
+    assert gaps(target) == [True, False, False] + [True] * 5, "three chunks of the prompt, then five tokens"
+
+
+@pytest.mark.parametrize("device_counts", [False, True])
+def test_penalties_wait_unless_the_device_counts(device_counts: bool) -> None:
+    target = loop(overlaps=True, device_counts=device_counts)
+    target.scheduler.add(make(0, [1, 2], 6, frequency_penalty=0.5))
+    plans = []
+    while target.scheduler.running or target.scheduler.waiting:  # by hand: the fake runner's host applies penalties
+        plan = target.scheduler.plan()
+        if plan is not None:
+            plans.append(plan)
+        if not plan or len(target.scheduler._in_flight) > 1:
+            oldest = target.scheduler._in_flight[0]
+            target.scheduler.complete(oldest, [[5] for _ in oldest])
+    sources = [work.source for plan in plans for work in plan]
+    assert sources == ([-1] + [0] * 5 if device_counts else [-1] * 6)
+
+
+def test_a_guess_is_waited_for_when_one_is_ready() -> None:
+    start = [1, 2, 3, 4, 5]  # as many as the next token depends on, so the answer is said again
+    prompt = [*start, *expected_answer(start, 12, frozenset()), *start]
+    counters = []
+    for overlaps in (False, True):
+        target = loop(overlaps)
+        target.scheduler.add(make(0, prompt, 16, lookup=True))
+        while not target.idle:
+            target.step()
+        counters.append(target.scheduler.counters)
+    assert counters[0].accepted == counters[1].accepted > 6
+
+
+def test_what_was_started_beyond_a_stop_id_is_dropped() -> None:
+    prompt = next(p for p in ([a, b] for a in range(7) for b in range(7)) if len(stopped(p)) == 3)
+    target = loop(overlaps=True)
+    sequence = make(0, prompt, 20, frozenset({0}))
+    target.scheduler.add(sequence)
+    turns = [target.step() for _ in range(4)]
+    assert [len(t.plan or []) for t in turns] == [1, 1, 1, 1], "the fourth is started before the third is known"
+    assert turns[3].outcomes[0].finish == "stop"
+    assert not target.idle
+    assert target.scheduler.cache.available == target.scheduler.cache.blocks
+    assert target.step().outcomes == []
+    assert target.idle and sequence.tokens == prompt + stopped(prompt)
+
+
+def stopped(prompt: list[int]) -> list[int]:
+    return expected_answer(prompt, 20, frozenset({0}))
+
+
 def test_a_long_prompt_delays_a_running_stream_by_no_more_than_its_chunk() -> None:
-    target = scheduler(prefill_tokens=8, speculative_rows=0)
-    target.add(make(0, [1, 2], 20))
+    target = loop(prefill_tokens=8, speculative_rows=0)
+    target.scheduler.add(make(0, [1, 2], 20))
     step(target)
-    target.add(make(1, list(range(40)), 4))
+    target.scheduler.add(make(1, list(range(40)), 4))
     for _ in range(5):
-        plan, tokens, _ = step(target)
+        plan, tokens = step(target)
         assert [len(tokens[0])] == [1]
         assert sum(w.count for w in plan if w.sequence.arrival == 1) == 8
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
-    target = scheduler(prefill_tokens=8, speculative_rows=0)
-    target.add(make(0, list(range(60)), 2))
-    target.add(make(1, [1, 2, 3, 4], 2))
-    _, tokens, _ = step(target)
+    target = loop(prefill_tokens=8, speculative_rows=0)
+    target.scheduler.add(make(0, list(range(60)), 2))
+    target.scheduler.add(make(1, [1, 2, 3, 4], 2))
+    _, tokens = step(target)
     assert 1 in tokens, "equal shares: the short one is answered in the first step"
 
 
 def test_the_next_turn_computes_only_what_is_new() -> None:
-    target = scheduler(speculative_rows=0)
+    target = loop(speculative_rows=0)
     first = make(0, list(range(10)), 7)
-    target.add(first)
-    while target.running or target.waiting:
+    target.scheduler.add(first)
+    while not target.idle:
         step(target)
     second = make(1, [*first.tokens, 5, 5, 5], 2)
-    target.add(second)
-    plan, _, _ = step(target)
+    target.scheduler.add(second)
+    plan, _ = step(target)
     # 16 of the first turn's 17 tokens were computed, in 4 blocks of 4.
     assert second.cached == 16
     assert [(w.start, w.count) for w in plan] == [(16, 4)]
 
 
 def test_an_equal_prompt_still_computes_its_last_token() -> None:
-    target = scheduler(speculative_rows=0)
+    target = loop(speculative_rows=0)
     for arrival in (0, 1):
-        target.add(make(arrival, [3] * 8, 1))
-        plan, tokens, _ = step(target)
+        target.scheduler.add(make(arrival, [3] * 8, 1))
+        plan, tokens = step(target)
         assert len(tokens[arrival]) == 1
     assert plan[0].start == 4
 
 
 def test_the_least_recently_used_prefix_goes_first() -> None:
-    target = scheduler(blocks=8, speculative_rows=0)
+    target = loop(blocks=8, speculative_rows=0)
 
     def serve(arrival: int, token: int) -> int:
         sequence = make(arrival, [token] * 9, 1)
-        target.add(sequence)
-        while target.running or target.waiting:
+        target.scheduler.add(sequence)
+        while not target.idle:
             step(target)
         assert sequence.cached is not None
         return sequence.cached

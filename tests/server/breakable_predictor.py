@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import predict
+from starling.engine.runner import Step
 from starling.engine.scheduler import Work
 from starling.service import Service
 from starling.settings import Settings
@@ -41,8 +42,9 @@ class BreakableRunner:
         runner._model = BreakableModel(runner._model, folder)
         self._runner = runner
         self._folder = folder
+        self.overlaps = runner.overlaps
 
-    def run(self, plan: list[Work]) -> list[list[int]]:
+    def start(self, plan: list[Work]) -> Step:
         if (self._folder / "kill-engine").exists():
             raise SystemExit
         if (self._folder / "fail-step").exists():
@@ -50,7 +52,7 @@ class BreakableRunner:
             raise RuntimeError("a secret of the step")
         while (self._folder / "hang").exists():
             time.sleep(0.002)
-        return self._runner.run(plan)
+        return self._runner.start(plan)
 
 
 class Predictor(predict.Predictor):
