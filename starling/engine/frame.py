@@ -1,0 +1,102 @@
+"""A step's inputs in one stretch of memory, so that one copy brings them to the device."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from starling.engine.inputs import StepInputs
+from starling.engine.speculation import MAX_DRAFT
+from starling.model.batch import Batch
+from starling.model.ops.cuda.sampling import SETTINGS
+
+ALIGNMENT = 16  # bytes
+TAIL = 2 + MAX_DRAFT  # tokens of a sequence that its row of counts lacks, at most: confirmed, in flight, guessed
+TURNS = 2  # a step's inputs are written while those of the step before may still be copied
+
+
+class Upload:
+    """Memory on the device, and as much on the host for each turn, pinned where there is a GPU."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        cuda = device.type == "cuda"
+        self.device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.host = [torch.zeros(size, dtype=torch.uint8, pin_memory=cuda) for _ in range(TURNS)]
+        self._done = [torch.cuda.Event() for _ in range(TURNS)] if cuda else []  # type: ignore[no-untyped-call]
+
+    def wait(self, turn: int) -> None:
+        """Until the host's memory of `turn` may be written again."""
+        if self._done:
+            self._done[turn].synchronize()
+
+    def send(self, turn: int, size: int) -> None:
+        """Queue the copy of the first `size` bytes on the current stream."""
+        self.device[:size].copy_(self.host[turn][:size], non_blocking=True)
+        if self._done:
+            self._done[turn].record()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much a step holds."""
+
+    tokens: int
+    works: int
+    blocks: int  # of each block table
+    rows: int  # of logits
+
+
+class Frame:
+    """Views of an Upload for steps of one shape, by the names of StepInputs and SamplingKernels.sample."""
+
+    def __init__(self, shape: Shape, upload: Upload | None = None) -> None:
+        self.shape = shape
+        self._parts: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
+        self.size = 0  # bytes
+        self._place("token_ids", torch.int32, shape.tokens)
+        self._place("positions", torch.int32, shape.tokens)
+        self._place("slots", torch.int32, shape.tokens)
+        self._place("query_starts", torch.int32, shape.works + 1)
+        self._place("context_lens", torch.int32, shape.works)
+        self._place("block_tables", torch.int32, shape.works, shape.blocks)
+        self._place("logit_rows", torch.int32, shape.rows)
+        self._place("tail", torch.int32, max(1, shape.rows * TAIL))
+        self._place("settings", torch.uint8, shape.rows, SETTINGS.itemsize)
+        if upload is not None:
+            self.device = self._views(upload.device)
+            self.host = [{name: view.numpy() for name, view in self._views(host).items()} for host in upload.host]
+
+    def write(self, turn: int, inputs: StepInputs) -> None:
+        """Fill in all but what shapes the logits. What a step lacks of the frame is padding that changes nothing."""
+        host = self.host[turn]
+        tokens, works = len(inputs.token_ids), len(inputs.context_lens)
+        host["token_ids"][:tokens] = inputs.token_ids
+        host["token_ids"][tokens:] = 0
+        host["positions"][:tokens] = inputs.positions
+        host["positions"][tokens:] = 0
+        host["slots"][:tokens] = inputs.slots
+        host["slots"][tokens:] = -1
+        host["query_starts"][: works + 1] = inputs.query_starts
+        host["query_starts"][works + 1 :] = tokens
+        host["context_lens"][:works] = inputs.context_lens
+        host["context_lens"][works:] = 0
+        host["block_tables"][:works, : inputs.block_tables.shape[1]] = inputs.block_tables
+        host["logit_rows"][: len(inputs.logit_rows)] = inputs.logit_rows
+        host["logit_rows"][len(inputs.logit_rows) :] = 0
+
+    def batch(self, prompt_tokens: torch.Tensor) -> Batch:
+        """On the device. `prompt_tokens` is bool [at least the frame's tokens]."""
+        names = ("token_ids", "positions", "slots", "query_starts", "context_lens", "block_tables", "logit_rows")
+        return Batch(**{name: self.device[name] for name in names}, prompt_tokens=prompt_tokens[: self.shape.tokens])
+
+    def _place(self, name: str, dtype: torch.dtype, *shape: int) -> None:
+        self._parts[name] = (dtype, shape, self.size)
+        self.size += -(-dtype.itemsize * int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT
+
+    def _views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of uint8 [at least `size`]."""
+        found = {}
+        for name, (dtype, shape, offset) in self._parts.items():
+            length = dtype.itemsize * int(np.prod(shape))
+            found[name] = memory[offset : offset + length].view(dtype).view(shape)
+        return found

@@ -1,0 +1,161 @@
+"""Steps on a GPU: one copy brings a step's inputs, decodes replay a captured graph, results come one step behind.
+
+Everything is queued on one stream, in the order of the steps. A step of decodes alone is padded to the next of SIZES and
+replayed as one graph, from the embedding to the drawn ids; any other step is queued kernel by kernel. The first step of
+a size is queued that way too, and captured behind.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from starling.engine.cache import BlockCache
+from starling.engine.frame import TURNS, Frame, Shape, Upload
+from starling.engine.inputs import StepInputs, split
+from starling.engine.runner import Step, device_faults
+from starling.engine.scheduler import Limits, Work
+from starling.engine.shaping import Shaping
+from starling.errors import EngineError
+from starling.model.batch import Batch
+from starling.model.kv_cache import KVCache
+from starling.model.mistral import Mistral
+from starling.model.ops.cuda import CudaOps
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # decodes in a captured step
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A step that the device computes, or has computed."""
+
+    plan: list[Work]
+    rows: int
+    results: torch.Tensor  # int32 [2, rows and more], on the host once `arrived`: ids, and whether there was none
+    arrived: torch.cuda.Event | None
+
+    def result(self) -> list[list[int]]:
+        if self.arrived is not None:
+            with device_faults():
+                self.arrived.synchronize()
+        ids, faults = self.results[:, : self.rows].tolist()
+        if any(faults):
+            raise EngineError("A row of logits holds no finite number, so no token can be drawn from it.")
+        return split(self.plan, ids)
+
+
+@dataclass
+class Decodes:
+    """A step of `frame.shape.works` decodes, and its graph once it is captured."""
+
+    frame: Frame
+    batch: Batch
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class GraphRunner:
+    """Runs steps on a model whose operations are CudaOps."""
+
+    overlaps = True
+    device_counts = True
+
+    def __init__(self, model: Mistral, cache: KVCache, books: BlockCache, limits: Limits) -> None:
+        ops = model.ops
+        assert isinstance(ops, CudaOps)
+        assert cache.blocks == books.blocks and cache.block_size == books.block_size
+        self._model, self._cache, self._books = model, cache, books
+        self._sizes = [size for size in SIZES if size < 2 * limits.max_running]
+        assert self._sizes[-1] >= limits.max_running
+        works, blocks = self._sizes[-1], books.tables.shape[1]
+        rows = max(works, limits.max_running + limits.speculative_rows)
+        tokens = limits.prefill_tokens + rows
+        self._inputs = Upload(ops.device, Frame(Shape(tokens, works, blocks, rows)).size)
+        mask_bytes = -(-model.config.vocab_size // 32) * 4
+        self._mask_upload = Upload(ops.device, rows * mask_bytes)
+        self._masks = self._mask_upload.device.view(torch.int32).view(rows, -1)
+        self._mask_bytes = mask_bytes
+        self._sampling = ops.sampling(rows, model.config.vocab_size, limits.max_running)
+        self._shaping = Shaping(self._recount)
+        self._prompt_tokens = torch.zeros(tokens, dtype=torch.bool, device=ops.device)  # none: all are computed alike
+        self._decodes: dict[int, Decodes] = {}
+        self._turn = 0
+        self._cuda = ops.device.type == "cuda"  # not so in tests, whose kernels run on an emulated device
+        self._results = [torch.empty(2, rows, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
+        if self._cuda:
+            self._stream = torch.cuda.Stream(ops.device)
+            self._stream.wait_stream(torch.cuda.current_stream(ops.device))  # which has loaded the weights
+            self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+
+    @torch.inference_mode()
+    def start(self, plan: list[Work]) -> Step:
+        inputs = StepInputs.of(plan, self._books)
+        self._turn = (self._turn + 1) % TURNS
+        with device_faults(), self._on_stream():
+            decodes = self._decodes_for(plan, inputs)
+            frame = decodes.frame if decodes else self._frame_for(inputs)
+            self._send(frame, plan, inputs)
+            if decodes and decodes.graph:
+                decodes.graph.replay()
+            else:
+                self._compute(frame, decodes.batch if decodes else frame.batch(self._prompt_tokens))
+                if decodes and self._cuda:
+                    decodes.graph = self._capture(decodes)
+            return self._receive(plan, len(inputs.logit_rows))
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _decodes_for(self, plan: list[Work], inputs: StepInputs) -> Decodes | None:
+        """Where every work is one token that something is drawn after: the padded step; None for any other."""
+        if not len(plan) == len(inputs.token_ids) == len(inputs.logit_rows):
+            return None
+        size = next(size for size in self._sizes if size >= len(plan))
+        if size not in self._decodes:
+            frame = Frame(Shape(size, size, self._books.tables.shape[1], size), self._inputs)
+            self._decodes[size] = Decodes(frame, frame.batch(self._prompt_tokens))
+        return self._decodes[size]
+
+    def _frame_for(self, inputs: StepInputs) -> Frame:
+        works, blocks = inputs.block_tables.shape
+        return Frame(Shape(len(inputs.token_ids), works, blocks, len(inputs.logit_rows)), self._inputs)
+
+    def _send(self, frame: Frame, plan: list[Work], inputs: StepInputs) -> None:
+        self._inputs.wait(self._turn)
+        self._mask_upload.wait(self._turn)
+        host = frame.host[self._turn]
+        masks = self._mask_upload.host[self._turn].view(torch.int32).view(self._masks.shape).numpy()
+        frame.write(self._turn, inputs)
+        used = self._shaping.write(plan, inputs, host["settings"], host["tail"], masks)
+        self._inputs.send(self._turn, frame.size)
+        if used:
+            self._mask_upload.send(self._turn, used * self._mask_bytes)
+
+    def _compute(self, frame: Frame, batch: Batch) -> None:
+        """The part of a step that a graph holds: everything between the inputs' copy and the results'."""
+        logits = self._model.forward(batch, self._cache)
+        if frame.shape.rows:
+            device = frame.device
+            self._sampling.sample(logits, device["settings"], device["tail"], self._masks)
+
+    def _capture(self, decodes: Decodes) -> torch.cuda.CUDAGraph:
+        # torch.cuda.graph would wait for the device and collect garbage first, which running streams would notice.
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._compute(decodes.frame, decodes.batch)
+        graph.capture_end()
+        return graph
+
+    def _receive(self, plan: list[Work], rows: int) -> InFlight:
+        results = self._results[self._turn]
+        results.copy_(self._sampling.results, non_blocking=True)
+        arrived = None
+        if self._cuda:
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        return InFlight(plan, rows, results, arrived)
+
+    def _recount(self, row: int, tokens: list[int], prompt_length: int) -> None:
+        ids = torch.tensor(tokens, dtype=torch.int32).to(self._sampling.results.device)
+        self._sampling.count(row, ids, prompt_length)
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream) if self._cuda else nullcontext()
