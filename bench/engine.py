@@ -52,7 +52,7 @@ def overhead_us(batch: int, steps: int = 400) -> tuple[float, float]:
     books = BlockCache(4096, 16, batch, 2048, window=1024)
     scheduler = Scheduler(books, Limits(max_running=batch))
     for i in range(batch):
-        params = SamplingParams(max_tokens=1500, stop_ids=frozenset({0}), seed=i)
+        params = SamplingParams(max_tokens=1500, stop_ids=frozenset({0}), seed=i, temperature=1.0)
         scheduler.add(Sequence(i, [i + 5] * 40, params, lookup=PromptLookup()))
 
     def constant(plan: list[Work]) -> list[list[int]]:

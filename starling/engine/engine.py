@@ -225,18 +225,15 @@ class Engine:
         """Start the next step, then take what the one before it gave. Without a plan, only the latter."""
         self._step_began_s = time.monotonic()
         plan = self._scheduler.plan()
-        started = self._start(plan) if plan else None
+        started = None
+        if plan:
+            with self._ending_if_it_fails(plan):
+                started = _Flight(plan, self._runner.start(plan))
         self._land()
         self._in_flight = started
         if not self._runner.overlaps:
             self._land()
         self._step_began_s = None
-
-    def _start(self, plan: list[Work]) -> _Flight | None:
-        started = None
-        with self._ending_if_it_fails(plan):
-            started = _Flight(plan, self._runner.start(plan))
-        return started
 
     def _land(self) -> None:
         """Wait for the step in flight, if there is one, and deliver what it gave."""

@@ -1,16 +1,15 @@
 """A planned step as numpy arrays: all that the device must be told, before anything is copied to it."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from starling.engine.cache import BlockCache
-from starling.engine.sampling import uniforms
+from starling.engine.sampling import uniform
 from starling.engine.scheduler import Work
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs:
+class StepInputs(NamedTuple):
     """The plan's tokens, flattened in plan order, and how to draw from each row of logits. Shares no memory with books.
 
     A token that the step before samples, and that the host may not know yet, is written as -(1 + its row in
@@ -37,7 +36,7 @@ class StepInputs:
         logit_rows: list[int] = []
         shapes: list[tuple[int, int, int, int]] = []
         filters: list[tuple[float, int, float, float]] = []
-        seeds: list[int] = []
+        draws: list[float] = []
         for work in plan:
             sequence, start, count, drafts = work.sequence, work.start, work.count, work.drafts
             if work.source >= 0:
@@ -49,10 +48,11 @@ class StepInputs:
             if drafts:
                 tokens += drafts
             if work.samples:
-                rows = 1 + len(drafts)
-                logit_rows += range(len(tokens) - rows, len(tokens))
-                filters += [sequence.params.filters] * rows
-                seeds += [sequence.params.seed] * rows
+                params = sequence.params
+                for position in range(start + count, start + count + 1 + len(drafts)):
+                    filters.append(params.filters)
+                    draws.append(uniform(params.seed, position) if params.temperature else 0.0)
+                logit_rows += range(len(tokens) - 1 - len(drafts), len(tokens))
             shapes.append((start, count + len(drafts), sequence.row, sequence.prompt_length))
         start_of, size_of, row_of, prompt_of = np.array(shapes, dtype=np.int32).T
         query_starts = np.zeros(len(plan) + 1, dtype=np.int32)
@@ -61,7 +61,6 @@ class StepInputs:
         blocks = books.tables[np.repeat(row_of, size_of), positions // books.block_size]
         contexts = start_of + size_of
         width = -(-int(contexts.max()) // books.block_size)
-        sampled = np.array(logit_rows, dtype=np.int64)
         temperature, top_k, top_p, min_p = np.array(filters, dtype=np.float64).reshape(-1, 4).T.copy()
         return cls(
             token_ids=np.array(tokens, dtype=np.int64),
@@ -71,12 +70,12 @@ class StepInputs:
             context_lens=contexts,
             block_tables=books.tables[row_of, :width],
             prompt_tokens=positions < np.repeat(prompt_of, size_of),
-            logit_rows=sampled,
+            logit_rows=np.array(logit_rows, dtype=np.int64),
             temperature=temperature,
             top_k=top_k.astype(np.int64),
             top_p=top_p,
             min_p=min_p,
-            uniform=np.where(temperature > 0, uniforms(np.array(seeds, dtype=np.uint64), positions[sampled] + 1), 0.0),
+            uniform=np.array(draws, dtype=np.float64),
         )
 
 

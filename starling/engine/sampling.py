@@ -6,6 +6,7 @@ temperature and the filters of `Ops.sample`.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,24 +14,25 @@ import torch
 from starling.engine.scheduler import Work
 from starling.engine.sequence import SamplingParams
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits: the SplitMix64 mix (Steele et al. 2014) of seed and position."""
-    return float(uniforms(np.array([seed], dtype=np.uint64), np.array([position]))[0])
+    return (_mix(_stream(seed) + position * _GOLDEN) >> 11) * 2.0**-53
 
 
-def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """`uniform` of each pair: uint64 [n], integers [n] → float64 [n]. Sums and products are modulo 2^64."""
-    bits: np.ndarray = _mix(_mix(seeds + _GOLDEN) + positions.astype(np.uint64) * _GOLDEN) >> np.uint64(11)
-    return bits * 2.0**-53
+@lru_cache(maxsize=1024)  # every step asks, for every sequence
+def _stream(seed: int) -> int:
+    return _mix(seed + _GOLDEN)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _mix(x: int) -> int:
+    x &= _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
 
 
 @dataclass(frozen=True, slots=True)

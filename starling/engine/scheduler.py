@@ -186,10 +186,11 @@ class Scheduler:
 
     def _plan_decodes(self) -> list[Work] | None:
         plan: list[Work] = []
-        rows = sum(sequence.pending == 1 for sequence in self.running)
-        for sequence in list(self.running):
-            if sequence.pending != 1 or sequence.row < 0:
-                continue
+        decoding = [sequence for sequence in self.running if sequence.pending == 1]
+        rows = len(decoding)
+        for sequence in decoding:
+            if sequence.row < 0:
+                continue  # paused for an older one
             size = sequence.size
             drafts: list[int] = []
             if rows <= self.limits.speculative_rows and not sequence.unknown:
@@ -242,6 +243,8 @@ class Scheduler:
         return plan
 
     def _admit(self) -> None:
+        if not self.waiting:
+            return
         promised = sum(
             max(0, self._need(len(s.tokens) + 1) - self.cache.held(s)) for s in self.running if s.pending > 1
         )

@@ -112,7 +112,8 @@ class Sequence:
     @property
     def pending(self) -> int:
         """Tokens that the next steps must compute: 1 while decoding, 0 once its last token is in flight."""
-        return min(len(self.tokens) + self.unknown, self.longest - 1) - self.computed
+        size = len(self.tokens) + self.unknown
+        return (size if size < self.longest else self.longest - 1) - self.computed
 
     @property
     def generated(self) -> int:

@@ -284,6 +284,8 @@ DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
          (u32)half_fma(high_half(a), high_half(b), high_half(c)) << 16;
 }
 
+DEVICE float fast_exp2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+
 DEVICE float warp_sum(float x) {
   for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
   return x;

@@ -58,3 +58,11 @@ def test_the_last_block_adds_in_order(probe: EmulatedModule) -> None:
         assert counter.item() == 0
     assert len(found) == 1
     torch.testing.assert_close(total[0], x.sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_powers_of_two(probe: EmulatedModule) -> None:
+    x, y = torch.linspace(-130, 0, 32), torch.empty(32)
+    x[0] = -torch.inf
+    probe.launch("powers", (1, 1, 1), 32, 0, x, y)
+    torch.testing.assert_close(y, torch.where(x < -126, 0, x.exp2()), rtol=2**-22, atol=0)
+    assert y[-1] == 1

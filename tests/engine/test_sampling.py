@@ -116,21 +116,6 @@ def test_uniform_lies_in_its_range(seed: int, position: int) -> None:
     assert 0.0 <= uniform(seed, position) < 1.0
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**31 - 1)), min_size=1, max_size=5))
-def test_uniform_is_splitmix(pairs: list[tuple[int, int]]) -> None:
-    """As published, in exact integers."""
-
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-        return x ^ (x >> 31)
-
-    golden = 0x9E3779B97F4A7C15
-    for seed, position in pairs:
-        x = mix((mix((seed + golden) % 2**64) + position * golden) % 2**64)
-        assert uniform(seed, position) == (x >> 11) * 2.0**-53
-
-
 def chi_square(counts: Counter[int], expected: list[float], draws: int) -> float:
     return sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in enumerate(expected))
 

@@ -71,6 +71,13 @@ DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {  // a * b + c, rounded once
   return y;
 }
 
+// 2^x to within 2^-22 of it: exactly 1 at 0, 0 at minus infinity and wherever the result would be subnormal.
+DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // -- warps --------------------------------------------------------------------------------------------------------
 
 DEVICE float warp_sum(float x) {  // the same in every lane, and added in the same order

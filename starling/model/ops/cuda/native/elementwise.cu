@@ -1,4 +1,4 @@
-// A token's embedding; the other small operations join it.
+// A token's embedding, and the activation between gate|up and down.
 #include "device.h"
 
 // table fp16 [V][hidden] at ids [tokens] → out float32 [tokens][hidden]. An id below 0 is -(1 + row) of `sampled`, what
@@ -7,4 +7,20 @@ KERNEL(256) embed(const int* ids, const int* sampled, const half_t* table, float
   const int id = ids[blockIdx.x] >= 0 ? ids[blockIdx.x] : sampled[-1 - ids[blockIdx.x]];
   for (int i = threadIdx.x; i < hidden; i += blockDim.x)
     out[(i64)blockIdx.x * hidden + i] = half_to_float(table[(i64)id * hidden + i]);
+}
+
+// gate_up fp16 [tokens][2][width] → silu(gate) * up, fp16 [tokens][width]; eight elements a thread, rounded once.
+KERNEL(256) silu_and_mul(const half_t* gate_up, half_t* out, int tokens, int width) {
+  const int index = blockIdx.x * blockDim.x + threadIdx.x, pieces = width / 8, token = index / pieces;
+  if (token >= tokens) return;
+  const half_t* from = gate_up + (i64)token * 2 * width + index % pieces * 8;
+  const uint4 gate = *(const uint4*)from, up = *(const uint4*)(from + width);
+  const u32 gates[4] = {gate.x, gate.y, gate.z, gate.w}, ups[4] = {up.x, up.y, up.z, up.w};
+  u32 y[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float a = low_half(gates[i]), b = high_half(gates[i]);
+    y[i] = pack_halves(a / (1 + __expf(-a)) * low_half(ups[i]), b / (1 + __expf(-b)) * high_half(ups[i]));
+  }
+  *(uint4*)(out + (i64)index * 8) = make_uint4(y[0], y[1], y[2], y[3]);
 }

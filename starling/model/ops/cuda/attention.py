@@ -1,0 +1,185 @@
+"""Attention over the paged fp16 cache on a GPU: rotary and KV write, the plan of a step, attention itself."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from starling.model.batch import Batch
+from starling.model.ops.cuda.module import Module
+
+# As in native/attention.cu.
+THREADS = 128
+SPLIT = 128  # keys
+FEW_ROWS = 16  # of a tile (tokens times the heads of a group)
+MANY_ROWS = 64
+FEW_TOKENS = 16  # a request with more in a step is a prompt
+TILE_INTS = 8
+NO_WINDOW = 1 << 30
+RESERVED_SHARED_BYTES = 1 << 10  # what each block takes of a multiprocessor's shared memory beside its own
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What one step's layers share, on the device. See plan_attention in native/attention.cu."""
+
+    window: int
+    blocks: int  # of each layer's launch
+    counts: torch.Tensor  # int32 [2]
+    tiles: torch.Tensor  # int32 [tiles, TILE_INTS]
+    prompt_tiles: torch.Tensor  # int32 [tiles, TILE_INTS]
+    starts: torch.Tensor  # int32 [ranges, 3]
+    counters: torch.Tensor  # int32 [tiles, kv_heads]: 0 between launches
+
+
+class AttentionKernels:
+    """One model's attention on one device. What a token gets does not depend on the rest of its step, to the bit.
+
+    A token may be in a batch as padding: its slot is -1, and its request, after the real ones, has context 0 or no
+    tokens. Nothing is read or written for it, so its row of an output is whatever it was.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[str], Module],
+        device: torch.device,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        max_positions: int,
+        ranges: int | None = None,
+    ) -> None:
+        """`ranges`: into how many pieces a step's decodes are cut; None: as many as the device runs blocks at once."""
+        self._group = heads // kv_heads
+        assert heads == kv_heads * self._group and self._group <= FEW_ROWS, (heads, kv_heads)
+        assert head_dim % 16 == 0 and head_dim <= 128, head_dim
+        self._heads, self._kv_heads, self._dim = heads, kv_heads, head_dim
+        self._device = device
+        self._attention, self._rotary = load("attention"), load("rotary")
+        self._padded_dim = 64 if head_dim <= 64 else 128
+        self._scale = math.log2(math.e) / math.sqrt(head_dim)
+        self._ranges = ranges or _resident_blocks(device, self.shared_bytes)
+        self._max_splits = -(-max_positions // SPLIT)
+        # At most a (tile, head)'s splits in each range: 84 ranges (A40) of 64 splits (8,192 positions): 45 MB.
+        self._scratch = torch.empty(
+            self._ranges, self._max_splits, FEW_ROWS, self._padded_dim + 2, dtype=torch.float32, device=device
+        )
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block, as native/attention.cu lays it out."""
+        units = 4 * 2 * 32 * self._padded_dim * 2
+        parts = 4 * FEW_ROWS * (self._padded_dim + 8) * 4
+        return units + parts + 4 * FEW_ROWS * 2 * 4 + 16
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._scratch.numel() * self._scratch.element_size()
+
+    def plan(self, batch: Batch, window: int | None) -> AttentionPlan:
+        """The lists of work that every layer of a step goes through. Its sizes depend on the batch's shapes only."""
+        tokens, requests = batch.positions.numel(), batch.context_lens.numel()
+        few, many = FEW_ROWS // self._group, MANY_ROWS // self._group
+        tiles = min(tokens, requests * -(-FEW_TOKENS // few))
+        prompts = tokens // (FEW_TOKENS + 1)
+        prompt_tiles = tokens // many + prompts if prompts else 0
+        counters = torch.empty(tiles, self._kv_heads, dtype=torch.int32, device=self._device)
+        plan = AttentionPlan(
+            window=NO_WINDOW if window is None else window,
+            blocks=max(min(self._ranges, tiles * self._kv_heads * self._max_splits), prompt_tiles * self._kv_heads, 1),
+            counts=self._ints(2),
+            tiles=self._ints(tiles, TILE_INTS),
+            prompt_tiles=self._ints(prompt_tiles, TILE_INTS),
+            starts=self._ints(self._ranges, 3),
+            counters=counters,
+        )
+        self._attention.launch(
+            "plan_attention",
+            (1, 1, 1),
+            256,
+            3 * 256 * 4,
+            batch.query_starts,
+            batch.context_lens,
+            requests,
+            self._group,
+            self._kv_heads,
+            plan.window,
+            self._ranges,
+            plan.counts,
+            plan.tiles,
+            plan.prompt_tiles,
+            plan.starts,
+            plan.counters,
+        )
+        return plan
+
+    def rotate_and_cache(
+        self, qkv: torch.Tensor, batch: Batch, rotary: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """fp16 [T, (heads + 2 * kv_heads) * D] → q fp16 [T, heads, D] rotated; k and v go to the batch's slots."""
+        tokens, block_size = len(qkv), keys.shape[2]
+        q = torch.empty(tokens, self._heads, self._dim, dtype=torch.float16, device=qkv.device)
+        threads = tokens * (self._heads + 2 * self._kv_heads) * (self._dim // 16)
+        self._rotary.launch(
+            "rotate_and_cache",
+            (-(-threads // 128), 1, 1),
+            128,
+            0,
+            qkv,
+            batch.positions,
+            batch.slots,
+            rotary,
+            q,
+            keys,
+            values,
+            tokens,
+            self._heads,
+            self._kv_heads,
+            self._dim,
+            block_size,
+        )
+        return q
+
+    def attention(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, plan: AttentionPlan
+    ) -> torch.Tensor:
+        """fp16 [T, heads, D] over one layer's cache [blocks, kv_heads, block_size, D] → fp16 [T, heads * D]."""
+        out = torch.empty(len(q), self._heads * self._dim, dtype=torch.float16, device=q.device)
+        self._attention.launch(
+            f"attention_{self._padded_dim}",
+            (plan.blocks, 1, 1),
+            THREADS,
+            self.shared_bytes,
+            q,
+            keys,
+            values,
+            out,
+            batch.block_tables,
+            batch.block_tables.shape[1],
+            self._heads,
+            self._kv_heads,
+            self._dim,
+            keys.shape[2],
+            plan.window,
+            self._scale,
+            plan.counts,
+            plan.tiles,
+            plan.prompt_tiles,
+            plan.starts,
+            plan.counters,
+            self._scratch,
+            self._max_splits,
+            self._ranges,
+        )
+        return out
+
+    def _ints(self, *shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.int32, device=self._device)
+
+
+def _resident_blocks(device: torch.device, shared_bytes: int) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    each = properties.shared_memory_per_multiprocessor // (shared_bytes + RESERVED_SHARED_BYTES)
+    # Registers: 255 of each thread, so two blocks of a multiprocessor's 65,536.
+    return int(properties.multi_processor_count) * max(1, min(2, each))

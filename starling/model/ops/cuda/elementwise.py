@@ -1,0 +1,27 @@
+"""The small operations of a GPU: a token's embedding, and the activation between gate|up and down."""
+
+from collections.abc import Callable
+
+import torch
+
+from starling.model.ops.cuda.module import Module
+
+
+class ElementwiseKernels:
+    def __init__(self, load: Callable[[str], Module]) -> None:
+        self._module = load("elementwise")
+
+    def embed(self, ids: torch.Tensor, sampled: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """int32 [T], fp16 [V, H] → float32 [T, H]. An id below 0 is -(1 + row) of `sampled` (int32)."""
+        out = torch.empty(len(ids), table.shape[1], dtype=torch.float32, device=table.device)
+        self._module.launch("embed", (len(ids), 1, 1), 256, 0, ids, sampled, table, out, table.shape[1])
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """fp16 [T, 2 * I] → silu(first half) * second half, fp16 [T, I]; I a multiple of 8."""
+        tokens, width = len(gate_up), gate_up.shape[1] // 2
+        assert width % 8 == 0, width
+        out = torch.empty(tokens, width, dtype=torch.float16, device=gate_up.device)
+        blocks = -(-tokens * width // 8 // 256)
+        self._module.launch("silu_and_mul", (blocks, 1, 1), 256, 0, gate_up, out, tokens, width)
+        return out

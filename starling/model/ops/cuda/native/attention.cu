@@ -1,0 +1,601 @@
+// Attention over a paged cache of fp16 keys and values, for a step's mix of decodes, drafts and prompt chunks.
+//
+// What a token gets does not depend on the rest of the step, to the bit, because the order of its sums is fixed by the
+// absolute positions of its keys, and so is every rounding:
+//   a unit is 32 keys (a multiple of 32 and the 31 after it): scores on tensor cores, softmax against the unit's own
+//   largest score, weights rounded to fp16, their product with the values from zero;
+//   a split is 4 units (128 keys), folded in order; a token's splits are folded in order. Folding (m, l, a), the
+//   largest score, the sum of weights and the weighted values, keeps whichever m is larger. A unit or a split that a
+//   token cannot see folds as nothing, exactly: its weights are 0 and the scale of what came before is 2^0.
+// Who computes which part is then free:
+//   few rows (a request with at most 16 tokens in this step): a tile is 16 rows (token, head of the group) of one
+//   request; the list of its (tile, KV head, split) items is cut into as many equal ranges as blocks are resident. A
+//   block's four warps take one unit each, and fetch the next item's keys as soon as they have read this one's. A (tile,
+//   head) within one range is folded in registers and written out; for one that is cut, the block with its first
+//   split leaves what it folded in scratch, the others leave each split, and the last block to arrive folds them.
+//   many rows (prompts): a block takes 64 rows of one KV head, 16 a warp, through all their keys, two units at a time.
+//
+// Keys outside of what the tile may see are zeros in shared memory, and their blocks are not read: masked weights are 0,
+// and 0 times whatever an unused block holds must not be NaN.
+//
+// Few rows, D = 128: a KV head's position is 512 bytes, read once, by 16-byte asynchronous copies of whole 256-byte
+// rows. 64 KiB a block are in flight at the start and at least 32 KiB always, one block per multiprocessor on an A40,
+// two on an H100: 2.7 MB and 8.6 MB, of which 0.4 and 2.4 MB fill the memory. Tensor work per 128 keys is 64 products
+// of 16 x 8 x 16 per warp: 1,024 cycles on GA102, 0.6 us, where the memory of an A40 needs 7.9 us per multiprocessor for
+// the same 64 KiB. So at 4,096 positions a layer should take its 16.8 MB / bandwidth (24 us on an A40) and 3 to 4 us of
+// start, first latency and last fold. Of 128 positions it takes only those: 8 blocks fetch 64 KiB each, once.
+#include "device.h"
+
+constexpr int kThreads = 128;
+constexpr int kUnit = 32;               // keys
+constexpr int kSplit = 4 * kUnit;       // a unit for each warp
+constexpr int kStage = 2 * kUnit;       // keys that a prompt's block fetches at once
+constexpr int kFewRows = 16;            // of a tile
+constexpr int kManyRows = 64;
+constexpr int kFewTokens = 16;          // a request with more of them in a step is a prompt
+
+DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
+
+struct Step {
+  const half_t* q;       // [tokens][heads][dim]
+  const half_t* keys;    // [blocks][kv_heads][block_size][dim]
+  const half_t* values;
+  half_t* out;           // [tokens][heads][dim]
+  const int* tables;     // [requests][table_width]
+  int table_width, heads, kv_heads, dim, block_size, window;
+  float scale;           // log2(e) / sqrt(dim): weights are powers of two
+
+  __device__ __forceinline__ int group() const { return heads / kv_heads; }
+};
+
+// Consecutive tokens of one request, with the heads of a KV head's group: row r is token r / group, head r % group.
+struct alignas(16) Tile {
+  int token, tokens, position, request;       // first of the step's tokens, how many, the first one's position
+  int first_split, splits, first_item, none;  // what they see; where their items begin (few rows only)
+
+  __device__ __forceinline__ int end() const { return position + tokens; }
+  __device__ __forceinline__ int first_seen(int window) const { return max(0, position - window + 1); }
+};
+
+// -- a unit -------------------------------------------------------------------------------------------------------
+
+template <int D> constexpr int kUnitBytes = kUnit * D * 2;
+
+// Bytes to 8 dimensions of a key in a unit; exclusive or, so that the 8 rows of a matrix lie in different banks.
+template <int D> DEVICE int place(int key, int piece) { return (key * (D / 8) + (piece ^ (key & 7))) * 16; }
+
+// Where a position's key and value lie, in 16-byte pieces; -1 where the tile may not see it.
+DEVICE int cache_row(const Step& step, const Tile& tile, int head, int position) {
+  if (position < tile.first_seen(step.window) || position >= tile.end()) return -1;
+  const int block = step.tables[(i64)tile.request * step.table_width + position / step.block_size];
+  const int row = (block * step.kv_heads + head) * step.block_size + position % step.block_size;
+  return block < 0 ? -1 : row * (step.dim / 8);
+}
+
+// A warp's copy of a unit's keys or values; `row` is the cache_row of the lane's own key.
+template <int D> DEVICE void copy_unit(u8* to, const half_t* cache, int row, int dim) {
+  constexpr int kPieces = D / 8, kRows = 32 / kPieces;
+  const int lane = threadIdx.x % 32, piece = lane % kPieces;
+#pragma unroll
+  for (int first = 0; first < kUnit; first += kRows) {
+    const int key = first + lane / kPieces;
+    const int at = __shfl_sync(0xffffffffu, row, key);
+    const bool valid = at >= 0 && 8 * piece < dim;
+    copy_async(to + place<D>(key, piece), cache + (valid ? (i64)(at + piece) * 8 : 0), valid);
+  }
+}
+
+// What a thread knows of its two rows, lane / 4 and 8 more: the positions from `first` to `last` that each sees.
+struct Rows {
+  int first[2], last[2];
+};
+
+// Queries of 16 rows as fragments. Rows that are no token's are zeros and see nothing.
+template <int D>
+DEVICE Rows load_queries(u32 (&q)[D / 16][4], const Step& step, const Tile& tile, int head, int first_row) {
+  const int lane = threadIdx.x % 32, group = step.group();
+  Rows rows;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = first_row + 8 * half + lane / 4, token = row / group;
+    const bool valid = token < tile.tokens;
+    const i64 at = ((i64)(tile.token + token) * step.heads + head * group + row % group) * step.dim;
+    const u32* from = (const u32*)(step.q + (valid ? at : 0));
+#pragma unroll
+    for (int j = 0; j < D / 16; j++) {
+      q[j][half] = valid && 16 * j < step.dim ? from[8 * j + lane % 4] : 0;
+      q[j][half + 2] = valid && 16 * j < step.dim ? from[8 * j + 4 + lane % 4] : 0;
+    }
+    rows.last[half] = valid ? tile.position + token : -1;
+    rows.first[half] = max(0, rows.last[half] - step.window + 1);
+  }
+  return rows;
+}
+
+// Dot products of 16 queries and a unit's keys.
+template <int D> DEVICE void multiply_keys(float (&scores)[4][4], const u32 (&q)[D / 16][4], const u8* keys) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < 4; n++) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0;
+#pragma unroll
+  for (int j = 0; j < D / 16; j++) {
+#pragma unroll
+    for (int n = 0; n < 4; n += 2) {
+      u32 m[4];
+      load_matrices(m, keys + place<D>(8 * n + lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2));
+      mma_16x8x16(scores[n], q[j], {m[0], m[1]});
+      mma_16x8x16(scores[n + 1], q[j], {m[2], m[3]});
+    }
+  }
+}
+
+// Scores → weights as fragments, each row's largest score (times scale) and its sum of weights.
+DEVICE void soften(float (&scores)[4][4], u32 (&weights)[2][4], float (&top)[2], float (&sum)[2], int position,
+                   const Rows& rows, float scale) {
+  const int column = position + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float largest = minus_infinity();
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float& score = scores[i / 2][2 * half + i % 2];
+      const int at = column + i / 2 * 8 + i % 2;
+      if (at < rows.first[half] || at > rows.last[half]) score = minus_infinity();
+      largest = fmaxf(largest, score);
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    top[half] = largest * scale;
+    const float base = largest == minus_infinity() ? 0.0f : top[half];
+    sum[half] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float& score = scores[i / 2][2 * half + i % 2];
+      score = fast_exp2(fmaf(score, scale, -base));
+      sum[half] += score;
+    }
+    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
+    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+  }
+#pragma unroll
+  for (int j = 0; j < 2; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      weights[j][i] = pack_halves(scores[2 * j + i / 2][i % 2 * 2], scores[2 * j + i / 2][i % 2 * 2 + 1]);
+}
+
+// Weights times a unit's values: use(n, product) of the dimensions 8n to 8n + 7.
+template <int D, class Use> DEVICE void multiply_values(const u32 (&weights)[2][4], const u8* values, Use use) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < D / 8; n += 2) {
+    float products[2][4] = {};
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      u32 m[4];
+      load_matrices_transposed(m, values + place<D>(16 * j + lane % 16, n + lane / 16));
+      mma_16x8x16(products[0], weights[j], {m[0], m[1]});
+      mma_16x8x16(products[1], weights[j], {m[2], m[3]});
+    }
+    use(n, products[0]);
+    use(n + 1, products[1]);
+  }
+}
+
+// How a row's sums so far and what joins them are scaled.
+struct Scales {
+  float old, fresh;
+};
+
+// Products and sums are rounded as written here, in every place, whatever the compiler might like to contract.
+DEVICE float join(float old, float fresh, Scales scales) { return fmaf(old, scales.old, fresh * scales.fresh); }
+
+DEVICE Scales fold(float& top, float& sum, float fresh_top, float fresh_sum) {
+  const float larger = fmaxf(top, fresh_top), base = larger == minus_infinity() ? 0.0f : larger;
+  const Scales scales = {fast_exp2(top - base), fast_exp2(fresh_top - base)};
+  top = larger;
+  sum = join(sum, fresh_sum, scales);
+  return scales;
+}
+
+// -- many rows ----------------------------------------------------------------------------------------------------
+
+template <int D> DEVICE void attend_many(const Step& step, const Tile& tile, int head) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = step.group();
+  const int first_row = 16 * warp, dim = step.dim;
+  u8* shared = shared_memory();
+  // A stage holds keys of two units, then values of them; each warp copies one of the four.
+  const auto fetch = [&](int stage) {
+    const int row = cache_row(step, tile, head, stage * kStage + warp % 2 * kUnit + lane);
+    copy_unit<D>(shared + (stage % 2 * 4 + warp) * kUnitBytes<D>, warp < 2 ? step.keys : step.values, row, dim);
+    copy_async_commit();
+  };
+  const int first_stage = tile.first_seen(step.window) / kStage, last_stage = (tile.end() - 1) / kStage;
+  fetch(first_stage);
+
+  u32 q[D / 16][4];
+  const Rows rows = load_queries<D>(q, step, tile, head, first_row);
+  const int first_token = first_row / group, last_token = min((first_row + 15) / group, tile.tokens - 1);
+  const bool idle = first_token > last_token;
+  const int last_seen = tile.position + last_token;
+  const int first_seen = max(0, tile.position + first_token - step.window + 1);
+
+  float top[2], sum[2], a[D / 8][4];            // of this split
+  float all_top[2], all_sum[2], all[D / 8][4];  // of the splits before
+  const auto clear = [](float(&t)[2], float(&s)[2], float(&x)[D / 8][4]) {
+    t[0] = t[1] = minus_infinity();
+    s[0] = s[1] = 0;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0;
+  };
+  clear(top, sum, a);
+  clear(all_top, all_sum, all);
+
+  for (int stage = first_stage; stage <= last_stage; stage++) {
+    if (stage < last_stage) {
+      fetch(stage + 1);
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    __syncthreads();
+    for (int unit = 0; unit < 2; unit++) {
+      const int position = stage * kStage + unit * kUnit;
+      if (idle || position > last_seen || position + kUnit <= first_seen) continue;
+      const u8* keys = shared + (stage % 2 * 4 + unit) * kUnitBytes<D>;
+      float scores[4][4], unit_top[2], unit_sum[2];
+      u32 weights[2][4];
+      multiply_keys<D>(scores, q, keys);
+      soften(scores, weights, unit_top, unit_sum, position, rows, step.scale);
+      const Scales low = fold(top[0], sum[0], unit_top[0], unit_sum[0]);
+      const Scales high = fold(top[1], sum[1], unit_top[1], unit_sum[1]);
+      multiply_values<D>(weights, keys + 2 * kUnitBytes<D>, [&](int n, const float(&product)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[n][i] = join(a[n][i], product[i], i < 2 ? low : high);
+      });
+    }
+    if ((stage + 1) * kStage % kSplit == 0 || stage == last_stage) {
+      const Scales low = fold(all_top[0], all_sum[0], top[0], sum[0]);
+      const Scales high = fold(all_top[1], all_sum[1], top[1], sum[1]);
+#pragma unroll
+      for (int n = 0; n < D / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) all[n][i] = join(all[n][i], a[n][i], i < 2 ? low : high);
+      clear(top, sum, a);
+    }
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = first_row + 8 * half + lane / 4, token = row / group;
+    if (token >= tile.tokens) continue;
+    const float inverse = 1.0f / all_sum[half];
+    u32* out = (u32*)(step.out + ((i64)(tile.token + token) * step.heads + head * group + row % group) * dim);
+#pragma unroll
+    for (int n = 0; n < D / 8; n++)
+      if (8 * n < dim)
+        out[4 * n + lane % 4] = pack_halves(all[n][2 * half] * inverse, all[n][2 * half + 1] * inverse);
+  }
+}
+
+// -- few rows -----------------------------------------------------------------------------------------------------
+
+// Items are cut into `ranges` equal ranges, none of them empty.
+struct Ranges {
+  int items, ranges;
+
+  __device__ __forceinline__ int start(int range) const { return (int)((i64)range * items / ranges); }
+  __device__ __forceinline__ int of(int item) const { return (int)((((i64)item + 1) * ranges - 1) / items); }
+};
+
+// One item of the list, which goes through the splits of a (tile, head), then the heads, then the tiles.
+struct Item {
+  Tile tile;
+  int index, head, split;  // of the tile in its list; of the tile's splits
+
+  __device__ __forceinline__ bool last_split() const { return split == tile.splits - 1; }
+  __device__ __forceinline__ int position() const { return (tile.first_split + split) * kSplit; }
+};
+
+DEVICE Item following(Item item, const Tile* tiles, int kv_heads) {
+  if (++item.split < item.tile.splits) return item;
+  item.split = 0;
+  if (++item.head < kv_heads) return item;
+  item.head = 0;
+  item.tile = tiles[++item.index];
+  return item;
+}
+
+// Part of a tile's rows: a thread keeps four dimensions of every kStep-th row.
+template <int D> struct Share {
+  static constexpr int kColumns = D / 4, kStep = kThreads / kColumns, kCount = kFewRows / kStep;
+  float top[kCount], sum[kCount], a[kCount][4];
+
+  static __device__ __forceinline__ int row(int k) { return threadIdx.x / kColumns + k * kStep; }
+  static __device__ __forceinline__ int column() { return threadIdx.x % kColumns * 4; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int k = 0; k < kCount; k++) {
+      top[k] = minus_infinity();
+      sum[k] = a[k][0] = a[k][1] = a[k][2] = a[k][3] = 0;
+    }
+  }
+  __device__ __forceinline__ void add(int k, float fresh_top, float fresh_sum, float4 fresh) {
+    const Scales scales = fold(top[k], sum[k], fresh_top, fresh_sum);
+    a[k][0] = join(a[k][0], fresh.x, scales);
+    a[k][1] = join(a[k][1], fresh.y, scales);
+    a[k][2] = join(a[k][2], fresh.z, scales);
+    a[k][3] = join(a[k][3], fresh.w, scales);
+  }
+};
+
+// Shared memory: a unit's keys and values for each warp, then each warp's weighted values [16][D + 8] float32 (8 more, so
+// that a fragment's rows lie in different banks), its largest scores and sums [16][2], and a word.
+template <int D> constexpr int kPartStride = D + 8;
+template <int D> constexpr int kPartsAt = 8 * kUnitBytes<D>;
+template <int D> constexpr int kStatsAt = kPartsAt<D> + 4 * kFewRows * kPartStride<D> * 4;
+template <int D> constexpr int kWordAt = kStatsAt<D> + 4 * kFewRows * 2 * 4;
+
+// Scratch: for each range `slots` slots of [16][D] weighted values and [16][2] largest scores and sums. Slot 0 is what
+// was folded from a first split on; slot 1 + i the i-th item of the range alone.
+template <int D> constexpr int kSlot = kFewRows * (D + 2);
+
+template <int D> DEVICE void leave(float* slot, int rows, int k, float top, float sum, float4 a) {
+  const int row = Share<D>::row(k), column = Share<D>::column();
+  if (row >= rows) return;
+  *(float4*)(slot + row * D + column) = a;
+  if (column == 0) *(float2*)(slot + kFewRows * D + 2 * row) = make_float2(top, sum);
+}
+
+// Folds what the blocks of a (tile, head) left, in the order of splits; `items` are its first one and the end.
+template <int D>
+DEVICE void fold_left(Share<D>& share, const float* scratch, int slots, Ranges ranges, int first, int end, int rows) {
+  const int first_range = ranges.of(first), alone = ranges.start(first_range + 1);
+  const int count = 1 + end - alone;
+  constexpr int kAtOnce = 4;  // loads under way
+  share.clear();
+#pragma unroll
+  for (int k = 0; k < Share<D>::kCount; k++) {
+    const int row = Share<D>::row(k);
+    if (row >= rows) continue;
+    for (int base = 0; base < count; base += kAtOnce) {
+      float2 stats[kAtOnce];
+      float4 a[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        const int item = alone + min(base + i, count - 1) - 1, range = ranges.of(item);
+        const i64 slot = base + i == 0 ? (i64)first_range * slots : (i64)range * slots + 1 + item - ranges.start(range);
+        stats[i] = *(const float2*)(scratch + slot * kSlot<D> + kFewRows * D + 2 * row);
+        a[i] = *(const float4*)(scratch + slot * kSlot<D> + row * D + Share<D>::column());
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (base + i < count) share.add(k, stats[i].x, stats[i].y, a[i]);
+    }
+  }
+}
+
+template <int D> DEVICE void write_out(const Step& step, const Tile& tile, int head, const Share<D>& share) {
+  const int group = step.group(), column = Share<D>::column();
+#pragma unroll
+  for (int k = 0; k < Share<D>::kCount; k++) {
+    const int row = Share<D>::row(k), token = row / group;
+    if (token >= tile.tokens || column >= step.dim) continue;
+    const i64 at = ((i64)(tile.token + token) * step.heads + head * group + row % group) * step.dim + column;
+    const float inverse = 1.0f / share.sum[k];
+    *(uint2*)(step.out + at) = make_uint2(pack_halves(share.a[k][0] * inverse, share.a[k][1] * inverse),
+                                          pack_halves(share.a[k][2] * inverse, share.a[k][3] * inverse));
+  }
+}
+
+template <int D>
+DEVICE void attend_few(const Step& step, const Tile* tiles, const int* starts, Ranges ranges, u32* counters,
+                       float* scratch, int slots) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  u8* keys = shared_memory() + 2 * warp * kUnitBytes<D>;
+  u8* values = keys + kUnitBytes<D>;
+  float* parts = (float*)(shared_memory() + kPartsAt<D>);
+  float* stats = (float*)(shared_memory() + kStatsAt<D>);
+  int* word = (int*)(shared_memory() + kWordAt<D>);
+
+  const int range = blockIdx.x, begin = ranges.start(range), end = ranges.start(range + 1);
+  Item item;
+  item.index = starts[3 * range];
+  item.head = starts[3 * range + 1];
+  item.split = starts[3 * range + 2];
+  item.tile = tiles[item.index];
+  const auto row_of = [&](const Item& it) {
+    return cache_row(step, it.tile, it.head, it.position() + warp * kUnit + lane);
+  };
+  int row = row_of(item);
+  copy_unit<D>(keys, step.keys, row, step.dim);
+  copy_async_commit();
+  copy_unit<D>(values, step.values, row, step.dim);
+  copy_async_commit();
+
+  u32 q[D / 16][4];
+  Rows rows;
+  Share<D> share;
+  bool from_first = false;  // share holds the (tile, head)'s splits from the first one on
+  for (int at = begin; at < end; at++) {
+    const bool more = at + 1 < end;
+    const Item next = more ? following(item, tiles, step.kv_heads) : item;
+    row = more ? row_of(next) : -1;
+    const int used = item.tile.tokens * step.group();
+    if (at == begin || item.split == 0) {
+      rows = load_queries<D>(q, step, item.tile, item.head, 0);
+      from_first = item.split == 0;
+      share.clear();
+    }
+
+    // Groups of copies complete in order: this item's keys and values, the next one's keys and values.
+    float scores[4][4], top[2], sum[2];
+    u32 weights[2][4];
+    copy_async_wait<1>();
+    __syncwarp();
+    multiply_keys<D>(scores, q, keys);
+    __syncwarp();
+    if (more) copy_unit<D>(keys, step.keys, row, step.dim);
+    copy_async_commit();
+    soften(scores, weights, top, sum, item.position() + warp * kUnit, rows, step.scale);
+    copy_async_wait<1>();
+    __syncthreads();  // and nobody reads the parts of the item before
+    multiply_values<D>(weights, values, [&](int n, const float(&product)[4]) {
+      float* part = parts + (warp * kFewRows + g) * kPartStride<D> + 8 * n + 2 * t;
+      if (g < used) *(float2*)part = make_float2(product[0], product[1]);
+      if (g + 8 < used) *(float2*)(part + 8 * kPartStride<D>) = make_float2(product[2], product[3]);
+    });
+    if (t == 0) {
+      *(float2*)(stats + 2 * (warp * kFewRows + g)) = make_float2(top[0], sum[0]);
+      *(float2*)(stats + 2 * (warp * kFewRows + g + 8)) = make_float2(top[1], sum[1]);
+    }
+    __syncthreads();
+    if (more) copy_unit<D>(values, step.values, row, step.dim);
+    copy_async_commit();
+
+#pragma unroll
+    for (int k = 0; k < Share<D>::kCount; k++) {
+      const int r = Share<D>::row(k);
+      if (r >= used) continue;
+      float split_top = minus_infinity(), split_sum = 0;
+      float4 a = make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int w = 0; w < 4; w++) {
+        const float2 unit = *(const float2*)(stats + 2 * (w * kFewRows + r));
+        const float4 part = *(const float4*)(parts + (w * kFewRows + r) * kPartStride<D> + Share<D>::column());
+        const Scales scales = fold(split_top, split_sum, unit.x, unit.y);
+        a = make_float4(join(a.x, part.x, scales), join(a.y, part.y, scales), join(a.z, part.z, scales),
+                        join(a.w, part.w, scales));
+      }
+      if (from_first) share.add(k, split_top, split_sum, a);
+      else leave<D>(scratch + ((i64)range * slots + 1 + at - begin) * kSlot<D>, used, k, split_top, split_sum, a);
+    }
+
+    if (item.last_split() || !more) {
+      bool whole = from_first && item.last_split();
+      if (!whole) {
+        if (from_first) {
+#pragma unroll
+          for (int k = 0; k < Share<D>::kCount; k++)
+            leave<D>(scratch + (i64)range * slots * kSlot<D>, used, k, share.top[k], share.sum[k],
+                     make_float4(share.a[k][0], share.a[k][1], share.a[k][2], share.a[k][3]));
+        }
+        const int first = item.tile.first_item + item.head * item.tile.splits, past = first + item.tile.splits;
+        const u32 blocks = ranges.of(past - 1) - ranges.of(first) + 1;
+        whole = last_to_arrive(counters + item.index * step.kv_heads + item.head, blocks, word);
+        if (whole) fold_left<D>(share, scratch, slots, ranges, first, past, used);
+      }
+      if (whole) write_out<D>(step, item.tile, item.head, share);
+    }
+    item = next;
+  }
+}
+
+// `counts`: items of the few-row tiles, prompt tiles. Blocks take prompt tiles in turn, then their range of items.
+template <int D>
+DEVICE void attend(const Step& step, const int* counts, const Tile* tiles, const Tile* prompt_tiles, const int* starts,
+                   u32* counters, float* scratch, int slots, int max_ranges) {
+  const int prompt_items = counts[1] * step.kv_heads;
+  for (int i = blockIdx.x; i < prompt_items; i += gridDim.x)
+    attend_many<D>(step, prompt_tiles[i / step.kv_heads], i % step.kv_heads);
+  const Ranges ranges = {counts[0], min(counts[0], max_ranges)};
+  if ((int)blockIdx.x < ranges.ranges) attend_few<D>(step, tiles, starts, ranges, counters, scratch, slots);
+}
+
+#define PARAMETERS                                                                                                    \
+  const half_t *q, const half_t *keys, const half_t *values, half_t *out, const int *tables, int table_width,         \
+      int heads, int kv_heads, int dim, int block_size, int window, float scale, const int *counts, const int *tiles, \
+      const int *prompt_tiles, const int *starts, u32 *counters, float *scratch, int slots, int max_ranges
+#define STEP {q, keys, values, out, tables, table_width, heads, kv_heads, dim, block_size, window, scale}
+#define LISTS counts, (const Tile*)tiles, (const Tile*)prompt_tiles, starts, counters, scratch, slots, max_ranges
+
+KERNEL(kThreads) attention_64(PARAMETERS) { attend<64>(STEP, LISTS); }    // heads of up to 64 dimensions
+KERNEL(kThreads) attention_128(PARAMETERS) { attend<128>(STEP, LISTS); }  // and up to 128
+
+// -- the plan of a step -------------------------------------------------------------------------------------------
+
+// One block makes the lists that all layers' attention reads. `starts` [ranges][3]: tile, head and split of each range's
+// first item. `counters` becomes 0 for each (tile, KV head).
+KERNEL(256) plan_attention(const int* query_starts, const int* context_lens, int requests, int group, int kv_heads,
+                           int window, int max_ranges, int* counts, int* tiles_at, int* prompt_tiles_at, int* starts,
+                           u32* counters) {
+  Tile* tiles = (Tile*)tiles_at;
+  Tile* prompt_tiles = (Tile*)prompt_tiles_at;
+  int* totals = (int*)shared_memory();  // [3][256]: tiles, items, prompt tiles of the requests up to a thread's own
+  const int thread = threadIdx.x, few = kFewRows / group, many = kManyRows / group;
+  int before[3] = {};
+  for (int base = 0; base < requests; base += blockDim.x) {
+    const int request = base + thread;
+    int tokens = 0, context = 0, first_token = 0;
+    if (request < requests) {
+      first_token = query_starts[request];
+      context = context_lens[request];
+      tokens = context > 0 ? query_starts[request + 1] - first_token : 0;
+    }
+    const bool prompt = tokens > kFewTokens;
+    const int each = prompt ? many : few, count = (tokens + each - 1) / each;
+    const auto tile_of = [&](int i) {
+      Tile tile;
+      tile.token = first_token + i * each;
+      tile.tokens = min(each, tokens - i * each);
+      tile.position = context - tokens + i * each;
+      tile.request = request;
+      tile.first_split = tile.first_seen(window) / kSplit;
+      tile.splits = (tile.end() - 1) / kSplit + 1 - tile.first_split;
+      tile.first_item = tile.none = 0;
+      return tile;
+    };
+    int own[3] = {prompt ? 0 : count, 0, prompt ? count : 0};
+    if (!prompt)
+      for (int i = 0; i < count; i++) own[1] += tile_of(i).splits * kv_heads;
+
+    for (int j = 0; j < 3; j++) totals[j * 256 + thread] = own[j];
+    __syncthreads();
+    for (int back = 1; back < 256; back *= 2) {
+      int sum[3];
+      for (int j = 0; j < 3; j++) sum[j] = totals[j * 256 + thread] + (thread >= back ? totals[j * 256 + thread - back] : 0);
+      __syncthreads();
+      for (int j = 0; j < 3; j++) totals[j * 256 + thread] = sum[j];
+      __syncthreads();
+    }
+    int at[3];  // where this request's begin
+    for (int j = 0; j < 3; j++) at[j] = before[j] + totals[j * 256 + thread] - own[j];
+    for (int j = 0; j < 3; j++) before[j] += totals[j * 256 + 255];
+    __syncthreads();
+
+    for (int i = 0; i < count; i++) {
+      Tile tile = tile_of(i);
+      if (prompt) {
+        prompt_tiles[at[2] + count - 1 - i] = tile;  // the longest first
+      } else {
+        tile.first_item = at[1];
+        at[1] += tile.splits * kv_heads;
+        tiles[at[0] + i] = tile;
+      }
+    }
+  }
+  if (thread == 0) {
+    counts[0] = before[1];
+    counts[1] = before[2];
+  }
+  __syncthreads();
+
+  const int count = before[0];
+  for (int i = thread; i < count * kv_heads; i += blockDim.x) counters[i] = 0;
+  const Ranges ranges = {before[1], min(before[1], max_ranges)};
+  for (int range = thread; range < ranges.ranges; range += blockDim.x) {
+    const int item = ranges.start(range);
+    int low = 0, high = count - 1;  // the last tile that begins at or before the item
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (tiles[middle].first_item <= item) low = middle;
+      else high = middle - 1;
+    }
+    const int inside = item - tiles[low].first_item;
+    starts[3 * range] = low;
+    starts[3 * range + 1] = inside / tiles[low].splits;
+    starts[3 * range + 2] = inside % tiles[low].splits;
+  }
+}
