@@ -12,7 +12,12 @@ from starling.model.batch import Batch
 from starling.model.checkpoint import Checkpoint, open_checkpoint
 from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
+from starling.model.memory import check_fits, free_bytes
 from starling.model.ops import FusedLayers, Ops, Packed
+from starling.model.staging import Staging
+
+
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,13 @@ class Mistral:
         `cache_folders`: where repacked weights may be kept, best first; None for packed_cache's choice.
         """
         config = ModelConfig.from_folder(folder)
-        with open_checkpoint(folder, config) as checkpoint:
+        staging = None
+        if ops.device.type == "cuda":
+            positions = min(config.sliding_window or config.max_position_embeddings, config.max_position_embeddings)
+            least = KVCache.bytes_per_block(config, positions, ops.kv_dtype)
+            check_fits(free_bytes(ops.device), sum(p.stat().st_size for p in folder.glob("*.safetensors")), least)
+            staging = Staging(ops.device)
+        with open_checkpoint(folder, config, staging) as checkpoint:
             if ops.layout is None or cache_folders == ():
                 weights = dict(_repack(checkpoint, ops))
             else:
@@ -85,17 +96,15 @@ class Mistral:
         ops, config = self.ops, self.config
         x = ops.embed(batch.token_ids, self.embedding)
         if isinstance(ops, FusedLayers):
-            x, residual = ops.run_layers(
+            x = ops.run_layers(
                 x, self.layers, batch, cache.keys, cache.values, self.rotary, config.sliding_window, config.rms_norm_eps
             )
         else:
-            x, residual = self.run_layers(x, batch, cache)
-        rows = batch.logit_rows
-        x, _ = ops.add_rms_norm(x[rows], residual[rows], self.norm, config.rms_norm_eps)
-        return ops.head(x, self.head)
+            x = self.run_layers(x, batch, cache)
+        return ops.head(ops.rms_norm(x[batch.logit_rows], self.norm, config.rms_norm_eps), self.head)
 
-    def run_layers(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings → (what the last layer adds, the residual before it). Defines what FusedLayers must equal."""
+    def run_layers(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Embeddings → the residual stream behind the last layer. Defines what FusedLayers must equal."""
         ops, eps = self.ops, self.config.rms_norm_eps
         residual = x
         for i, layer in enumerate(self.layers):
@@ -111,7 +120,7 @@ class Mistral:
             x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
             gate_up = ops.awq_linear(x, layer.gate_up, batch.prompt_tokens)
             x = ops.awq_linear(ops.silu_and_mul(gate_up), layer.down, batch.prompt_tokens)
-        return x, residual
+        return x + residual
 
 
 def rotary_table(config: ModelConfig) -> torch.Tensor:
@@ -128,7 +137,8 @@ def _repack(checkpoint: Checkpoint, ops: Ops) -> Iterator[tuple[str, Packed]]:
 
     def linears(index: int, *names: str) -> Packed:
         stem = f"model.layers.{index}"
-        return ops.pack_awq(concatenate([checkpoint.linear(f"{stem}.{name}") for name in names]))
+        whole = concatenate([checkpoint.linear(f"{stem}.{name}") for name in names])
+        return ops.pack_awq(whole, paired=names == GATE_UP)
 
     embedding = checkpoint.tensor("model.embed_tokens.weight")
     yield "embedding", {"weight": embedding}
@@ -138,7 +148,7 @@ def _repack(checkpoint: Checkpoint, ops: Ops) -> Iterator[tuple[str, Packed]]:
         yield f"{i}.qkv", linears(i, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         yield f"{i}.out", linears(i, "self_attn.o_proj")
         yield f"{i}.post_attention_norm", {"weight": checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight")}
-        yield f"{i}.gate_up", linears(i, "mlp.gate_proj", "mlp.up_proj")
+        yield f"{i}.gate_up", linears(i, *GATE_UP)
         yield f"{i}.down", linears(i, "mlp.down_proj")
     yield "norm", {"weight": checkpoint.tensor("model.norm.weight")}
     tied = checkpoint.config.tie_word_embeddings

@@ -1,11 +1,14 @@
 """The same few operations, once per device; `reference.py` is what they mean."""
 
+import logging
 from typing import Literal
 
 import torch
 
 from starling.errors import DeviceError
 from starling.model.ops.interface import FusedLayers, Ops, Packed
+
+log = logging.getLogger(__name__)
 
 __all__ = ["FusedLayers", "Ops", "Packed", "choose_ops"]
 
@@ -16,9 +19,15 @@ def choose_ops(
     cpu_precision: Literal["auto", "int8", "int16", "float32"] = "auto",
     kv_dtype: Literal["float16", "float32"] = "float16",
 ) -> Ops:
-    """The best implementation that this machine can run. Raises DeviceError when `device` is not to be had."""
+    """What `device` says, and for "auto" the best that this machine can run. Raises DeviceError."""
     from starling.model.ops.cpu import cpu_ops
+    from starling.model.ops.cuda import CudaOps
 
-    if device == "cuda":
-        raise DeviceError("STARLING_DEVICE is cuda, and no CUDA operations are implemented yet. Use cpu.")
+    if device == "cuda" or (device == "auto" and torch.version.cuda is not None):
+        try:
+            return CudaOps.on_gpu()
+        except DeviceError as error:
+            if device == "cuda":
+                raise
+            log.warning("The CPU computes, many times slower than a GPU. %s", error)
     return cpu_ops(threads, cpu_precision, torch.float16 if kv_dtype == "float16" else torch.float32)

@@ -31,7 +31,7 @@ class DecoderLayer(Protocol):
 
 @runtime_checkable
 class FusedLayers(Protocol):
-    """What a device may offer beside Ops: all layers in one call, equal to the calls one by one to the bit."""
+    """What a device may offer beside Ops: all layers in one call, equal to the calls one by one but for rounding."""
 
     def run_layers(
         self,
@@ -43,8 +43,8 @@ class FusedLayers(Protocol):
         rotary: torch.Tensor,
         window: int | None,
         eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [T, H] → (what the last layer adds, the residual before it), both [T, H].
+    ) -> torch.Tensor:
+        """Embeddings [T, H] → the residual stream behind the last layer [T, H].
 
         `keys` and `values` are all layers' [layers, blocks, kv_heads, block_size, D]. `x` may be overwritten.
         """
@@ -64,8 +64,11 @@ class Ops(Protocol):
     dtype: torch.dtype
     kv_dtype: torch.dtype
 
-    def pack_awq(self, weight: AwqWeight) -> Packed:
-        """Repack one linear layer, once, at load time."""
+    def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
+        """Repack one linear layer, once, at load time; its tensors lie on `device`, or on the CPU.
+
+        `paired`: its outputs are gate | up, which silu_and_mul takes next, so pairs may be kept side by side.
+        """
         ...
 
     def pack_head(self, weight: torch.Tensor) -> Packed:

@@ -21,7 +21,7 @@ class ReferenceOps:
         self.dtype = dtype
         self.kv_dtype = dtype
 
-    def pack_awq(self, weight: AwqWeight) -> Packed:
+    def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
         return {"weight": weight.dequantize(self.dtype).to(self.device)}
 
     def pack_head(self, weight: torch.Tensor) -> Packed:

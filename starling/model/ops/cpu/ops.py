@@ -103,7 +103,7 @@ class CpuOps:
         self._step_struct = library.Step()
         self._stack: LayerStack | None = None
 
-    def pack_awq(self, weight: AwqWeight) -> Packed:
+    def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
         rows, columns, group = weight.out_features, weight.in_features, weight.group_size
         blocks, groups = -(-rows // BLOCK_ROWS), columns // group
         packed = PackedLinear(
@@ -201,7 +201,7 @@ class CpuOps:
         rotary: torch.Tensor,
         window: int | None,
         eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         if self._stack is None or not self._stack.holds(layers, keys, values):
             self._stack = LayerStack(layers, keys, values)
         dim, block_size = keys.shape[4], keys.shape[3]
@@ -215,7 +215,7 @@ class CpuOps:
             self._context, ctypes.addressof(self._stack.structs), len(layers), ctypes.addressof(shape),
             self._step(batch), rotary.data_ptr(), self._precision, x.data_ptr(), residual.data_ptr(),
         )  # fmt: skip
-        return x, residual
+        return residual.add_(x)
 
     def sample(
         self,

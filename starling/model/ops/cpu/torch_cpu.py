@@ -33,7 +33,7 @@ class TorchCpuOps(ReferenceOps):
         if threads is not None:
             torch.set_num_threads(threads)
 
-    def pack_awq(self, weight: AwqWeight) -> Packed:
+    def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
         """`weight` as torch packs it; `scales_and_zeros` bfloat16 [groups, out, 2]; `shape`: out, group size.
 
         torch's value is (q - 8) * scale + zero; so zero = (8 - z) * scale.
