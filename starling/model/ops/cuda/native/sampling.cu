@@ -1,0 +1,411 @@
+// From logits to token ids: shape (penalties, bans, a grammar's mask, the largest logit), then draw (Ops.sample).
+//
+// A weight is floor(2^47 e^((l - max) / T)), an integer made of the float32 exponential's own bits. Sums of weights are
+// therefore exact whatever their order, so a draw is the same alone and in any batch, and running sums can be compared
+// with a target level by level: 32 ranges of ids, 32 parts of a range, the ids of a part. A token below 2^-47 of the
+// likeliest weighs nothing; all of them together are less than 65,536 * 2^-47 = 2^-31 of the sum.
+//
+// top_k and top_p are both "the first token of the ranking (by logit, then by id) at which a running sum passes a
+// target": of ones, or of weights. A histogram over 2,048 bins of (max - l) / T says in which bin that is; the tokens
+// of that bin are listed (62 bins for each factor e: a few dozen for a trained model) and each counts those before it.
+// Where a bin holds more than the list, it is divided by the next 11 bits of the token's rank, as often as needed.
+// min_p is a least logit. All three leave the tokens up to one (logit, id) of the ranking, which is what draw tests.
+//
+// Cost, predicted: shape reads the row once, over V / 1,024 blocks (2 µs, launch included). draw has one block a row,
+// and passes over the row in the second-level cache (128 KB; some 50 bytes per clock reach one multiprocessor, so 1.5 µs
+// at least, and about 25 instructions a token, 1,024 warp-tokens at 2.5 a clock: 10,000 clocks, so the arithmetic
+// decides: 6 µs on an A40 at 1.7 GHz and as much on an H100). Greedy rows make no pass, rows without top_k and top_p
+// one, with either three (the histogram's has 2 to 3 shared atomics a token: count it double), with both four.
+#include "device.h"
+
+struct Settings {     // one row; SETTINGS in sampling.py. All zeros: greedy, nothing shaped
+  u64 uniform;        // * 2^64
+  u64 top_p;          // * 2^64; 0 keeps the likeliest. All ones: off
+  double span;        // temperature * log(min_p), at most 0; -inf: off
+  float inverse;      // 1 / temperature; 0: greedy
+  float repetition;   // penalties; read where there is a table
+  float frequency;
+  float presence;
+  int top_k;          // 0: off
+  int table;          // 1 + row of the table of counts; 0: no penalties
+  int tail;           // first of the tokens in `tail` that the table lacks
+  int seen;           // how many of those come before the token to draw
+  int commits;        // how many of those enter the table with this row
+  int mask;           // 1 + row of the grammar's masks; 0: none
+  int banned;         // not 0: no stop id may be drawn
+  int unused;
+};
+static_assert(sizeof(Settings) == 72, "");
+
+constexpr u32 kPrompt = 0x80000000u;  // in the table: came with the prompt. The other bits count the generated
+
+#define CALLED static __device__ __noinline__  // where a body is used more than once: instructions are fetched, too
+
+DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
+
+// A number that orders as floats do; NaN is the largest, and both zeros are equal.
+DEVICE u32 key_of(float x) {
+  if (x != x) return 0xffffffffu;
+  const u32 bits = __float_as_uint(x == 0.0f ? 0.0f : x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+DEVICE float logit_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
+
+DEVICE u64 warp_largest(u64 x) {
+#pragma unroll
+  for (int lane = 16; lane; lane /= 2) {
+    const u64 other = __shfl_xor_sync(0xffffffffu, x, lane);
+    x = x < other ? other : x;
+  }
+  return x;
+}
+
+DEVICE u64 warp_total(u64 x) {
+#pragma unroll
+  for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+
+DEVICE int resolve(int id, const int* sampled) { return id >= 0 ? id : sampled[-1 - id]; }
+
+// -- the table of counts ------------------------------------------------------------------------------------------
+
+// A row of the table [V] from a sequence's tokens [count], of which the first `prompt` came with the request.
+KERNEL(1024) count(u32* table, int row, const int* tokens, int tokens_count, int prompt, int vocabulary) {
+  u32* counts = table + (i64)row * vocabulary;
+  for (int i = threadIdx.x; i < vocabulary; i += blockDim.x) counts[i] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < tokens_count; i += blockDim.x) {
+    if (i < prompt) atomicOr(counts + tokens[i], kPrompt);
+    else atomicAdd(counts + tokens[i], 1u);
+  }
+}
+
+// -- shape --------------------------------------------------------------------------------------------------------
+
+constexpr int kChunk = 1024, kShapers = 256, kEach = kChunk / kShapers;
+
+// Changes logits float32 [rows][V] in place where a row's settings ask for it, and finds each chunk's largest: its key in
+// the high half, ~id in the low. The tokens that enter the table are written to `resolved`, beside `tail`, for draw:
+// by then, `sampled` may hold the new ones.
+KERNEL(256) shape(float* logits, const Settings* settings, const u32* table, const int* tail, int* resolved,
+                  const int* sampled, const int* stop_ids, int stops, const u32* masks, u64* largest, int vocabulary) {
+  const int row = blockIdx.y, first = blockIdx.x * kChunk + threadIdx.x;
+  const Settings& s = settings[row];
+  float* x = logits + (i64)row * vocabulary;
+  float l[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; j++) l[j] = first + j * kShapers < vocabulary ? x[first + j * kShapers] : -infinity();
+  if (s.table) {
+    const u32* counts = table + (i64)(s.table - 1) * vocabulary;
+    u32 count[kEach];
+#pragma unroll
+    for (int j = 0; j < kEach; j++) count[j] = first + j * kShapers < vocabulary ? counts[first + j * kShapers] : 0;
+    for (int k = 0; k < s.seen; k++) {
+      const int id = resolve(tail[s.tail + k], sampled);
+#pragma unroll
+      for (int j = 0; j < kEach; j++) count[j] += id == first + j * kShapers;
+      if (blockIdx.x == 0 && threadIdx.x == 0 && k < s.commits) resolved[s.tail + k] = id;
+    }
+#pragma unroll
+    for (int j = 0; j < kEach; j++) {
+      if (count[j]) l[j] = l[j] > 0 ? l[j] / s.repetition : l[j] * s.repetition;
+      // Three roundings, as torch makes them.
+      const u32 generated = count[j] & ~kPrompt;
+      const float penalty = __fadd_rn(__fmul_rn(s.frequency, (float)generated), s.presence);
+      if (generated) l[j] = __fadd_rn(l[j], -penalty);
+    }
+  }
+  if (s.banned) {
+    for (int k = 0; k < stops; k++) {
+      const int id = stop_ids[k];
+#pragma unroll
+      for (int j = 0; j < kEach; j++) l[j] = id == first + j * kShapers ? -infinity() : l[j];
+    }
+  }
+  if (s.mask) {
+    const u32* mask = masks + (i64)(s.mask - 1) * ((vocabulary + 31) / 32);
+#pragma unroll
+    for (int j = 0; j < kEach; j++) {
+      const int id = first + j * kShapers;
+      if (id < vocabulary && !(mask[id / 32] >> id % 32 & 1)) l[j] = -infinity();
+    }
+  }
+  u64 best = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; j++) {
+    const int id = first + j * kShapers;
+    if (id >= vocabulary) continue;
+    if (s.table || s.banned || s.mask) x[id] = l[j];
+    const u64 mine = (u64)key_of(l[j]) << 32 | ~(u32)id;
+    best = best < mine ? mine : best;
+  }
+  u64* bests = (u64*)shared_memory();
+  best = warp_largest(best);
+  if (threadIdx.x % 32 == 0) bests[threadIdx.x / 32] = best;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    best = warp_largest(threadIdx.x < kShapers / 32 ? bests[threadIdx.x] : 0);
+    if (threadIdx.x == 0) largest[row * gridDim.x + blockIdx.x] = best;
+  }
+}
+
+// -- draw ---------------------------------------------------------------------------------------------------------
+
+constexpr int kThreads = 1024, kBins = 2048, kList = 256;
+constexpr int kBinsPerE = 62;  // e^-33 < 2^-47, so 33 * 62 < kBins
+constexpr u64 kOff = ~0ull;
+
+struct Candidate {
+  float logit;
+  int id;
+  u64 weight;
+};
+
+struct Shared {
+  u64 sums[2][32];
+  Candidate list[kList];
+  Candidate last;     // the last token that a filter keeps; `weight` is of all that are kept
+  u32 listed, unused[3];
+  u32 counts[kBins];  // tokens in a bin, and their weights in two halves
+  u32 low[kBins];
+  u32 high[kBins];
+};
+static_assert(sizeof(Shared) == 29216, "DRAW_SHARED_BYTES in sampling.py");
+
+struct Row {
+  const float* logits;
+  int vocabulary;
+  float largest, inverse;
+  float last;   // the ranking up to this logit, and there up to this id, is kept
+  int last_id;
+
+};
+
+DEVICE bool keeps(const Row& row, float l, int id) { return l > row.last || (l == row.last && id <= row.last_id); }
+DEVICE float exponent_of(const Row& row, float l) { return (l - row.largest) * row.inverse; }
+
+// floor(2^47 e^x), x <= 0: Cephes' expf polynomial, within 2^-23 relative, and the float's bits shifted to their place.
+DEVICE u64 weight_of(float x) {
+  if (!(x > -33.0f)) return 0;
+  const float shifted = fmaf(x, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23: the sum is rounded to an integer
+  const float n = shifted - 12582912.0f;
+  float r = fmaf(n, -0.693359375f, x);
+  r = fmaf(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = fmaf(p, r, 1.3981999507e-3f);
+  p = fmaf(p, r, 8.3334519073e-3f);
+  p = fmaf(p, r, 4.1665795894e-2f);
+  p = fmaf(p, r, 1.6666665459e-1f);
+  p = fmaf(p, r, 5.0000001201e-1f);
+  p = __fadd_rn(fmaf(__fmul_rn(r, r), p, r), 1.0f);  // 0.7 to 1.42
+  const u32 bits = __float_as_uint(p);
+  const u64 mantissa = (bits & 0x7fffffu) | 0x800000u;
+  const int shift = 24 + (int)(bits >> 23) - 127 + (int)(__float_as_uint(shifted) - 0x4b400000u);
+  return shift >= 0 ? mantissa << shift : mantissa >> -shift;
+}
+
+DEVICE int bin_of(float x) {  // -62 x, rounded; x in (-33, 0]
+  return (int)(__float_as_uint(fmaf(x, -(float)kBinsPerE, 8388608.0f)) - 0x4b000000u);
+}
+
+// Where a token stands in the ranking: 48 bits, the first is 0.
+DEVICE u64 rank_of(float l, int id) { return (u64)~key_of(l) << 16 | (u32)id; }
+
+// In a warp: the first lane at which the running sum of x passes `target`, which is brought down by the sum before it;
+// -1, and by the whole sum, where none does.
+DEVICE int pick(u64 x, u64& target) {
+  u64 sum = x;
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    const u64 before = __shfl_up_sync(0xffffffffu, sum, by);
+    if ((int)threadIdx.x % 32 >= by) sum += before;
+  }
+  const int lane = __ffs(__ballot_sync(0xffffffffu, sum > target)) - 1;
+  target -= __shfl_sync(0xffffffffu, lane < 0 ? sum : sum - x, lane < 0 ? 31 : lane);
+  return lane;
+}
+
+struct Found {
+  int index;   // -1: the sum of all does not pass the target
+  u64 rest;    // the target less the sum before it
+  u64 total;
+};
+
+// The first of n <= 65,536 values at which their running sum passes target_of(their sum). By the whole block.
+template <class Value, class Target> DEVICE Found find(Shared* shared, int n, Value value, Target target_of) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = (n + kThreads - 1) / kThreads;
+  u64 sum = 0;
+  {
+    const int end = min(n, (warp + 1) * 32 * part);
+#pragma unroll 4
+    for (int i = warp * 32 * part + lane; i < end; i += 32) sum += value(i);
+  }
+  sum = warp_total(sum);
+  if (lane == 0) shared->sums[0][warp] = sum;
+  __syncthreads();
+  sum = shared->sums[0][lane];
+  Found found = {-1, 0, warp_total(sum)};
+  u64 target = target_of(found.total);
+  if (target < found.total) {
+    int first = pick(sum, target) * 32 * part;
+    sum = 0;
+    {
+      const int begin = first + warp * part, end = min(n, begin + part);
+      for (int i = begin + lane; i < end; i += 32) sum += value(i);
+    }
+    sum = warp_total(sum);
+    if (lane == 0) shared->sums[1][warp] = sum;
+    __syncthreads();
+    first += pick(shared->sums[1][lane], target) * part;
+    const int end = min(n, first + part);
+    for (int i = first; found.index < 0 && i < end; i += 32) {
+      const int at = pick(i + lane < end ? value(i + lane) : 0, target);
+      if (at >= 0) found.index = i + at;
+    }
+    found.rest = target;
+  }
+  __syncthreads();
+  return found;
+}
+
+// Tokens whose bin is `bin` (-1: any) and whose rank begins with `prefix` above `shift` bits.
+struct Group {
+  int bin, shift;
+  u64 prefix;
+};
+
+template <class Use> DEVICE void for_each(const Row& row, const Group& group, Use use) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < row.vocabulary; i += kThreads) {
+    const float l = row.logits[i], x = exponent_of(row, l);
+    const u64 weight = weight_of(x);
+    if (weight == 0 || !keeps(row, l, i)) continue;
+    const int bin = bin_of(x);
+    if (group.bin >= 0 && (bin != group.bin || rank_of(l, i) >> group.shift != group.prefix)) continue;
+    use(l, i, weight, bin);
+  }
+}
+
+// Fills the histogram: of bins, or of the 11 bits of the rank from `digit` on.
+CALLED void fill(Shared* shared, Row row, Group group, int digit) {
+  for (int i = threadIdx.x; i < kBins; i += kThreads) shared->counts[i] = shared->low[i] = shared->high[i] = 0;
+  __syncthreads();
+  for_each(row, group, [&](float l, int id, u64 weight, int bin) {
+    if (group.bin >= 0) bin = (int)((rank_of(l, id) >> digit) % kBins);
+    atomicAdd(shared->counts + bin, 1u);
+    const u32 low = (u32)weight, carry = atomicAdd(shared->low + bin, low) > ~low, high = (u32)(weight >> 32) + carry;
+    if (high) atomicAdd(shared->high + bin, high);
+  });
+  __syncthreads();
+}
+
+// The first of the histogram's n first bins at which the running sum, of counts or of weights, passes `target`.
+CALLED Found find_bin(Shared* shared, int n, bool ones, u64 target) {
+  return find(shared, n, [&](int i) {
+    return ones ? shared->counts[i] : (u64)shared->high[i] << 32 | shared->low[i];
+  }, [&](u64) { return target; });
+}
+
+// The last token that a filter keeps: the first of the ranking at which the running sum, of ones or of weights, passes
+// `target`. It goes to shared->last. The histogram is of bins; true if it still is when this returns.
+DEVICE bool cut(Shared* shared, const Row& row, Found found, bool ones) {
+  u64 before = find_bin(shared, found.index, false, kOff).total;
+  Group group = {found.index, 48, 0};
+  bool of_bins = true;
+  while (shared->counts[found.index] > kList) {  // ends: from bit 4 on, at most 16 tokens share a prefix
+    __syncthreads();
+    fill(shared, row, group, group.shift - 11);
+    of_bins = false;
+    found = find_bin(shared, kBins, ones, found.rest);
+    before += find_bin(shared, found.index, false, kOff).total;
+    group.shift -= 11;
+    group.prefix = group.prefix << 11 | (u32)found.index;
+  }
+  if (threadIdx.x == 0) shared->listed = 0;
+  __syncthreads();
+  for_each(row, group, [&](float l, int id, u64 weight, int) {
+    shared->list[atomicAdd(&shared->listed, 1u)] = {l, id, weight};
+  });
+  __syncthreads();
+  const int listed = (int)shared->listed;
+  if ((int)threadIdx.x < listed) {
+    const Candidate mine = shared->list[threadIdx.x];
+    u64 ahead = 0, count = 0;
+    for (int i = 0; i < listed; i++) {
+      const Candidate other = shared->list[i];
+      if (other.logit > mine.logit || (other.logit == mine.logit && other.id < mine.id)) {
+        ahead += other.weight;
+        count++;
+      }
+    }
+    const u64 sum = ones ? count : ahead;
+    if (sum <= found.rest && found.rest < sum + (ones ? 1 : mine.weight))
+      shared->last = {mine.logit, mine.id, before + ahead + mine.weight};
+  }
+  __syncthreads();
+  return of_bins;
+}
+
+// The least float of at least x.
+DEVICE float at_least(double x) {
+  const float y = (float)x;
+  if ((double)y >= x) return y;
+  const u32 key = key_of(y);
+  return logit_of(key + 1);
+}
+
+// Ops.sample over logits as shape left them → results int32: ids, and `faults` places on, whether a row had no token
+// to draw (it then says 0): a NaN, an infinity, or nothing but -inf. Rows enter their tokens into the table.
+KERNEL(1024) draw(const float* logits, const Settings* settings, const u64* largest, int chunks, u32* table,
+                  const int* resolved, int* results, int faults, int vocabulary) {
+  Shared* shared = (Shared*)shared_memory();
+  const Settings& s = settings[blockIdx.x];
+  if (threadIdx.x == 0 && s.table) {
+    for (int k = 0; k < s.commits; k++) table[(i64)(s.table - 1) * vocabulary + resolved[s.tail + k]]++;
+  }
+  u64 best = 0;
+  for (int i = threadIdx.x % 32; i < chunks; i += 32) {
+    const u64 other = largest[blockIdx.x * chunks + i];
+    best = best < other ? other : best;
+  }
+  best = warp_largest(best);
+  Row row = {logits + (i64)blockIdx.x * vocabulary, vocabulary, logit_of((u32)(best >> 32)), s.inverse, -infinity(), -1};
+  const bool fault = !(row.largest > -infinity() && row.largest < infinity());
+  int token = fault ? 0 : (int)~(u32)best;
+  if (!fault && s.inverse > 0) {
+    row.last = at_least((double)row.largest + s.span);
+    row.last_id = vocabulary;
+    const bool by_rank = s.top_k > 0 && s.top_k < vocabulary, by_weight = s.top_p != kOff;
+    bool of_bins = false;
+    u64 kept = 0;  // the weight of what top_k keeps
+    for (int ones = by_rank; ones >= (by_weight ? 0 : 1); ones--) {
+      if (!of_bins) fill(shared, row, {-1, 48, 0}, 0);
+      of_bins = true;
+      u64 target = (u64)s.top_k - 1;
+      if (!ones) {
+        // Kept while the sum before is below top_p of all: the last at a sum past that product, rounded up, less 1.
+        const u64 all = kept ? kept : find_bin(shared, kBins, false, kOff).total;
+        const u64 floor = __umul64hi(s.top_p, all), fraction = s.top_p * all;
+        target = fraction || !floor ? floor : floor - 1;
+      }
+      const Found found = find_bin(shared, kBins, ones, target);
+      if (found.index < 0) continue;  // fewer than top_k are left
+      of_bins = cut(shared, row, found, ones);
+      kept = shared->last.weight;
+    }
+    if (kept) {
+      row.last = shared->last.logit;
+      row.last_id = shared->last.id;
+    }
+    const u64 uniform = s.uniform;
+    token = find(shared, vocabulary, [&](int i) {
+      const float l = row.logits[i];
+      return keeps(row, l, i) ? weight_of(exponent_of(row, l)) : 0;
+    }, [&](u64 total) { return __umul64hi(uniform, total); }).index;
+  }
+  if (threadIdx.x == 0) {
+    results[blockIdx.x] = token;
+    results[faults + blockIdx.x] = fault;
+  }
+}
