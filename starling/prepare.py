@@ -1,6 +1,7 @@
 """`python -m starling prepare`: now what a first start would do, for an image's build or a machine's set-up.
 
-The CPU kernels are compiled and, where the weights are there, repacked for the device; later starts find both.
+The CUDA kernels are compiled for every kind of GPU that they know, which needs none; or the CPU kernels for this CPU,
+and where the weights are there, they are repacked for it. Later starts find both.
 """
 
 import argparse
@@ -20,11 +21,19 @@ def add_prepare_command(subparsers: "argparse._SubParsersAction[argparse.Argumen
 
 def run(args: argparse.Namespace) -> int:
     """0: done, or done as far as there are weights. 1: a fault, which is printed."""
-    from starling.model.mistral import Mistral  # torch: seconds that no other command should wait for
+    import torch  # seconds that no other command should wait for
+
+    from starling.model.mistral import Mistral
     from starling.model.ops import choose_ops
+    from starling.model.ops.cuda import nvrtc
 
     try:
         settings = Settings.from_env(os.environ)
+        if settings.device == "cuda" or (settings.device == "auto" and torch.version.cuda is not None):
+            nvrtc.compile_ahead()
+            print(f"CUDA kernels: compiled for {', '.join(f'sm_{arch}' for arch in nvrtc.ARCHS)}.")
+        if settings.device == "cuda":
+            return 0  # a GPU repacks the weights as it reads them
         ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
         print(f"Operations: {ops.name} on {ops.device}.")
         try:

@@ -10,7 +10,7 @@ from typing import Protocol
 from starling.chat import END_OF_TURN, Chat
 from starling.engine.cache import BlockCache
 from starling.engine.engine import Engine, TokenStream
-from starling.engine.runner import Runner
+from starling.engine.runner import Runner, StepRunner
 from starling.engine.scheduler import Counters, Limits, Scheduler
 from starling.engine.sequence import SamplingParams, TokenConstraint
 from starling.errors import DeviceError, StarlingError
@@ -29,6 +29,8 @@ from starling.weights import locate_weights
 
 logger = logging.getLogger(__name__)
 
+# Prompt tokens in a step, by device: as many as keep its arithmetic busy, and no more, since other answers wait.
+PREFILL_TOKENS = {"cpu": 256, "cuda": 512}
 # One real prediction before the first caller's: it touches every page and every kernel once.
 WARM_UP = Request(prompt="Hello", max_tokens=2, temperature=0)
 
@@ -171,7 +173,7 @@ def _load_own(folder: Path, settings: Settings, startup: Startup) -> TokenEngine
     config = model.config
     limits = Limits(
         max_running=settings.max_concurrency,
-        prefill_tokens=settings.prefill_tokens,
+        prefill_tokens=settings.prefill_tokens or PREFILL_TOKENS[ops.device.type],
         speculative_rows=settings.speculative_rows,
     )
     with startup.lap("kv_cache"):
@@ -183,7 +185,7 @@ def _load_own(folder: Path, settings: Settings, startup: Startup) -> TokenEngine
             max_positions=config.max_position_embeddings,
             window=config.sliding_window,
         )
-    runner = Runner(model, cache, books)
+    runner = _runner(model, cache, books, limits)
     return Engine(
         Scheduler(books, limits, runner.device_counts),
         runner,
@@ -191,6 +193,14 @@ def _load_own(folder: Path, settings: Settings, startup: Startup) -> TokenEngine
         vocab_size=config.vocab_size,
         hang_after_s=settings.hang_after_s,
     )
+
+
+def _runner(model: Mistral, cache: KVCache, books: BlockCache, limits: Limits) -> StepRunner:
+    if model.ops.device.type != "cuda":
+        return Runner(model, cache, books)
+    from starling.engine.graph_runner import GraphRunner
+
+    return GraphRunner(model, cache, books, limits)
 
 
 def _load_reference(folder: Path, settings: Settings) -> TokenEngine:

@@ -30,7 +30,8 @@ class Settings(BaseModel):
     max_concurrency: int = Field(1, ge=1, le=256, alias="COG_MAX_CONCURRENCY")
     kv_cache_bytes: int | None = Field(None, ge=1, alias="STARLING_KV_CACHE_BYTES")  # None: from what is free
     block_size: Literal[16, 32] = Field(16, alias="STARLING_BLOCK_SIZE")  # positions in a KV block
-    prefill_tokens: int = Field(256, ge=16, le=8192, alias="STARLING_PREFILL_TOKENS")  # prompt tokens in one step
+    # Prompt tokens in one step; None: 256 on a CPU, 512 on a GPU
+    prefill_tokens: int | None = Field(None, ge=16, le=8192, alias="STARLING_PREFILL_TOKENS")
     speculative_rows: int = Field(8, ge=0, le=256, alias="STARLING_SPECULATIVE_ROWS")  # 0: never guess ahead
     hang_after_s: float = Field(120.0, gt=0, alias="STARLING_HANG_AFTER_S")  # a step that takes longer is a hang
 

@@ -74,7 +74,7 @@ def test_every_file_that_is_copied_is_there(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_the_steps_stand_in_cog_s_order(name: str) -> None:
     lines = lines_of(name)
-    order = ["FROM ", "RUN apt-get ", "COPY .cog/tmp/req", "RUN pip install", "WORKDIR /src", "EXPOSE 5000"]
+    order = ["FROM ", *(["RUN apt-get "] if name == "cog-cpu.yaml" else []), "COPY .cog/tmp/req", "RUN pip install", "WORKDIR /src", "EXPOSE 5000"]
     order += ["ENV COG_PREDICT_TYPE_STUB", "CMD ", "COPY . /src", "COPY .cog/openapi"]
     found = [position(lines, beginning) for beginning in order]
     assert found == sorted(found)
@@ -82,14 +82,14 @@ def test_the_steps_stand_in_cog_s_order(name: str) -> None:
     assert "ENV COG_MAX_CONCURRENCY=32" in lines
 
 
-def test_both_images_have_the_same_cog_and_a_compiler() -> None:
+def test_both_images_have_the_same_cog_and_each_what_its_kernels_need() -> None:
     gpu, cpu = (CogYaml.read(ROOT / name) for name in FILES)
     assert gpu.build["sdk_version"] == cpu.build["sdk_version"] == "0.23.1"
     for config in (gpu, cpu):
         pinned = re.findall(r"^cog(?:let)?==(.*)$", (ROOT / config.build["python_requirements"]).read_text(), re.M)
         assert set(pinned) == {config.build["sdk_version"]}
         assert not re.search(r"^cog", requirements(config), re.M)
-        assert "g++" in config.build["system_packages"]
+    assert cpu.build["system_packages"] == ["g++"] and "STARLING_DEVICE=cuda" in gpu.environment
     assert gpu.base_image.startswith("nvidia/cuda:12.8-") and cpu.base_image == "python:3.11-slim"
     assert "torch==2.11.0\n" in requirements(gpu)
 

@@ -1,8 +1,8 @@
 """Steps on a GPU: one copy brings a step's inputs, decodes replay a captured graph, results come one step behind.
 
-Everything is queued on one stream, in the order of the steps. A step of decodes alone is padded to the next of SIZES and
-replayed as one graph, from the embedding to the drawn ids; any other step is queued kernel by kernel. The first step of
-a size is queued that way too, and captured behind.
+Everything is queued on one stream, in the order of the steps. A step of decodes alone is padded to the next of SIZES
+and replayed as one graph, from the embedding to the drawn ids; any other step is queued kernel by kernel. The first
+step of a size is queued that way too, and captured behind.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -82,9 +82,9 @@ class GraphRunner:
         self._cuda = ops.device.type == "cuda"  # not so in tests, whose kernels run on an emulated device
         self._results = [torch.empty(2, rows, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
         if self._cuda:
-            self._stream = torch.cuda.Stream(ops.device)
+            self._stream = torch.cuda.Stream(ops.device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(ops.device))  # which has loaded the weights
-            self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
     def start(self, plan: list[Work]) -> Step:

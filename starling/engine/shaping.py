@@ -24,7 +24,7 @@ class Shaping:
     def write(
         self, plan: list[Work], inputs: StepInputs, settings: np.ndarray, tail: np.ndarray, masks: np.ndarray
     ) -> int:
-        """Fill uint8 [rows, 72], int32 [tokens] and int32 [rows, words]; the number of masks that are used."""
+        """Fill uint8 [rows, 64], int32 [tokens] and int32 [rows, words]; the number of masks that are used."""
         rules = settings.view(SETTINGS)[:, 0]
         rules[:] = 0
         rules[: len(inputs.logit_rows)] = settings_of(

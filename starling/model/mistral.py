@@ -16,7 +16,6 @@ from starling.model.memory import check_fits, free_bytes
 from starling.model.ops import FusedLayers, Ops, Packed
 from starling.model.staging import Staging
 
-
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 

@@ -7,11 +7,14 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
+
+import torch
 
 from starling.model.ops.build_cache import locked, user_cache
 from starling.model.ops.cpu.compiler import find_compiler
+from starling.model.ops.cuda import CudaOps
 from starling.model.ops.cuda.driver import packed
 from starling.model.ops.cuda.module import Argument, Grid
 from starling.model.ops.cuda.nvrtc import NATIVE
@@ -63,3 +66,8 @@ def _build(path: Path, extra_flags: Sequence[str] = ()) -> Path:
                 assert not done.returncode, done.stderr
                 Path(scratch, "built.so").replace(built)
     return built
+
+
+def emulated_ops() -> CudaOps:
+    """CudaOps on the CPU. The attention's work is cut for six blocks, so that pieces meet."""
+    return CudaOps(torch.device("cpu"), cache(EmulatedModule), attention_ranges=6)

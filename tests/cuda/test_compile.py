@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from starling.__main__ import main
 from starling.errors import DeviceError
 from starling.model.ops.cuda import nvrtc
 
-ARCHS = (80, 86, 89, 90)
 USED = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+)", re.S
 )
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", nvrtc.ARCHS)
 @pytest.mark.parametrize("source", nvrtc.SOURCES)
 def test_compiles_without_spills(source: str, arch: int) -> None:
     code, report = nvrtc.compile_source(source, arch)
@@ -31,6 +31,18 @@ def test_the_cache_keeps_what_was_compiled(tmp_path: Path, monkeypatch: pytest.M
     made = nvrtc.cubin(source, 86, tmp_path)
     monkeypatch.setattr(nvrtc, "compile_source", None)
     assert nvrtc.cubin(source, 86, tmp_path) == made
+
+
+def test_an_image_is_prepared_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STARLING_DEVICE", "cuda")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "SOURCES", ("elementwise",))
+    assert main(["prepare"]) == 0
+    assert "compiled for sm_80, sm_86, sm_89, sm_90" in capsys.readouterr().out
+    made = sorted(path.name for path in (tmp_path / ".cache" / "starling").glob("*.cubin"))
+    assert [name.split("-")[3] for name in made] == ["sm80", "sm86", "sm89", "sm90"]
 
 
 def test_a_card_newer_than_the_compiler_gets_ptx_and_an_older_one_an_error() -> None:

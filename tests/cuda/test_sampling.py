@@ -81,7 +81,7 @@ def sample(on: Device, logits: torch.Tensor, rows: list[Settings]) -> list[int]:
     around = torch.full((count + 2, vocabulary), math.nan, device=on.device)
     around[1:-1] = logits
     given = around[1:-1].clone()
-    ids = kernels.sample(around[1:-1], upload(on, packed(rows)), ints(on, [3])).tolist()
+    ids = kernels.sample(around[1:-1], upload(on, packed(rows))).tolist()
     assert torch.equal(around[1:-1], given)
     assert kernels.results[:, count:].eq(-7).all()
     assert kernels.results[1, :count].eq(0).all()
@@ -276,7 +276,7 @@ def test_a_row_without_a_token_is_a_fault_and_its_id_valid(on: Device, temperatu
     logits[4, 8] = -math.nan
     kernels = on.kernels(6, 1500)
     rows: list[Settings] = [(temperature, 5, 0.9, 0.1, 0.5)] * 6
-    ids = kernels.sample(logits, upload(on, packed(rows)), ints(on, []))
+    ids = kernels.sample(logits, upload(on, packed(rows)))
     assert kernels.results[1].tolist() == [1, 1, 1, 1, 1, 0]
     assert ids[:5].tolist() == [0] * 5
     assert ids[5].item() == oracle(logits[5:].cpu(), rows[:1])[0]
@@ -288,7 +288,7 @@ def test_padding_is_harmless(on: Device) -> None:
     logits[2:] = math.nan
     given = logits.clone()
     rows = np.zeros(4, dtype=SETTINGS)
-    ids = kernels.sample(logits, upload(on, rows), ints(on, [3]), ints(on, [5] * 4))
+    ids = kernels.sample(logits, upload(on, rows), ints(on, [5] * 4))
     assert ids[:2].tolist() == given[:2].argmax(1).tolist()
     assert ids[2:].tolist() == [0, 0]
     assert torch.equal(logits.nan_to_num(9), given.nan_to_num(9))
@@ -366,7 +366,7 @@ def test_penalties_are_the_engines_to_the_bit_step_after_step(on: Device, vocabu
             fill(rows[row], sequence, place[index])
             expected[row] = sequence.shape(logits[row], [])
         shaped = logits.to(on.device)
-        ids = kernels.sample(shaped, upload(on, rows), ints(on, []), ints(on, tail))
+        ids = kernels.sample(shaped, upload(on, rows), ints(on, tail))
         assert torch.equal(shaped.cpu(), expected)
         for row, index in enumerate(order):
             if index < 3:
@@ -397,7 +397,7 @@ def test_rows_with_drafts_see_the_drafts_before_them(on: Device, dice: random.Ra
             rows[ahead]["commits"] = len(fresh) if ahead == 0 else 0
         expected = torch.stack([sequence.shape(logits[ahead], guesses[:ahead]) for ahead in range(drafts + 1)])
         shaped = logits.to(on.device)
-        ids = kernels.sample(shaped, upload(on, rows), ints(on, []), ints(on, fresh + guesses))
+        ids = kernels.sample(shaped, upload(on, rows), ints(on, fresh + guesses))
         assert torch.equal(shaped.cpu(), expected)
         assert ids.tolist() == expected.argmax(1).tolist()
 
@@ -411,31 +411,27 @@ def test_a_penalty_decides_the_draw(on: Device) -> None:
         logits = torch.tensor([[2.0, -2.0, 1.0, 0.5]], device=on.device)
         rows = np.zeros(1, dtype=SETTINGS)
         fill(rows[0], Penalised(repetition, frequency, presence, []), 0)
-        assert kernels.sample(logits, upload(on, rows), ints(on, [])).tolist() == [0]
+        assert kernels.sample(logits, upload(on, rows)).tolist() == [0]
         assert logits.tolist() == [expected]
 
 
 @pytest.mark.parametrize("vocabulary", [33, 2500])
-def test_bans_and_masks(on: Device, vocabulary: int, dice: random.Random) -> None:
-    count, stops = 8, [vocabulary - 1, 2]
+def test_masks(on: Device, vocabulary: int, dice: random.Random) -> None:
+    count = 8
     logits = torch.randn(count, vocabulary)
-    logits[:, stops] = 9.0
     words = -(-vocabulary // 32)
     masks = np.frombuffer(dice.randbytes(3 * words * 4), dtype=np.int32).reshape(3, words).copy()
     masks[:, 0] |= 1 << 5  # something is left
     rows = packed([(dice.choice([0.0, 1.0]), 0, 1.0, 0.0, dice.random()) for _ in range(count)])
     expected = logits.clone()
     for row in range(count):
-        if row % 2:
-            rows[row]["banned"] = 1
-            expected[row, stops] = -math.inf
         if row >= 4:
             rows[row]["mask"] = 1 + row % 3
             bits = np.unpackbits(masks[row % 3].view(np.uint8), bitorder="little")[:vocabulary]
             expected[row, torch.from_numpy(bits) == 0] = -math.inf
     shaped = logits.to(on.device)
     kernels = on.kernels(count, vocabulary)
-    ids = kernels.sample(shaped, upload(on, rows), ints(on, stops), None, torch.from_numpy(masks).to(on.device))
+    ids = kernels.sample(shaped, upload(on, rows), None, torch.from_numpy(masks).to(on.device))
     assert torch.equal(shaped.cpu(), expected)
     assert not kernels.results[1].any()
     assert expected[torch.arange(count), ids.cpu().long()].isfinite().all()
@@ -446,13 +442,13 @@ def test_bans_and_masks(on: Device, vocabulary: int, dice: random.Random) -> Non
 def test_a_step_is_captured_once_and_replayed_with_other_settings(dice: random.Random) -> None:
     on = Device(torch.device("cuda"), 64, (32002,))
     kernels = on.kernels(8, 32002, sequences=8)
-    logits, none = torch.zeros(8, 32002, device="cuda"), ints(on, [])
+    logits = torch.zeros(8, 32002, device="cuda")
     rows, tail = upload(on, np.zeros(8, dtype=SETTINGS)), ints(on, [0] * 8)
-    kernels.sample(logits, rows, none, tail)  # loads the kernels
+    kernels.sample(logits, rows, tail)  # loads the kernels
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ids = kernels.sample(logits, rows, none, tail)
+        ids = kernels.sample(logits, rows, tail)
     for _ in range(3):
         fresh = torch.randn(8, 32002) * 3
         chosen = [clear_setting(dice, row, random_setting) for row in fresh]

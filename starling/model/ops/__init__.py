@@ -21,9 +21,10 @@ def choose_ops(
 ) -> Ops:
     """What `device` says, and for "auto" the best that this machine can run. Raises DeviceError."""
     from starling.model.ops.cpu import cpu_ops
-    from starling.model.ops.cuda import CudaOps
 
     if device == "cuda" or (device == "auto" and torch.version.cuda is not None):
+        from starling.model.ops.cuda import CudaOps
+
         try:
             return CudaOps.on_gpu()
         except DeviceError as error:

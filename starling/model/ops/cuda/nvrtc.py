@@ -16,6 +16,7 @@ from starling.model.ops.build_cache import locked, user_cache
 log = logging.getLogger(__name__)
 
 NATIVE = Path(__file__).parent / "native"
+ARCHS = (80, 86, 89, 90)  # A100; A10, A40, RTX 30; L4, L40, RTX 40; H100
 SOURCES = tuple(sorted(path.stem for path in NATIVE.glob("*.cu")))
 # --fmad is on by default, as for every CUDA kernel: a product and a sum are rounded once, in all kernels alike.
 OPTIONS = ("--std=c++17", "--extra-device-vectorization")
@@ -37,6 +38,13 @@ def cubin(source: str, arch: int, cache: Path | None = None) -> bytes:
                 _write_whole(path, code)
                 log.info("Compiled %s.cu for sm_%d in %.1f s.", source, arch, time.monotonic() - began_s)
     return path.read_bytes()
+
+
+def compile_ahead(cache: Path | None = None) -> None:
+    """Put every kernel for every one of ARCHS into the cache, as when an image is built. Raises DeviceError."""
+    for arch in ARCHS:
+        for source in SOURCES:
+            cubin(source, arch, cache)
 
 
 def compile_source(source: str, arch: int, ptx: bool = False) -> tuple[bytes, str]:

@@ -1,4 +1,4 @@
-"""Logits → token ids on the device: penalties, bans, a grammar's mask, and the draw, with no word from the host.
+"""Logits → token ids on the device: penalties, masks, and the draw, with no word from the host.
 
 The tokens of a penalised sequence are counted in a row of a table on the device. The table may lag behind: a step names
 the tokens that its row lacks (its tail: those that the host has confirmed since, the last of which may still be in
@@ -32,8 +32,6 @@ SETTINGS = np.dtype(
         ("seen", np.int32),  # tokens of the tail that come before the one to draw
         ("commits", np.int32),  # leading tokens of the tail that enter the table; in one row of a sequence only
         ("mask", np.int32),  # 1 + row of the masks; 0: none
-        ("banned", np.int32),  # not 0: the stop ids may not be drawn
-        ("unused", np.int32),
     ]
 )
 
@@ -84,27 +82,26 @@ class SamplingKernels:
         self,
         logits: torch.Tensor,
         settings: torch.Tensor,
-        stop_ids: torch.Tensor,
         tail: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """float32 logits [rows, V] → int32 ids [rows], a view of `results` (and valid ids, whatever the logits).
 
-        `settings` is uint8 [rows, 72], the bytes of SETTINGS; logits of rows that it shapes change in place. `stop_ids`
-        int32 [stops]. `tail` int32 [any]: tokens that the table lacks, an id below 0 being -(1 + row) of the `results`
-        before. `masks` int32 [any, ceil(V / 32)], bit t % 32 of word t / 32 saying that t may be drawn. Where a row
-        holds a NaN or an infinity above, or nothing but -inf, its id is 0 and its fault 1.
+        `settings` is uint8 [rows, 64], the bytes of SETTINGS; logits of rows that it shapes change in place. `tail` is
+        int32 [any]: tokens that the table lacks, an id below 0 being -(1 + row) of the `results` before. `masks` is
+        int32 [any, ceil(V / 32)], bit t % 32 of word t / 32 saying that t may be drawn. Where a row holds a NaN or an
+        infinity above, or nothing but -inf, its id is 0 and its fault 1.
         """
         rows, vocabulary = logits.shape
         assert vocabulary == self._vocabulary and rows <= self.results.shape[1]
         assert logits.dtype == torch.float32 and settings.shape == (rows, SETTINGS.itemsize)
         assert settings.dtype == torch.uint8
-        assert all(ids is None or ids.dtype == torch.int32 for ids in (stop_ids, tail, masks))
+        assert all(ids is None or ids.dtype == torch.int32 for ids in (tail, masks))
         assert masks is None or masks.shape[1] == -(-vocabulary // 32)
         resolved = None if tail is None else torch.empty_like(tail)
         self._module.launch(
             "shape", (self._chunks, rows, 1), SHAPE_THREADS, 8 * SHAPE_THREADS // 32, logits, settings, self._table,
-            tail, resolved, self.results, stop_ids, stop_ids.numel(), masks, self._largest, vocabulary,
+            tail, resolved, self.results, masks, self._largest, vocabulary,
         )  # fmt: skip
         self._module.launch(
             "draw", (rows, 1, 1), DRAW_THREADS, DRAW_SHARED_BYTES, logits, settings, self._largest, self._chunks,

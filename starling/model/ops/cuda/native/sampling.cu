@@ -1,4 +1,4 @@
-// From logits to token ids: shape (penalties, bans, a grammar's mask, the largest logit), then draw (Ops.sample).
+// From logits to token ids: shape (penalties, a mask of what may come, the largest logit), then draw (Ops.sample).
 //
 // A weight is floor(2^47 e^((l - max) / T)), an integer made of the float32 exponential's own bits. Sums of weights are
 // therefore exact whatever their order, so a draw is the same alone and in any batch, and running sums can be compared
@@ -31,11 +31,9 @@ struct Settings {     // one row; SETTINGS in sampling.py. All zeros: greedy, no
   int tail;           // first of the tokens in `tail` that the table lacks
   int seen;           // how many of those come before the token to draw
   int commits;        // how many of those enter the table with this row
-  int mask;           // 1 + row of the grammar's masks; 0: none
-  int banned;         // not 0: no stop id may be drawn
-  int unused;
+  int mask;           // 1 + row of the masks; 0: none
 };
-static_assert(sizeof(Settings) == 72, "");
+static_assert(sizeof(Settings) == 64, "");
 
 constexpr u32 kPrompt = 0x80000000u;  // in the table: came with the prompt. The other bits count the generated
 
@@ -89,7 +87,7 @@ constexpr int kChunk = 1024, kShapers = 256, kEach = kChunk / kShapers;
 // the high half, ~id in the low. The tokens that enter the table are written to `resolved`, beside `tail`, for draw:
 // by then, `sampled` may hold the new ones.
 KERNEL(256) shape(float* logits, const Settings* settings, const u32* table, const int* tail, int* resolved,
-                  const int* sampled, const int* stop_ids, int stops, const u32* masks, u64* largest, int vocabulary) {
+                  const int* sampled, const u32* masks, u64* largest, int vocabulary) {
   const int row = blockIdx.y, first = blockIdx.x * kChunk + threadIdx.x;
   const Settings& s = settings[row];
   float* x = logits + (i64)row * vocabulary;
@@ -116,13 +114,6 @@ KERNEL(256) shape(float* logits, const Settings* settings, const u32* table, con
       if (generated) l[j] = __fadd_rn(l[j], -penalty);
     }
   }
-  if (s.banned) {
-    for (int k = 0; k < stops; k++) {
-      const int id = stop_ids[k];
-#pragma unroll
-      for (int j = 0; j < kEach; j++) l[j] = id == first + j * kShapers ? -infinity() : l[j];
-    }
-  }
   if (s.mask) {
     const u32* mask = masks + (i64)(s.mask - 1) * ((vocabulary + 31) / 32);
 #pragma unroll
@@ -136,7 +127,7 @@ KERNEL(256) shape(float* logits, const Settings* settings, const u32* table, con
   for (int j = 0; j < kEach; j++) {
     const int id = first + j * kShapers;
     if (id >= vocabulary) continue;
-    if (s.table || s.banned || s.mask) x[id] = l[j];
+    if (s.table || s.mask) x[id] = l[j];
     const u64 mine = (u64)key_of(l[j]) << 32 | ~(u32)id;
     best = best < mine ? mine : best;
   }

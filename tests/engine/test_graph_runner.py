@@ -1,0 +1,148 @@
+"""The GPU's way of running steps, on emulated kernels: what is drawn is what the plain runner draws, to the token.
+
+Capturing a graph needs a GPU; without one the padded steps that it would hold are computed over the same memory.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from starling.engine.cache import BlockCache
+from starling.engine.graph_runner import GraphRunner
+from starling.engine.runner import Runner, StepRunner
+from starling.engine.scheduler import Limits, Scheduler
+from starling.engine.sequence import SamplingParams, Sequence
+from starling.engine.speculation import PromptLookup
+from starling.model.mistral import Mistral
+from starling.model.ops.cuda import CudaOps
+from tests.cuda.emulator import emulated_ops
+from tests.engine.fake_model import Loop
+from tests.model.tiny import write_checkpoint
+
+WINDOW, BLOCKS, BLOCK, VOCABULARY = 40, 64, 16, 67
+
+
+class Alternating:
+    """A grammar: even and odd ids in turn, and the end after six."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.fault: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.count >= 6
+
+    def mask(self) -> object:
+        import numpy as np
+
+        words = np.zeros(-(-VOCABULARY // 32), dtype=np.int32)
+        for token in [2] if self.finished else range(3 + self.count % 2, VOCABULARY, 2):
+            words[token // 32] |= np.int32(np.uint32(1 << token % 32).astype(np.int32))
+        return words
+
+    def advance(self, token: int) -> None:
+        assert token == 2 if self.finished else token % 2 == (3 + self.count) % 2
+        self.count += 1
+
+
+DEVICES: list[object] = [
+    pytest.param(emulated_ops, id="emulated"),
+    pytest.param(CudaOps.on_gpu, id="gpu", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mistral:
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    write_checkpoint(
+        folder, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=1,
+        sliding_window=WINDOW, vocab_size=VOCABULARY, max_position_embeddings=256,
+    )  # fmt: skip
+    make: Callable[[], CudaOps] = request.param
+    return Mistral.load(folder, make())
+
+
+class Recorder:
+    """The plain runner in the graph runner's place: it waits for every step."""
+
+    def __init__(self, model: Mistral, books: BlockCache) -> None:
+        self._inner = Runner(model, model.allocate_cache(BLOCKS, BLOCK), books)
+        self.start = self._inner.start
+        self.overlaps = self.device_counts = False
+
+
+def sequences(seed: int, count: int, speculative: bool) -> list[Sequence]:
+    """Of every kind: greedy and drawn, penalised, not to end yet, under a grammar, repeating itself."""
+    dice = random.Random(seed)
+    found = []
+    for arrival in range(count):
+        prompt = [dice.randrange(3, 9) for _ in range(dice.randint(1, 50))]
+        penalized = dice.random() < 0.5
+        params = SamplingParams(
+            max_tokens=dice.randint(1, 12),
+            stop_ids=frozenset({2, 5}),
+            seed=dice.randrange(2**32),
+            min_tokens=dice.choice([0, 4]),
+            temperature=dice.choice([0.0, 0.9]),
+            top_p=dice.choice([1.0, 0.8]),
+            top_k=dice.choice([0, 20]),
+            repetition_penalty=1.3 if penalized else 1.0,
+            frequency_penalty=0.4 if penalized else 0.0,
+            presence_penalty=dice.choice([0.0, 0.5]) if penalized else 0.0,
+        )
+        constraint = Alternating() if dice.random() < 0.2 else None
+        lookup = PromptLookup() if speculative else None
+        found.append(Sequence(arrival, prompt, params, constraint, lookup))  # type: ignore[arg-type]
+    return found
+
+
+def answers(
+    model: Mistral, make: Callable[[Mistral, BlockCache, Limits], StepRunner], asked: list[Sequence], **limits: int
+) -> list[list[int]]:
+    chosen = Limits(**{"max_running": 8, "prefill_tokens": 24, "speculative_rows": 0, **limits})
+    books = BlockCache(BLOCKS, BLOCK, chosen.max_running, 256, WINDOW)
+    runner = make(model, books, chosen)
+    scheduler = Scheduler(books, chosen, runner.device_counts)
+    loop = Loop(scheduler, runner)
+    for sequence in asked:
+        scheduler.add(sequence)
+    while not loop.idle:
+        loop.step()
+        books.check(scheduler.running)
+    return [sequence.tokens[sequence.prompt_length :] for sequence in asked]
+
+
+def plain(model: Mistral, books: BlockCache, limits: Limits) -> StepRunner:
+    return Recorder(model, books)
+
+
+def graphs(model: Mistral, books: BlockCache, limits: Limits) -> StepRunner:
+    return GraphRunner(model, model.allocate_cache(BLOCKS, BLOCK), books, limits)
+
+
+@pytest.mark.parametrize("speculative_rows", [0, 8])
+def test_answers_are_those_of_the_plain_runner(model: Mistral, speculative_rows: int) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    made = answers(model, graphs, sequences(seed, 7, speculative_rows > 0), speculative_rows=speculative_rows)
+    wanted = [
+        answers(model, plain, [sequence])[0] for sequence in sequences(seed, 7, speculative=False)
+    ]  # each alone, and no guesses
+    assert made == wanted
+
+
+def test_logits_that_are_no_numbers_are_an_error(model: Mistral) -> None:
+    from dataclasses import replace
+
+    from starling.errors import EngineError
+
+    broken = replace(model, norm=torch.full_like(model.norm, torch.nan))
+    with pytest.raises(EngineError, match="no finite number"):
+        answers(broken, graphs, sequences(0, 1, False))
