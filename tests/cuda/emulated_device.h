@@ -30,7 +30,7 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct Index { u32 x, y, z; };
 
-#define KERNEL(threads) static void
+#define KERNEL(...) static void
 #define DEVICE static inline
 #define __device__
 #define __forceinline__ inline
@@ -270,6 +270,7 @@ DEVICE half_t float_to_half(float x) { const _Float16 h = (_Float16)x; half_t y;
 DEVICE u32 pack_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
 DEVICE float low_half(u32 x) { return half_to_float((half_t)x); }
 DEVICE float high_half(u32 x) { return half_to_float((half_t)(x >> 16)); }
+DEVICE u32 and_or(u32 x, u32 mask, u32 bits) { return (x & mask) | bits; }
 DEVICE u32 half2_add(u32 a, u32 b) { return pack_halves(low_half(a) + low_half(b), high_half(a) + high_half(b)); }
 DEVICE u32 half2_sub(u32 a, u32 b) { return pack_halves(low_half(a) - low_half(b), high_half(a) - high_half(b)); }
 DEVICE u32 half2_mul(u32 a, u32 b) { return pack_halves(low_half(a) * low_half(b), high_half(a) * high_half(b)); }
@@ -333,7 +334,8 @@ inline void matrices(u32 (&m)[4], const void* row, bool transposed) {
 DEVICE void load_matrices(u32 (&m)[4], const void* row) { emulator::matrices(m, row, false); }
 DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) { emulator::matrices(m, row, true); }
 
-DEVICE uint4 load_once(const void* from) {
+DEVICE uint4 load_once(const void* from, bool valid = true) {
+  if (!valid) return {0, 0, 0, 0};
   emulator::check_aligned(from, 16);
   return *(const uint4*)from;
 }

@@ -16,7 +16,8 @@ typedef unsigned long long u64;
 typedef long long i64;
 typedef u16 half_t;  // the bits of an fp16 number; two of them in a u32, the first in the low half
 
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// KERNEL(threads), or KERNEL(threads, blocks): registers must allow that many blocks on a multiprocessor.
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define DEVICE static __device__ __forceinline__
 
 DEVICE u8* shared_memory() {
@@ -46,6 +47,12 @@ DEVICE u32 pack_halves(float low, float high) {
 
 DEVICE float low_half(u32 x) { return half_to_float((half_t)x); }
 DEVICE float high_half(u32 x) { return half_to_float((half_t)(x >> 16)); }
+
+DEVICE u32 and_or(u32 x, u32 mask, u32 bits) {  // x & mask | bits, in one instruction
+  u32 y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
 
 DEVICE u32 half2_add(u32 a, u32 b) {
   u32 y;
@@ -114,11 +121,18 @@ DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) {
 
 // -- memory -------------------------------------------------------------------------------------------------------
 
-// 16 bytes that are read once in a kernel: they need not push others out of the nearest cache.
-DEVICE uint4 load_once(const void* from) {
+// 16 bytes that are read once in a kernel: they need not push others out of the nearest cache. Zeros where not `valid`
+// (`from` is not read then).
+DEVICE uint4 load_once(const void* from, bool valid = true) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %5, 0;\n"
+      "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w) : "l"(from), "r"((u32)valid));
   return x;
 }
 

@@ -1,0 +1,318 @@
+"""Linear layers of 4-bit weights, the fp16 output projection, the norms around them: native/linear.h and norm.cu."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from starling.errors import DeviceError
+from starling.model.awq import AwqWeight, unpack
+from starling.model.ops.cuda.module import Module
+
+THREADS = 256
+WARPS = THREADS // 32
+ROWS = 16  # of a row tile
+TILE_K = 64
+CHUNK_TILES = 8
+CHUNK_K = CHUNK_TILES * TILE_K
+SPLITS = 4  # ranges of K that are summed on their own
+GROUPS = (128, 64, 32)
+STORE, ADD, SILU_MUL, LOGITS = range(4)  # enum Epilogue
+
+NARROW_ROWS = ROWS * WARPS // SPLITS  # of a block
+NARROW_MAX_TOKENS = 8
+# Choices of speed only, results are the same. Every 32 rows read all activations again, 2 * k bytes a token (from L2),
+# beside 16 * k bytes of weights (from memory).
+NARROW_TOKENS = 4
+NORM_TOKENS = 2  # a fused norm reads 4 bytes per element instead of 2, and works it out in every block
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A kernel whose blocks take `tokens` tokens and `row_tiles` row tiles for each warp."""
+
+    name: str
+    tokens: int
+    row_tiles: int
+    panel: int  # tiles in a panel of activations
+    stages: int  # panels under way
+
+    @property
+    def rows(self) -> int:
+        return ROWS * WARPS * self.row_tiles
+
+    @property
+    def sums_bytes(self) -> int:
+        return self.tokens * self.rows * 4
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * self.tokens * self.panel * TILE_K * 2 + self.sums_bytes
+
+
+WIDE = (
+    Wide("wide_8", 8, 1, 8, 3),
+    Wide("wide_16", 16, 1, 4, 3),
+    Wide("wide_32", 32, 1, 2, 3),
+    Wide("wide_64", 64, 1, 1, 2),
+)
+WIDE_TALL = Wide("wide_64_tall", 64, 2, 1, 3)
+HEAD_WIDE = (
+    Wide("wide_8", 8, 1, 2, 3),
+    Wide("wide_16", 16, 1, 2, 3),
+    Wide("wide_32", 32, 1, 2, 3),
+    Wide("wide_64", 64, 1, 1, 2),
+)
+
+
+class PackedLinear(dict[str, torch.Tensor]):
+    """A packed weight, and its shape as plain numbers, so that no launch reads a tensor.
+
+    Keys: `weight`; of 4 bits also `scales` and `zeros`; native/linear.h says how they lie. `shape`, int64 [4] on the
+    CPU: output features, input features, group size (0: fp16), whether rows are paired.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        super().__init__({name: tensor.to("cpu" if name == "shape" else device) for name, tensor in tensors.items()})
+        self.rows: int
+        self.columns: int
+        self.group: int
+        self.paired: bool
+        self.rows, self.columns, self.group, paired = self["shape"].tolist()
+        self.paired = bool(paired)
+
+    @property
+    def source(self) -> str:
+        return f"linear_g{self.group}" if self.group else "head"
+
+    @property
+    def wide(self) -> tuple[Wide, ...]:
+        return WIDE if self.group else HEAD_WIDE
+
+
+class LinearKernels:
+    """Activations are fp16 [T, K], the residual stream float32 [T, H], logits float32; T may be 0.
+
+    A token's results do not depend on the other tokens, bit for bit, nor on which kernel their number chooses.
+    """
+
+    def __init__(self, load: Callable[[str], Module], device: torch.device) -> None:
+        self._load = load
+        self._modules: dict[str, Module] = {}
+        self.device = device
+        on_gpu = device.type == "cuda"
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 84
+        # For blocks that share a sum: fewer than there are processors, or none would share.
+        self._counters = torch.zeros(self._processors, dtype=torch.int32, device=device)
+
+    def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """fp16 [T, K] → fp16 [T, N]. The rows of a paired weight come in plain order."""
+        return self._multiply(x, weight, STORE, self._empty(x, weight.rows, torch.float16))
+
+    def linear_silu_mul(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """fp16 [T, K] → silu(gate) * up, fp16 [T, N / 2], for a paired weight; gate and up are float32 until then."""
+        assert weight.paired
+        return self._multiply(x, weight, SILU_MUL, self._empty(x, weight.rows // 2, torch.float16))
+
+    def add_linear(self, x: torch.Tensor, weight: PackedLinear, residual: torch.Tensor) -> torch.Tensor:
+        """`residual` float32 [T, N] += fp16 [T, K] x weight, in float32 throughout; returns `residual`."""
+        assert residual.dtype == torch.float32 and residual.shape == (x.shape[0], weight.rows)
+        return self._multiply(x, weight, ADD, residual)
+
+    def head(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+        """fp16 [T, H] → float32 logits [T, V]."""
+        return self._multiply(x, weight, LOGITS, self._empty(x, weight.rows, torch.float32))
+
+    def norm_linear(self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: PackedLinear) -> torch.Tensor:
+        """linear(rms_norm(residual, norm, eps), weight), to the bit."""
+        out = self._empty(residual, weight.rows, torch.float16)
+        return self._norm_multiply(residual, norm, eps, weight, STORE, out)
+
+    def norm_linear_silu_mul(
+        self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: PackedLinear
+    ) -> torch.Tensor:
+        """linear_silu_mul(rms_norm(residual, norm, eps), weight), to the bit."""
+        assert weight.paired
+        out = self._empty(residual, weight.rows // 2, torch.float16)
+        return self._norm_multiply(residual, norm, eps, weight, SILU_MUL, out)
+
+    def norm_head(self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: PackedLinear) -> torch.Tensor:
+        """head(rms_norm(residual, norm, eps), weight), to the bit."""
+        out = self._empty(residual, weight.rows, torch.float32)
+        return self._norm_multiply(residual, norm, eps, weight, LOGITS, out)
+
+    def rms_norm(self, x: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
+        """float32 [T, H] → fp16 [T, H]: normalised in float32, rounded, multiplied by `norm` fp16 [H] in fp16."""
+        assert x.dtype == torch.float32 and norm.dtype == torch.float16 and x.shape[1] % 4 == 0
+        out = self._empty(x, x.shape[1], torch.float16)
+        if x.shape[0]:
+            grid = (x.shape[0], 1, 1)
+            self._module("norm").launch("rms_norm", grid, THREADS, WARPS * 4, x, norm, out, x.shape[1], eps)
+        return out
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
+        """`residual` float32 [T, H] += `x` fp16 [T, H]; returns rms_norm(residual, norm, eps)."""
+        assert x.dtype == norm.dtype == torch.float16 and residual.dtype == torch.float32 and x.shape[1] % 4 == 0
+        out = torch.empty_like(x)
+        if x.shape[0]:
+            arguments = (x, residual, norm, out, x.shape[1], eps)
+            self._module("norm").launch("add_rms_norm", (x.shape[0], 1, 1), THREADS, WARPS * 4, *arguments)
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """fp16 [T, 2 * I] → silu(first half) * second half, fp16 [T, I]."""
+        tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+        assert gate_up.dtype == torch.float16 and width % 4 == 0
+        out = self._empty(gate_up, width, torch.float16)
+        if tokens:
+            grid = (-(-width // (4 * THREADS)), tokens, 1)
+            self._module("norm").launch("silu_and_mul", grid, THREADS, 0, gate_up, out, width)
+        return out
+
+    def _norm_multiply(
+        self,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: PackedLinear,
+        epilogue: int,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        tokens = residual.shape[0]
+        if tokens > NORM_TOKENS or not tokens:
+            return self._multiply(self.rms_norm(residual, norm, eps), weight, epilogue, out)
+        assert residual.dtype == torch.float32 and norm.dtype == torch.float16
+        assert residual.shape[1] == weight.columns == norm.numel()
+        self._narrow("narrow_norm", tokens, weight, epilogue, out, None, (residual, norm, eps))
+        return out
+
+    def _multiply(self, x: torch.Tensor, weight: PackedLinear, epilogue: int, out: torch.Tensor) -> torch.Tensor:
+        tokens = x.shape[0]
+        assert x.dtype == torch.float16 and x.shape[1] == weight.columns
+        if not tokens:
+            return out
+        if tokens <= NARROW_TOKENS:
+            self._narrow("narrow", tokens, weight, epilogue, out, x, (None, None, 0.0))
+            return out
+        kernel = next((kernel for kernel in weight.wide if tokens <= kernel.tokens), weight.wide[-1])
+        if weight.group and tokens >= WIDE_TALL.tokens and self._blocks(WIDE_TALL, tokens, weight) >= self._processors:
+            kernel = WIDE_TALL
+        self._wide(kernel, weight, epilogue, out, x)
+        return out
+
+    def _narrow(
+        self,
+        kernel: str,
+        tokens: int,
+        weight: PackedLinear,
+        epilogue: int,
+        out: torch.Tensor,
+        x: torch.Tensor | None,
+        norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
+    ) -> None:
+        assert tokens <= NARROW_MAX_TOKENS
+        shared_bytes = THREADS * 16
+        if x is None:
+            shared_bytes += NARROW_MAX_TOKENS * WARPS * 4 + tokens * -(-weight.columns // TILE_K) * TILE_K * 2
+        grid = (-(-weight.rows // NARROW_ROWS), 1, 1)
+        self._launch(kernel, grid, shared_bytes, tokens, weight, epilogue, out, x, norm, None)
+
+    def _wide(self, kernel: Wide, weight: PackedLinear, epilogue: int, out: torch.Tensor, x: torch.Tensor) -> None:
+        tokens, blocks = x.shape[0], self._blocks(kernel, x.shape[0], weight)
+        splits, partials = 1, None
+        if blocks < self._processors:
+            splits = SPLITS
+            partials = torch.empty(blocks * SPLITS * kernel.sums_bytes // 4, dtype=torch.float32, device=self.device)
+        grid = (-(-tokens // kernel.tokens), -(-weight.rows // kernel.rows), splits)
+        no_norm = (None, None, 0.0)
+        self._launch(kernel.name, grid, kernel.shared_bytes, tokens, weight, epilogue, out, x, no_norm, partials)
+
+    def _launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        shared_bytes: int,
+        tokens: int,
+        weight: PackedLinear,
+        epilogue: int,
+        out: torch.Tensor,
+        x: torch.Tensor | None,
+        norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
+        partials: torch.Tensor | None,
+    ) -> None:
+        residual, norm_weight, eps = norm
+        tile_stride, half_stride = (ROWS // 2, weight.rows // 2) if weight.paired else (ROWS, ROWS // 2)
+        self._module(weight.source).launch(
+            kernel, grid, THREADS, shared_bytes,
+            weight["weight"], weight.get("scales"), weight.get("zeros"), x, residual, norm_weight, out, partials,
+            self._counters, eps, tokens, weight.rows, weight.columns, tile_stride, half_stride, epilogue,
+        )  # fmt: skip
+
+    def _module(self, source: str) -> Module:
+        if source not in self._modules:
+            self._modules[source] = self._load(source)
+        return self._modules[source]
+
+    def _blocks(self, kernel: Wide, tokens: int, weight: PackedLinear) -> int:
+        return -(-tokens // kernel.tokens) * -(-weight.rows // kernel.rows)
+
+    def _empty(self, like: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(like.shape[0], width, dtype=dtype, device=like.device)
+
+
+def pack(weight: AwqWeight, paired: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of a PackedLinear, where `weight` is. `paired`: outputs are two halves, gate | up, of the same width.
+
+    Raises DeviceError where the kernels do not know the group size.
+    """
+    rows, columns, group = weight.out_features, weight.in_features, weight.group_size
+    if group not in GROUPS:
+        raise DeviceError(f"Group size {group}: the CUDA kernels know {', '.join(map(str, GROUPS))}.")
+    assert columns % group == 0 and rows % (16 if paired else 8) == 0
+    row_tiles, tiles = -(-rows // ROWS), -(-columns // TILE_K)
+    chunks, chunk_groups = -(-tiles // CHUNK_TILES), CHUNK_K // group
+
+    def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What lies side by side for all rows → for the first 8 and for the last 8 of every row tile."""
+        split = x.view(len(x), 2, -1) if paired else x.view(len(x), row_tiles, 2, -1).transpose(1, 2)
+        return split[:, 0], split[:, 1]
+
+    # A word of the checkpoint is 8 rows at one k; nibbles of the first and the last 8 rows meet in a byte.
+    words = F.pad(weight.qweight, (0, 0 if paired else 2 * row_tiles - rows // 8, 0, tiles * TILE_K - columns))
+    first, last = (half.reshape(tiles * TILE_K, row_tiles) for half in halves(words))
+    low = (first & 0x0F0F0F0F) | ((last & 0x0F0F0F0F) << 4)  # rows 0, 4, 1, 5 by byte: COLUMN_OF_NIBBLE[::2]
+    high = ((first >> 4) & 0x0F0F0F0F) | (last & -0x0F0F0F10)  # rows 2, 6, 3, 7
+    del words, first, last
+    # [k / 64, k / 32, k / 8, k / 4, k / 2, k][row tile, g / 2, g, g / 4] → [row tile, k / 64][g][k / 8][steps][e]
+    bits = torch.stack([low, high], dim=-1).view(torch.uint8).view(tiles, 2, 4, 2, 2, 2, row_tiles, 2, 2, 2)
+    packed = bits.permute(6, 0, 9, 7, 8, 2, 1, 3, 5, 4).contiguous()
+
+    padding = (0, row_tiles * ROWS - rows, 0, chunks * chunk_groups - columns // group)
+
+    def by_group(values: torch.Tensor) -> list[torch.Tensor]:
+        """[groups, N] → of each half [row tiles, chunks, 8, groups of a chunk]."""
+        shape = (chunks, chunk_groups, row_tiles, 8)
+        return [half.reshape(shape).permute(2, 0, 3, 1) for half in halves(F.pad(values, padding))]
+
+    zero, last_zero = by_group(unpack(weight.qzeros))
+    return {
+        "weight": packed.view(-1).view(torch.int32).view(row_tiles, tiles, 32, 4),
+        "scales": torch.stack(by_group(weight.scales), dim=-1).contiguous(),
+        "zeros": (zero | (last_zero << 4)).view(torch.uint8).contiguous(),
+        "shape": torch.tensor([rows, columns, group, int(paired)]),
+    }
+
+
+def pack_head(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a PackedLinear from fp16 [V, H], where `matrix` is."""
+    rows, columns = matrix.shape
+    assert columns % 32 == 0
+    row_tiles, tiles = -(-rows // ROWS), -(-columns // TILE_K)
+    padded = F.pad(matrix.to(torch.float16), (0, tiles * TILE_K - columns, 0, row_tiles * ROWS - rows))
+    # [row tile, half, g][k / 64, k / 32, k / 8, k / 4, k / 2, k] → [row tile, k / 64][step][g][k / 8][e / 2, half, e]
+    parts = padded.view(row_tiles, 2, 8, tiles, 2, 4, 2, 2, 2).permute(0, 3, 4, 6, 2, 5, 7, 1, 8)
+    return {
+        "weight": parts.reshape(row_tiles, tiles, 4, 32, 8),
+        "shape": torch.tensor([rows, columns, 0, 0]),
+    }
