@@ -1,0 +1,347 @@
+"""The CUDA linears, norms and output projection: on the emulated device at small shapes, on a GPU at Starling's.
+
+Bounds. Weights are exact fp16 integers times float32 scales, products are exact in float32, and sums are float32 (on
+tensor cores truncated, not rounded: 2^-23 instead of 2^-24). An output of K products s (q - z) x, each part of at most
+4 + K / 64 + 4 sums, errs by less than (K / 64 + 24) 2^-23 sum |s (q - z) x|, and where it is fp16 by half a unit of
+2^-10 of itself more (2^-25 below the normal ones). Those are bounds of every single element, not of norms.
+"""
+
+import random
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from starling.model.awq import AwqWeight, pack, quantize
+from starling.model.ops.cuda import linear, nvrtc
+from starling.model.ops.cuda.linear import LinearKernels, PackedLinear
+from starling.model.ops.reference import ReferenceOps
+from tests.cuda.emulator import EmulatedModule
+
+REFERENCE = ReferenceOps()
+EPS = 1e-5
+GUARD = 64  # elements on either side of an output that nobody may touch
+
+
+class Guarded(LinearKernels):
+    """Outputs are full of NaN at first, and lie between guards that must stay as they were."""
+
+    def __init__(self, load: Callable[[str], object], device: torch.device) -> None:
+        super().__init__(load, device)  # type: ignore[arg-type]
+        self.outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def _empty(self, like: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.poisoned(like.shape[0], width, dtype)
+
+    def poisoned(self, tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        size = tokens * width
+        whole = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype, device=self.device)
+        whole[:GUARD] = whole[GUARD + size :] = 7
+        self.outputs.append((whole[:GUARD], whole[GUARD + size :]))
+        return whole[GUARD : GUARD + size].view(tokens, width)
+
+    def check_guards(self) -> None:
+        assert all((part == 7).all() for pair in self.outputs for part in pair)
+        self.outputs.clear()
+        assert (self._counters == 0).all()
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")  # shown when the test fails
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+@pytest.fixture
+def kernels() -> Guarded:
+    return Guarded(EmulatedModule, torch.device("cpu"))
+
+
+@pytest.fixture
+def gpu_kernels() -> Guarded:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from starling.model.ops.cuda.driver import DriverModule
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Guarded(lambda source: DriverModule(source, device), device)
+
+
+def random_awq(inputs: int, outputs: int, group: int) -> AwqWeight:
+    """Random words: every nibble, every zero point."""
+    zeros = pack(torch.randint(0, 16, (inputs // group, outputs)))
+    scales = (torch.rand(inputs // group, outputs) * 0.01 + 1e-3).to(torch.float16)
+    return AwqWeight(pack(torch.randint(0, 16, (inputs, outputs))), zeros, scales)
+
+
+def random_activations(tokens: int, width: int) -> torch.Tensor:
+    """fp16, of quite different sizes, and a few large ones, as real ones have."""
+    x = torch.randn(tokens, width) * torch.rand(tokens, 1) * 4
+    return torch.where(torch.rand(tokens, width) < 2 / width, 100 * x, x).to(torch.float16)
+
+
+def packed(kernels: LinearKernels, weight: AwqWeight, paired: bool = False) -> PackedLinear:
+    on_device = AwqWeight(*(part.to(kernels.device) for part in (weight.qweight, weight.qzeros, weight.scales)))
+    return PackedLinear(linear.pack(on_device, paired), kernels.device)
+
+
+def wanted(x: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x @ matrix.T in float64, and how far a float32 sum of it may be off."""
+    x, matrix = x.double().cpu(), matrix.double()
+    bound = (x.shape[1] / 64 + 24) * 2**-23 * (x.abs() @ matrix.abs().T)
+    return x @ matrix.T, bound
+
+
+def rounded(exact: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """The bound of what is then rounded to fp16."""
+    return bound + (exact.abs() + bound) * 2**-11 + 2**-25
+
+
+def check(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
+    assert found.shape == exact.shape
+    error = (found.double().cpu() - exact).abs()
+    assert (error <= bound).all(), f"{float((error / bound).nan_to_num(torch.inf).max()):.2f} times the bound"
+
+
+def check_linear(kernels: Guarded, weight: AwqWeight, tokens: int, paired: bool = False) -> None:
+    """Every epilogue, and a token alone against the same one among others."""
+    x = random_activations(tokens, weight.in_features)
+    w = packed(kernels, weight, paired)
+    exact, bound = wanted(x, weight.dequantize())
+    x = x.to(kernels.device)
+    found = kernels.linear(x, w)
+    check(found, exact, rounded(exact, bound))
+    residual = torch.randn(tokens, weight.out_features)
+    own = kernels.poisoned(tokens, weight.out_features, torch.float32)
+    own.copy_(residual)
+    assert kernels.add_linear(x, w, own) is own
+    total = exact + residual
+    check(own, total, bound + total.abs() * 2**-23)
+    if paired:
+        check_silu(kernels, kernels.linear_silu_mul(x, w), exact, bound)
+    some = random.sample(range(tokens), min(3, tokens))
+    for token in some:
+        assert torch.equal(kernels.linear(x[token : token + 1], w), found[token : token + 1])
+    assert torch.equal(kernels.linear(x[some], w), found[some])
+    kernels.check_guards()
+
+
+def check_silu(kernels: Guarded, found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
+    gate, up = exact.chunk(2, dim=1)
+    gate_bound, up_bound = bound.chunk(2, dim=1)
+    silu = gate * gate.sigmoid()
+    # silu's slope is within (-0.1, 1.1); exp and the quotient err by some units of 2^-23, exp by one per unit of gate.
+    silu_bound = 1.1 * gate_bound + silu.abs() * (8 + gate.abs()) * 2**-22
+    product = silu * up
+    check(found, product, rounded(product, silu_bound * up.abs() + (silu.abs() + silu_bound) * up_bound))
+
+
+SHAPES = [
+    (4096, 64, 128),  # rows of Starling's q|k|v and gate|up
+    (14336, 32, 128),  # of its down projection
+    (576, 192, 64),  # SmolLM2-135M: hidden to q|k|v
+    (1536, 64, 64),
+    (1536, 40, 32),
+    (32, 8, 32),
+    (96, 24, 32),
+    (640, 200, 128),
+]
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "group"), SHAPES)
+@pytest.mark.parametrize("many", [False, True])
+def test_linear(kernels: Guarded, rng: random.Random, inputs: int, outputs: int, group: int, many: bool) -> None:
+    weight = rng.choice([random_awq(inputs, outputs, group), quantize(torch.randn(outputs, inputs), group)])
+    most = 70 if inputs * outputs < 100_000 else 20
+    check_linear(kernels, weight, rng.randint(9, most) if many else rng.randint(1, 8))
+
+
+@pytest.mark.parametrize(("inputs", "half", "group"), [(1024, 24, 128), (576, 96, 64), (160, 8, 32)])
+def test_linear_of_pairs(kernels: Guarded, rng: random.Random, inputs: int, half: int, group: int) -> None:
+    for tokens in (1, rng.randint(2, 8), rng.randint(9, 40)):
+        check_linear(kernels, random_awq(inputs, 2 * half, group), tokens, paired=True)
+
+
+@pytest.mark.parametrize("group", linear.GROUPS)
+@pytest.mark.parametrize("processors", [1, 84], ids=["one block for all k", "a block for each range of k"])
+def test_kernels_agree_to_the_bit(kernels: Guarded, rng: random.Random, group: int, processors: int) -> None:
+    """Every kernel, where another one would have been chosen, over several blocks of tokens and of rows."""
+    inputs, outputs, tokens = 1152, 136, rng.randint(65, 72)
+    w = packed(kernels, random_awq(inputs, outputs, group))
+    kernels._processors = processors
+    x = random_activations(tokens, inputs)
+    first = torch.cat([kernels.linear(x[i : i + 4], w) for i in range(0, tokens, 4)])
+    for kernel in (*linear.WIDE, linear.WIDE_TALL):
+        out = kernels.poisoned(tokens, outputs, torch.float16)
+        kernels._counters = torch.zeros(1000, dtype=torch.int32)
+        kernels._processors = 1 if processors == 1 else 1000
+        kernels._wide(kernel, w, linear.STORE, out, x)
+        assert torch.equal(out, first), kernel.name
+    kernels.check_guards()
+
+
+@pytest.mark.parametrize(("vocabulary", "hidden"), [(1003, 64), (130, 576), (17, 32), (40, 4096)])
+def test_head(kernels: Guarded, rng: random.Random, vocabulary: int, hidden: int) -> None:
+    matrix = torch.randn(vocabulary, hidden).to(torch.float16)
+    w = PackedLinear(linear.pack_head(matrix), kernels.device)
+    for tokens in (1, rng.randint(2, 8), rng.randint(9, 16), rng.randint(17, 70) if hidden < 4096 else 20):
+        check_head(kernels, matrix, w, tokens)
+
+
+def check_head(kernels: Guarded, matrix: torch.Tensor, w: PackedLinear, tokens: int) -> None:
+    x = random_activations(tokens, matrix.shape[1])
+    exact, bound = wanted(x, matrix.cpu())
+    x = x.to(kernels.device)
+    found = kernels.head(x, w)
+    assert found.dtype == torch.float32
+    check(found, exact, bound)
+    token = random.randrange(tokens)
+    assert torch.equal(kernels.head(x[token : token + 1], w)[0], found[token])
+    kernels.check_guards()
+
+
+@pytest.mark.parametrize(("inputs", "half", "group"), [(4096, 16, 128), (576, 48, 64), (96, 8, 32)])
+def test_fused_norm(kernels: Guarded, rng: random.Random, inputs: int, half: int, group: int) -> None:
+    w = packed(kernels, random_awq(inputs, 2 * half, group), paired=True)
+    head = PackedLinear(linear.pack_head(torch.randn(40, inputs).half()), kernels.device)
+    check_fused_norm(kernels, w, head)
+
+
+def check_fused_norm(kernels: Guarded, w: PackedLinear, head: PackedLinear) -> None:
+    """Against the norm in a kernel of its own, to the bit; also for more tokens than are ever asked of it."""
+    norm = torch.randn(w.columns).half().to(kernels.device)
+    for tokens in (1, 2, 3, 8):
+        residual = torch.randn(tokens, w.columns, device=kernels.device) * 10
+        x = kernels.rms_norm(residual, norm, EPS)
+        for fused, plain in (
+            (kernels.norm_linear(residual, norm, EPS, w), kernels.linear(x, w)),
+            (kernels.norm_linear_silu_mul(residual, norm, EPS, w), kernels.linear_silu_mul(x, w)),
+            (kernels.norm_head(residual, norm, EPS, head), kernels.head(x, head)),
+        ):
+            assert not plain.isnan().any() and torch.equal(fused, plain)
+        out = kernels.poisoned(tokens, w.rows, torch.float16)
+        if tokens * w.columns <= 5 * 4096:  # shared memory
+            kernels._narrow("narrow_norm", tokens, w, linear.STORE, out, None, (residual, norm, EPS))
+            assert torch.equal(out, kernels.linear(x, w))
+    kernels.check_guards()
+
+
+@pytest.mark.parametrize("hidden", [4096, 576, 40, 8])
+def test_norms_and_activation(kernels: Guarded, rng: random.Random, hidden: int) -> None:
+    check_norms_and_activation(kernels, rng.choice([1, 2, 9]), hidden)
+
+
+def check_norms_and_activation(kernels: Guarded, tokens: int, hidden: int) -> None:
+    """Where float32 errs by some units of 2^-23, the rounding to fp16 may go the other way: a unit of 2^-10 of fp16
+    twice, before the multiplication and after it.
+    """
+    device = kernels.device
+    x, residual, norm = torch.randn(tokens, hidden).half(), torch.randn(tokens, hidden) * 10, torch.randn(hidden).half()
+    exact = REFERENCE.rms_norm(residual, norm, EPS).double()
+    found = kernels.rms_norm(residual.to(device), norm.to(device), EPS)
+    check(found, exact, exact.abs() * 2**-9.9 + 2**-24)
+    exact, total = REFERENCE.add_rms_norm(x.float(), residual, norm, EPS)
+    own = kernels.poisoned(tokens, hidden, torch.float32)
+    own.copy_(residual)
+    found = kernels.add_rms_norm(x.to(device), own, norm.to(device), EPS)
+    check(found, exact.double(), exact.double().abs() * 2**-9.9 + 2**-24)
+    assert torch.equal(own.cpu(), total)
+    gate_up = (torch.randn(tokens, 2 * hidden) * 20).half()
+    product = REFERENCE.silu_and_mul(gate_up.double())
+    check(kernels.silu_and_mul(gate_up.to(device)), product, rounded(product, product.abs() * 200 * 2**-22))
+    kernels.check_guards()
+
+
+def test_nothing_to_do(kernels: Guarded) -> None:
+    w = packed(kernels, random_awq(128, 16, 128), paired=True)
+    norm, none = torch.ones(128).half(), torch.empty(0, 128)
+    assert kernels.linear(none.half(), w).shape == (0, 16)
+    assert kernels.norm_linear_silu_mul(none, norm, EPS, w).shape == (0, 8)
+    assert kernels.rms_norm(none, norm, EPS).shape == kernels.add_rms_norm(none.half(), none, norm, EPS).shape
+    assert kernels.silu_and_mul(none.half()).shape == (0, 64)
+
+
+def test_packed_weights_come_back(kernels: Guarded) -> None:
+    w = packed(kernels, random_awq(640, 48, 128), paired=True)
+    again = PackedLinear(dict(w), kernels.device)
+    assert (again.rows, again.columns, again.group, again.paired) == (48, 640, 128, True)
+    x = random_activations(2, 640)
+    assert torch.equal(kernels.linear_silu_mul(x, again), kernels.linear_silu_mul(x, w))
+
+
+def test_the_weights_of_a_layer_take_4_156_bits() -> None:
+    w = linear.pack(random_awq(4096, 512, 128))
+    assert sum(w[part].nbytes for part in ("weight", "scales", "zeros")) * 8 == 4096 * 512 * 4.15625
+
+
+def test_an_unknown_group_size_is_an_error() -> None:
+    with pytest.raises(linear.DeviceError, match="256"):
+        linear.pack(random_awq(256, 16, 256))
+
+
+# -- what the compiler made of it ---------------------------------------------------------------------------------
+
+SOURCES = ("linear_g128", "linear_g64", "linear_g32", "head")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_weights_and_activations_come_16_bytes_at_a_time(source: str) -> None:
+    ptx = nvrtc.compile_source(source, 86, ptx=True)[0].decode()
+    for entry in ptx.split(".entry ")[1:]:
+        name = re.match(r"\w+", entry)
+        assert name is not None
+        weights = entry.count("ld.global.nc.L1::no_allocate.v4.u32")
+        products = entry.count("mma.sync")
+        assert weights > 0 and products > 0
+        assert not re.search(r"ld\.global\.nc\.L1::no_allocate(?!\.v4\.u32)", entry)
+        assert not re.search(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (?!16)", entry)
+        assert ".local" not in entry, name[0]
+
+
+@pytest.mark.parametrize("kernel", [*linear.WIDE, linear.WIDE_TALL, *linear.HEAD_WIDE], ids=lambda k: k.name)
+def test_shared_memory_fits(kernel: linear.Wide) -> None:
+    """An A40 has 100 KiB in a multiprocessor, of which each block takes 1 more than it asks for."""
+    assert kernel.shared_bytes + 1024 <= 100 * 1024 // (1 if kernel is linear.WIDE_TALL else 2)
+
+
+# -- on a GPU -----------------------------------------------------------------------------------------------------
+
+STARLING = [(6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("outputs", "inputs", "paired"), STARLING)
+def test_linear_of_starling(gpu_kernels: Guarded, rng: random.Random, outputs: int, inputs: int, paired: bool) -> None:
+    weight = random_awq(inputs, outputs, 128)
+    for tokens in (1, 2, rng.randint(3, 8), rng.randint(9, 32), rng.randint(33, 64), rng.randint(65, 700)):
+        check_linear(gpu_kernels, weight, tokens, paired)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("inputs", "outputs", "group"), SHAPES)
+def test_linear_of_small_shapes_on_a_gpu(
+    gpu_kernels: Guarded, rng: random.Random, inputs: int, outputs: int, group: int
+) -> None:
+    for tokens in (1, rng.randint(2, 8), rng.randint(9, 64), rng.randint(65, 300)):
+        check_linear(gpu_kernels, random_awq(inputs, outputs, group), tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [32002, 49152])
+def test_head_of_starling(gpu_kernels: Guarded, rng: random.Random, vocabulary: int) -> None:
+    matrix = torch.randn(vocabulary, 4096 if vocabulary == 32002 else 576).half()
+    w = PackedLinear(linear.pack_head(matrix.to(gpu_kernels.device)), gpu_kernels.device)
+    for tokens in (1, rng.randint(2, 8), rng.randint(9, 64), rng.randint(65, 150)):
+        check_head(gpu_kernels, matrix, w, tokens)
+
+
+@pytest.mark.gpu
+def test_norms_of_starling(gpu_kernels: Guarded, rng: random.Random) -> None:
+    w = packed(gpu_kernels, random_awq(4096, 28672, 128), paired=True)
+    head = PackedLinear(linear.pack_head(torch.randn(32002, 4096).half()), gpu_kernels.device)
+    check_fused_norm(gpu_kernels, w, head)
+    check_norms_and_activation(gpu_kernels, rng.randint(1, 3000), 4096)
