@@ -74,7 +74,14 @@ def test_every_file_that_is_copied_is_there(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_the_steps_stand_in_cog_s_order(name: str) -> None:
     lines = lines_of(name)
-    order = ["FROM ", *(["RUN apt-get "] if name == "cog-cpu.yaml" else []), "COPY .cog/tmp/req", "RUN pip install", "WORKDIR /src", "EXPOSE 5000"]
+    order = [
+        "FROM ",
+        *(["RUN apt-get "] if name == "cog-cpu.yaml" else []),
+        "COPY .cog/tmp/req",
+        "RUN pip install",
+        "WORKDIR /src",
+        "EXPOSE 5000",
+    ]
     order += ["ENV COG_PREDICT_TYPE_STUB", "CMD ", "COPY . /src", "COPY .cog/openapi"]
     found = [position(lines, beginning) for beginning in order]
     assert found == sorted(found)
