@@ -52,6 +52,7 @@ class Lives(RuleBasedStateMachine):
 
     @initialize(
         overlaps=st.booleans(),
+        plain=st.booleans(),
         blocks=st.integers(8, 40),
         block_size=st.sampled_from([1, 3, 4, 16]),
         window=st.sampled_from([None, 5, 16]),
@@ -59,7 +60,8 @@ class Lives(RuleBasedStateMachine):
         prefill_tokens=st.integers(1, 24),
         speculative_rows=st.sampled_from([0, 4, 16]),
     )
-    def begin(self, overlaps: bool, **shape: int) -> None:
+    def begin(self, overlaps: bool, plain: bool, **shape: int) -> None:
+        self.plain = plain  # no request asks for what must wait, so that steps overlap for long
         self.loop = loop(overlaps, **shape)
         self.target = self.loop.scheduler
         self.live: dict[int, Sequence] = {}
@@ -84,8 +86,9 @@ class Lives(RuleBasedStateMachine):
         if not self.target.fits(len(prompt), max_tokens):
             return
         stop_ids = frozenset({0}) if stops else frozenset()
-        grammar = Rhythm() if constrained else None
-        penalty = 1.5 if penalized else 1.0  # the fake model obeys none, but what is planned depends on it
+        grammar = Rhythm() if constrained and not self.plain else None
+        # The fake model obeys no penalty, but what is planned depends on it.
+        penalty = 1.5 if penalized and not self.plain else 1.0
         sequence = make(self.arrivals, prompt, max_tokens, stop_ids, True, grammar, repetition_penalty=penalty)
         self.arrivals += 1
         self.target.add(sequence)
@@ -234,6 +237,22 @@ def test_a_guess_is_waited_for_when_one_is_ready() -> None:
             target.step()
         counters.append(target.scheduler.counters)
     assert counters[0].accepted == counters[1].accepted > 6
+
+
+def test_a_pause_waits_for_the_step_in_flight() -> None:
+    target = loop(overlaps=True, blocks=12, block_size=4, speculative_rows=0)
+    sequences = [make(arrival, [arrival + 1] * 6, 24) for arrival in range(4)]
+    for sequence in sequences:
+        target.scheduler.add(sequence)
+    while not target.idle:
+        in_flight, pauses = target.in_flight, target.scheduler.counters.pauses
+        target.step()
+        target.scheduler.cache.check(target.scheduler.running)
+        assert in_flight is None or target.scheduler.counters.pauses == pauses
+        assert all(sequence.unknown == 0 for sequence in target.scheduler.waiting)
+    assert target.scheduler.counters.pauses > 0
+    for arrival, sequence in enumerate(sequences):
+        assert sequence.tokens[6:] == expected_answer([arrival + 1] * 6, 24, frozenset())
 
 
 def test_what_was_started_beyond_a_stop_id_is_dropped() -> None:
