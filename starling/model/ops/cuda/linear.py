@@ -18,10 +18,13 @@ CHUNK_TILES = 8
 CHUNK_K = CHUNK_TILES * TILE_K
 SPLITS = 4  # ranges of K that are summed on their own
 GROUPS = (128, 64, 32)
+SCALE_BYTES = 40  # of a row tile's group: 16 scales in fp16, 16 zeros of 4 bits
 STORE, ADD, SILU_MUL, LOGITS = range(4)  # enum Epilogue
 
 NARROW_ROWS = ROWS * WARPS // SPLITS  # of a block
 NARROW_MAX_TOKENS = 8
+NARROW_TILES = 8  # under way at once for each warp; of fp16, HEAD_NARROW_TILES
+HEAD_NARROW_TILES = 4
 # Choices of speed only, results are the same. Every 32 rows read all activations again, 2 * k bytes a token (from L2),
 # beside 16 * k bytes of weights (from memory).
 NARROW_TOKENS = 4
@@ -35,8 +38,8 @@ class Wide:
     name: str
     tokens: int
     row_tiles: int
-    panel: int  # tiles in a panel of activations
-    stages: int  # panels under way
+    panel: int  # tiles of k in a stage
+    stages: int  # under way at once
 
     @property
     def rows(self) -> int:
@@ -46,31 +49,34 @@ class Wide:
     def sums_bytes(self) -> int:
         return self.tokens * self.rows * 4
 
-    @property
-    def shared_bytes(self) -> int:
-        return self.stages * self.tokens * self.panel * TILE_K * 2 + self.sums_bytes
+    def shared_bytes(self, group: int) -> int:
+        tiles = self.stages * self.panel
+        scale_slots = 1 if (self.stages - 1) * self.panel == 1 else 2
+        streams = WARPS * self.row_tiles * stream_bytes(group, tiles, scale_slots)
+        return self.tokens * tiles * TILE_K * 2 + streams + self.sums_bytes
 
 
-WIDE = (
-    Wide("wide_8", 8, 1, 8, 3),
-    Wide("wide_16", 16, 1, 4, 3),
-    Wide("wide_32", 32, 1, 2, 3),
-    Wide("wide_64", 64, 1, 1, 2),
-)
-WIDE_TALL = Wide("wide_64_tall", 64, 2, 1, 3)
-HEAD_WIDE = (
-    Wide("wide_8", 8, 1, 2, 3),
-    Wide("wide_16", 16, 1, 2, 3),
-    Wide("wide_32", 32, 1, 2, 3),
-    Wide("wide_64", 64, 1, 1, 2),
-)
+def stream_bytes(group: int, tiles: int, scale_slots: int) -> int:
+    """Shared memory of one row tile's weights: `tiles` of them, and the scales of `scale_slots` chunks."""
+    if not group:
+        return tiles * ROWS * TILE_K * 2
+    return tiles * ROWS * TILE_K // 2 + scale_slots * CHUNK_K // group * SCALE_BYTES
+
+
+def wide_kernels(group: int) -> tuple[Wide, ...]:
+    """Of native/linear_g`group`.cu, of head.cu for 0: ascending by tokens, and the one for many tokens last."""
+    if not group:
+        return tuple(Wide(f"wide_{tokens}", tokens, 1, 1, 2 if tokens == 64 else 3) for tokens in (8, 16, 32, 64))
+    few = tuple(Wide(f"wide_{tokens}", tokens, 1, 2, 4) for tokens in (8, 16, 32))
+    last = Wide("wide_64", 64, 1, 1, 4 if group == 32 else 5)
+    return (*few, last, Wide("wide_64_tall", 64, 2, 1, 2)) if group == 128 else (*few, last)
 
 
 class PackedLinear(dict[str, torch.Tensor]):
     """A packed weight, and its shape as plain numbers, so that no launch reads a tensor.
 
-    Keys: `weight`; of 4 bits also `scales` and `zeros`; native/linear.h says how they lie. `shape`, int64 [4] on the
-    CPU: output features, input features, group size (0: fp16), whether rows are paired.
+    Keys: `weight`, and of 4 bits `scales`, which holds zero points too; native/linear.h says how they lie. `shape`,
+    int64 [4] on the CPU: output features, input features, group size (0: fp16), whether rows are paired.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -81,14 +87,8 @@ class PackedLinear(dict[str, torch.Tensor]):
         self.paired: bool
         self.rows, self.columns, self.group, paired = self["shape"].tolist()
         self.paired = bool(paired)
-
-    @property
-    def source(self) -> str:
-        return f"linear_g{self.group}" if self.group else "head"
-
-    @property
-    def wide(self) -> tuple[Wide, ...]:
-        return WIDE if self.group else HEAD_WIDE
+        self.source = f"linear_g{self.group}" if self.group else "head"
+        self.wide = wide_kernels(self.group)
 
 
 class LinearKernels:
@@ -195,11 +195,18 @@ class LinearKernels:
         if tokens <= NARROW_TOKENS:
             self._narrow("narrow", tokens, weight, epilogue, out, x, (None, None, 0.0))
             return out
-        kernel = next((kernel for kernel in weight.wide if tokens <= kernel.tokens), weight.wide[-1])
-        if weight.group and tokens >= WIDE_TALL.tokens and self._blocks(WIDE_TALL, tokens, weight) >= self._processors:
-            kernel = WIDE_TALL
-        self._wide(kernel, weight, epilogue, out, x)
+        self._wide(self._choose(tokens, weight), weight, epilogue, out, x)
         return out
+
+    def _choose(self, tokens: int, weight: PackedLinear) -> Wide:
+        """The smallest kernel that takes all tokens; for many, the tallest that gives every processor a block."""
+        for kernel in weight.wide:
+            if tokens <= kernel.tokens:
+                return kernel
+        for kernel in reversed(weight.wide):
+            if kernel.tokens == weight.wide[-1].tokens and self._blocks(kernel, tokens, weight) >= self._processors:
+                return kernel
+        return next(kernel for kernel in weight.wide if kernel.tokens == weight.wide[-1].tokens)
 
     def _narrow(
         self,
@@ -212,7 +219,7 @@ class LinearKernels:
         norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
     ) -> None:
         assert tokens <= NARROW_MAX_TOKENS
-        shared_bytes = THREADS * 16
+        shared_bytes = WARPS * stream_bytes(weight.group, NARROW_TILES if weight.group else HEAD_NARROW_TILES, 2)
         if x is None:
             shared_bytes += NARROW_MAX_TOKENS * WARPS * 4 + tokens * -(-weight.columns // TILE_K) * TILE_K * 2
         grid = (-(-weight.rows // NARROW_ROWS), 1, 1)
@@ -226,7 +233,8 @@ class LinearKernels:
             partials = torch.empty(blocks * SPLITS * kernel.sums_bytes // 4, dtype=torch.float32, device=self.device)
         grid = (-(-tokens // kernel.tokens), -(-weight.rows // kernel.rows), splits)
         no_norm = (None, None, 0.0)
-        self._launch(kernel.name, grid, kernel.shared_bytes, tokens, weight, epilogue, out, x, no_norm, partials)
+        shared_bytes = kernel.shared_bytes(weight.group)
+        self._launch(kernel.name, grid, shared_bytes, tokens, weight, epilogue, out, x, no_norm, partials)
 
     def _launch(
         self,
@@ -245,8 +253,8 @@ class LinearKernels:
         tile_stride, half_stride = (ROWS // 2, weight.rows // 2) if weight.paired else (ROWS, ROWS // 2)
         self._module(weight.source).launch(
             kernel, grid, THREADS, shared_bytes,
-            weight["weight"], weight.get("scales"), weight.get("zeros"), x, residual, norm_weight, out, partials,
-            self._counters, eps, tokens, weight.rows, weight.columns, tile_stride, half_stride, epilogue,
+            weight["weight"], weight.get("scales"), x, residual, norm_weight, out, partials, self._counters, eps,
+            tokens, weight.rows, weight.columns, tile_stride, half_stride, epilogue,
         )  # fmt: skip
 
     def _module(self, source: str) -> Module:
@@ -290,16 +298,17 @@ def pack(weight: AwqWeight, paired: bool = False) -> dict[str, torch.Tensor]:
 
     padding = (0, row_tiles * ROWS - rows, 0, chunks * chunk_groups - columns // group)
 
-    def by_group(values: torch.Tensor) -> list[torch.Tensor]:
-        """[groups, N] → of each half [row tiles, chunks, 8, groups of a chunk]."""
+    def by_chunk(values: torch.Tensor) -> list[torch.Tensor]:
+        """[groups, N] → of each half [row tiles, chunks, groups of a chunk, 8]."""
         shape = (chunks, chunk_groups, row_tiles, 8)
-        return [half.reshape(shape).permute(2, 0, 3, 1) for half in halves(F.pad(values, padding))]
+        return [half.reshape(shape).permute(2, 0, 1, 3) for half in halves(F.pad(values, padding))]
 
-    zero, last_zero = by_group(unpack(weight.qzeros))
+    zero, last_zero = by_chunk(unpack(weight.qzeros))
+    zeros = (zero | (last_zero << 4)).reshape(row_tiles, chunks, -1).view(torch.uint8)
+    scales = torch.stack(by_chunk(weight.scales), dim=-1).reshape(row_tiles, chunks, -1).view(torch.uint8)
     return {
-        "weight": packed.view(-1).view(torch.int32).view(row_tiles, tiles, 32, 4),
-        "scales": torch.stack(by_group(weight.scales), dim=-1).contiguous(),
-        "zeros": (zero | (last_zero << 4)).view(torch.uint8).contiguous(),
+        "weight": packed.view(row_tiles, tiles, -1),
+        "scales": torch.cat([scales, zeros], dim=-1),
         "shape": torch.tensor([rows, columns, group, int(paired)]),
     }
 

@@ -41,41 +41,40 @@
 constexpr int kSplits = 4;      // ranges of K, each summed on its own
 constexpr int kChunkTiles = 8;  // a range is whole chunks
 constexpr int kTileK = 64;
+constexpr int kPanelTileBytes = kTileK * 2;  // of one token's activations
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kNarrowRowTiles = kWarps / kSplits;
-constexpr int kReductionBytes = kThreads * 16;
-constexpr int kNormBytes = 8 * kNormWarps * 4;
+constexpr int kNarrowTokens = 8;
+constexpr int kNormBytes = kNarrowTokens * kNormWarps * 4;
 
 #define METHOD __device__ __forceinline__
 
 enum Epilogue { kStore = 0, kAdd = 1, kSiluMul = 2, kLogits = 3 };
 
 struct Linear {
-  const uint4* weight;       // [row tiles][tiles][words][32 lanes]; words: 1 for 4 bits, 4 (by step) for fp16
-  const u32* scales;         // fp16 pairs of rows g and g + 8: [row tiles][chunks][8 g][groups in a chunk]
-  const u8* zeros;           // nibble pairs of rows g and g + 8, in the same order
-  const half_t* x;           // fp16 [tokens][k]
-  const float* residual;     // float32 [tokens][k], read instead of x where the norm is fused
-  const half_t* norm_weight; // fp16 [k]
-  void* out;                 // kStore: fp16 [tokens][rows]; kAdd: float32 [tokens][rows], added to; kSiluMul: fp16
-                             // [tokens][rows / 2]; kLogits: float32 [tokens][rows]
-  float4* partials;          // where one block takes one range of K: [grid y][grid x][kSplits][...][kThreads]
-  u32* counters;             // [grid y][grid x], all 0
+  const u8* weight;           // [row tiles][tiles][bytes of a tile]
+  const u8* scales;           // [row tiles][chunks][bytes of a chunk's scales and zeros]
+  const half_t* x;            // fp16 [tokens][k]
+  const float* residual;      // float32 [tokens][k], read instead of x where the norm is fused
+  const half_t* norm_weight;  // fp16 [k]
+  void* out;                  // kStore: fp16 [tokens][rows]; kAdd: float32 [tokens][rows], added to; kSiluMul: fp16
+                              // [tokens][rows / 2]; kLogits: float32 [tokens][rows]
+  float4* partials;           // where a block takes one range of K: [grid y][grid x][kSplits][...][kThreads]
+  u32* counters;              // [grid y][grid x], all 0
   float eps;
   int tokens, rows, k;
   int tile_stride, half_stride;  // row h * 8 + g of tile r is row r * tile_stride + h * half_stride + g of the output
   int epilogue;
-
 };
 
 #define LINEAR_PARAMETERS                                                                                             \
-  const uint4 *weight, const u32 *scales, const u8 *zeros, const half_t *x, const float *residual,                    \
-      const half_t *norm_weight, void *out, float4 *partials, u32 *counters, float eps, int tokens, int rows, int k,  \
-      int tile_stride, int half_stride, int epilogue
+  const u8 *weight, const u8 *scales, const half_t *x, const float *residual, const half_t *norm_weight, void *out,   \
+      float4 *partials, u32 *counters, float eps, int tokens, int rows, int k, int tile_stride, int half_stride,      \
+      int epilogue
 #define LINEAR                                                                                                        \
   Linear {                                                                                                            \
-    weight, scales, zeros, x, residual, norm_weight, out, partials, counters, eps, tokens, rows, k, tile_stride,      \
+    weight, scales, x, residual, norm_weight, out, partials, counters, eps, tokens, rows, k, tile_stride,             \
         half_stride, epilogue                                                                                         \
   }
 
@@ -84,138 +83,94 @@ DEVICE int tiles_of(const Linear& l) { return (l.k + kTileK - 1) / kTileK; }
 DEVICE int chunks_of(const Linear& l) { return (tiles_of(l) + kChunkTiles - 1) / kChunkTiles; }
 DEVICE int range_start(const Linear& l, int range) { return range * chunks_of(l) / kSplits * kChunkTiles; }  // in tiles
 
-DEVICE uint4 no_words() { return make_uint4(0, 0, 0, 0); }
+// The two kinds of weights: how a lane's bytes of a tile in shared memory become the left operands of 4 steps, and the
+// scales of rows g and g + 8 for each part.
+template <int GROUP> struct Int4 {
+  static constexpr int kTileBytes = 512;
+  static constexpr int kParts = GROUP == 32 ? 2 : 1;  // scales of a row in a tile
+  static constexpr int kGroups = kChunkTiles * kTileK / GROUP;
+  // A chunk's scales, fp16 pairs of rows g and g + 8 by [group][g]; then its zeros, nibble pairs in the same order.
+  static constexpr int kScaleBytes = kGroups * 40;
 
-// N bytes at an address that is a multiple of N, 1 to 64, as little-endian words.
-template <int N> DEVICE void load_bytes(u32 (&words)[(N + 3) / 4], const u8* from) {
-  if constexpr (N >= 16) {
-#pragma unroll
-    for (int i = 0; i < N / 16; i++) {
-      const uint4 x = *(const uint4*)(from + 16 * i);
-      words[4 * i] = x.x, words[4 * i + 1] = x.y, words[4 * i + 2] = x.z, words[4 * i + 3] = x.w;
-    }
-  } else if constexpr (N == 8) {
-    const uint2 x = *(const uint2*)from;
-    words[0] = x.x, words[1] = x.y;
-  } else if constexpr (N == 4) {
-    words[0] = *(const u32*)from;
-  } else if constexpr (N == 2) {
-    words[0] = *(const u16*)from;
-  } else {
-    words[0] = *from;
-  }
-}
-
-// One row tile's weights as they stream by, RING tiles under way in registers; tiles outside of [begin, end) are zeros.
-template <int GROUP, int RING> struct Int4Stream {
-  static constexpr int kRing = RING;
-  static constexpr int kParts = GROUP == 32 ? 2 : 1;      // scales of a row in a tile
-  static constexpr int kGroups = RING * kTileK / GROUP;   // groups that RING tiles touch
-  static constexpr int kChunkGroups = kChunkTiles * kTileK / GROUP;
-  static_assert(kGroups > 0 && kChunkTiles % RING == 0, "");
-
-  uint4 tiles[RING];
-  u32 scales[kGroups], next_scales[kGroups], zeros[(kGroups + 3) / 4], next_zeros[(kGroups + 3) / 4];
-  const uint4* weight_at;  // of tile `at`
-  const u32* scales_at;    // of the row tile
-  const u8* zeros_at;
-  int at, end;
-
-  METHOD void start(const Linear& l, int row_tile, int begin, int end_) {
-    const int lane = threadIdx.x % 32;
-    const i64 groups = ((i64)row_tile * chunks_of(l) * 8 + lane / 4) * kChunkGroups;
-    at = begin, end = row_tile < row_tiles_of(l) ? end_ : 0;
-    weight_at = l.weight + ((i64)row_tile * tiles_of(l) + begin) * 32 + lane;
-    scales_at = l.scales + groups;
-    zeros_at = l.zeros + groups;
-#pragma unroll
-    for (int i = 0; i < RING; i++) tiles[i] = load_once(weight_at + i * 32, at + i < end);
-    load_scales(at);
-  }
-
-  // Before tiles at .. at + RING - 1.
-  METHOD void turn() {
-#pragma unroll
-    for (int i = 0; i < kGroups; i++) scales[i] = next_scales[i], zeros[i / 4] = next_zeros[i / 4];
-    load_scales(at + RING);
-  }
-
-  METHOD void load_scales(int tile) {
-    if (tile < end) {
-      const int group = tile / kChunkTiles * 8 * kChunkGroups + tile % kChunkTiles * kTileK / GROUP;
-      load_bytes<4 * kGroups>(next_scales, (const u8*)(scales_at + group));
-      load_bytes<kGroups>(next_zeros, zeros_at + group);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kGroups; i++) next_scales[i] = next_zeros[i / 4] = 0;
-    }
-  }
-
-  // Tile at + RING + i takes the place of tile at + i; after the last of the ring, they are the ring.
-  METHOD void replace(int i) {
-    tiles[i] = load_once(weight_at + (RING + i) * 32, at + RING + i < end);
-    if (i == RING - 1) at += RING, weight_at += RING * 32;
-  }
-
-  // Slot i's tile as left operands of 4 steps, and the scales of rows g and g + 8 of each part.
-  METHOD void operands(int i, u32 (&a)[4][4], float (&scale)[kParts][2]) const {
-    const u32 words[4] = {tiles[i].x, tiles[i].y, tiles[i].z, tiles[i].w};
+  static METHOD void operands(const u8* tile, const u8* scales, int number, u32 (&a)[4][4], float (&scale)[kParts][2]) {
+    const int lane = threadIdx.x % 32, g = lane / 4;
+    const uint4 lane_words = *(const uint4*)(tile + lane * 16);
+    const u32 words[4] = {lane_words.x, lane_words.y, lane_words.z, lane_words.w};
 #pragma unroll
     for (int part = 0; part < kParts; part++) {
-      const int group = (i * kTileK + part * 32) / GROUP;
-      const u32 zero = zeros[group / 4] >> (group % 4 * 8);
-      const u32 low_bias = 0x64006400u | (zero & 15) * 0x00010001u;            // 1024 + z
-      const u32 high_bias = 0xd400d400u | (zero >> 4 & 15) * 0x00100010u;      // -(64 + z)
-      scale[part][0] = low_half(scales[group]);
-      scale[part][1] = high_half(scales[group]);
+      const int group = (number % kChunkTiles * kTileK + part * 32) / GROUP;
+      const u32 pair = *(const u32*)(scales + (group * 8 + g) * 4);
+      const u32 zero = scales[kGroups * 32 + group * 8 + g];
+      const u32 low_bias = 0x64006400u + (zero & 15) * 0x00010001u;   // 1024 + z, exact
+      const u32 high_bias = 0xd400d400u + (zero >> 4) * 0x00100010u;  // -(64 + z), exact
+      scale[part][0] = low_half(pair);
+      scale[part][1] = high_half(pair);
 #pragma unroll
-      for (int step = part * 4 / kParts; step < (part + 1) * 4 / kParts; step++) {
+      for (int step = part * 4 / kParts; step < (part + 1) * 4 / kParts; step++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const u32 word = words[step] >> (8 * half);
           a[step][2 * half] = half2_sub(and_or(word, 0x000f000fu, 0x64006400u), low_bias);
           a[step][2 * half + 1] = half2_fma(and_or(word, 0x00f000f0u, 0x64006400u), 0x2c002c00u, high_bias);  // * 2^-4
         }
-      }
     }
   }
 };
 
-template <int RING> struct HalfStream {
-  static constexpr int kRing = RING;
+struct Half {
+  static constexpr int kTileBytes = 2048;  // [step][lane] the four words of the operand
   static constexpr int kParts = 1;
+  static constexpr int kScaleBytes = 0;
 
-  uint4 tiles[RING][4];
-  const uint4* weight_at;
-  int at, end;
-
-  METHOD void start(const Linear& l, int row_tile, int begin, int end_) {
-    at = begin, end = row_tile < row_tiles_of(l) ? end_ : 0;
-    weight_at = l.weight + ((i64)row_tile * tiles_of(l) + begin) * 128 + threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < RING; i++) load(i, i);
-  }
-
-  METHOD void load(int slot, int i) {
-#pragma unroll
-    for (int step = 0; step < 4; step++)
-      tiles[slot][step] = load_once(weight_at + i * 128 + step * 32, at + i < end);
-  }
-
-  METHOD void turn() {}
-
-  METHOD void replace(int i) {
-    load(i, RING + i);
-    if (i == RING - 1) at += RING, weight_at += RING * 128;
-  }
-
-  METHOD void operands(int i, u32 (&a)[4][4], float (&scale)[1][2]) const {
+  static METHOD void operands(const u8* tile, const u8*, int, u32 (&a)[4][4], float (&scale)[1][2]) {
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-      a[step][0] = tiles[i][step].x, a[step][1] = tiles[i][step].y;
-      a[step][2] = tiles[i][step].z, a[step][3] = tiles[i][step].w;
+      const uint4 words = *(const uint4*)(tile + step * 512 + threadIdx.x % 32 * 16);
+      a[step][0] = words.x, a[step][1] = words.y, a[step][2] = words.z, a[step][3] = words.w;
     }
     scale[0][0] = scale[0][1] = 1.0f;
+  }
+};
+
+// One row tile's weights on their way through shared memory, for one warp: SLOTS tiles, and the scales of SCALE_SLOTS
+// chunks. Each lane copies what it will read itself; only scales need the warp to be synchronised. Tiles from `end` on
+// are zeros.
+template <class W, int SLOTS, int SCALE_SLOTS> struct Stream {
+  static constexpr int kBytes = SLOTS * W::kTileBytes + SCALE_SLOTS * W::kScaleBytes;
+
+  const u8 *weight, *scales;
+  u8* shared;
+  int end;
+
+  METHOD Stream() {}
+  METHOD Stream(const Linear& l, int row_tile, int end_, u8* shared_) {
+    const int lane = threadIdx.x % 32;
+    weight = l.weight + (i64)row_tile * tiles_of(l) * W::kTileBytes + lane * 16;
+    scales = l.scales + (i64)row_tile * chunks_of(l) * W::kScaleBytes + lane * 16;
+    shared = shared_;
+    end = row_tile < row_tiles_of(l) ? end_ : 0;
+  }
+
+  METHOD void copy(int slot, int tile) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < W::kTileBytes; i += 512)
+      copy_async(shared + slot * W::kTileBytes + i + lane * 16, weight + tile * W::kTileBytes + i, tile < end);
+    if (W::kScaleBytes && tile % kChunkTiles == 0) {
+      const int chunk = tile / kChunkTiles;
+#pragma unroll
+      for (int i = 0; i < W::kScaleBytes; i += 512)
+        if (i + lane * 16 < W::kScaleBytes)
+          copy_async(scales_at(chunk) + i + lane * 16, scales + chunk * W::kScaleBytes + i, tile < end);
+    }
+  }
+
+  METHOD void operands(int slot, int tile, u32 (&a)[4][4], float (&scale)[W::kParts][2]) const {
+    W::operands(shared + slot * W::kTileBytes, scales_at(tile / kChunkTiles), tile, a, scale);
+  }
+
+  METHOD u8* scales_at(int chunk) const {
+    return shared + SLOTS * W::kTileBytes + chunk % SCALE_SLOTS * W::kScaleBytes;
   }
 };
 
@@ -263,18 +218,21 @@ DEVICE void write_out(const Linear& l, const float (&c)[4], int row_tile, int fi
 // in different halves of the banks, so that 8 lanes that read 4 chunks of two rows touch every bank once.
 DEVICE int swizzled(int row, int chunk) { return (chunk ^ ((row & 1) << 2)) * 16; }
 
-// Grid: row tiles / 2. Shared memory: kReductionBytes; with NORM also kNormBytes and tokens * tiles * 128.
-template <class Stream, bool NORM> DEVICE void linear_narrow(const Linear& l) {
+// Grid: row tiles / 2. Shared memory: the streams of 8 warps; with NORM also kNormBytes and the normalised activations,
+// tokens * tiles * 128. Tokens: 1 to kNarrowTokens.
+template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear& l) {
+  typedef Stream<W, SLOTS, 2> Weights;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int range = warp % kSplits, row_tile = blockIdx.x * kNarrowRowTiles + warp / kSplits;
   const int begin = range_start(l, range), end = min(range_start(l, range + 1), tiles_of(l));
-  Stream stream;
-  stream.start(l, row_tile, begin, end);  // before anything of the step before is read
+  const Weights weights(l, row_tile, end, shared_memory() + warp * Weights::kBytes);
+#pragma unroll
+  for (int i = 0; i < SLOTS - 1; i++) weights.copy(i, begin + i), copy_async_commit();  // before x is asked for
 
-  const int row_bytes = tiles_of(l) * kTileK * 2;
-  u8* const normed = shared_memory() + kReductionBytes + kNormBytes;
+  const int row_bytes = tiles_of(l) * kPanelTileBytes;
+  u8* const normed = shared_memory() + kWarps * Weights::kBytes + kNormBytes;
   if constexpr (NORM) {
-    float* const partials = (float*)(shared_memory() + kReductionBytes);
+    float* const partials = (float*)(normed - kNormBytes);
     for (int token = 0; token < l.tokens; token++) {
       const float partial = norm_partial(l.residual + (i64)token * l.k, l.k);
       if (lane == 0) partials[token * kNormWarps + warp] = partial;
@@ -286,7 +244,7 @@ template <class Stream, bool NORM> DEVICE void linear_narrow(const Linear& l) {
         uint2 y = make_uint2(0, 0);
         if (i < l.k)
           y = normalized(*(const float4*)(l.residual + (i64)token * l.k + i), scale, *(const uint2*)(l.norm_weight + i));
-        *(uint2*)(normed + token * row_bytes + i / kTileK * 128 + swizzled(token, i % kTileK / 8) + i % 8 * 2) = y;
+        *(uint2*)(normed + token * row_bytes + i / kTileK * kPanelTileBytes + swizzled(token, i % kTileK / 8) + i % 8 * 2) = y;
       }
     }
     __syncthreads();
@@ -294,112 +252,120 @@ template <class Stream, bool NORM> DEVICE void linear_narrow(const Linear& l) {
 
   // Lanes beyond the last token repeat it: their columns are not written.
   const int token = min(g, l.tokens - 1);
-  const u8* x = NORM ? normed + token * row_bytes : (const u8*)(l.x + (i64)token * l.k + 8 * t);
-  x += begin * 128;
-  const auto activations = [&](uint4(&b)[2], int base, int i) {
+  const u8* const x = NORM ? normed + token * row_bytes : (const u8*)(l.x + (i64)token * l.k + 8 * t);
+  const auto load_x = [&](uint4(&b)[2], int tile) {
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      const bool valid = NORM ? base + i < end : (base + i) * kTileK + 32 * j < l.k;
-      b[j] = valid ? *(const uint4*)(x + i * 128 + (NORM ? swizzled(token, 4 * j + t) : 64 * j)) : no_words();
+      const bool valid = NORM ? tile < end : tile * kTileK + 32 * j < l.k;
+      const int at = tile * kPanelTileBytes + (NORM ? swizzled(token, 4 * j + t) : 64 * j);
+      b[j] = valid ? *(const uint4*)(x + at) : make_uint4(0, 0, 0, 0);
     }
   };
 
   float acc[4] = {0, 0, 0, 0};
-  uint4 b[2], next_b[2];
-  activations(next_b, begin, 0);
-  for (int base = begin; base < end; base += Stream::kRing, x += Stream::kRing * 128) {
-    stream.turn();
+  uint4 next[2][2];  // of even and of odd tiles
+  load_x(next[0], begin);
+  load_x(next[1], begin + 1);
+  for (int first = begin; first < end; first += 2)  // a tile too many is one of zeros
 #pragma unroll
-    for (int i = 0; i < Stream::kRing; i++) {
+    for (int i = 0; i < 2; i++) {
+      const int tile = first + i;
       u32 a[4][4];
-      float scale[Stream::kParts][2];
-      b[0] = next_b[0], b[1] = next_b[1];
-      activations(next_b, base, i + 1);
-      stream.operands(i, a, scale);
-      stream.replace(i);
+      float scale[W::kParts][2];
+      copy_async_wait<SLOTS - 2>();
+      __syncwarp();  // the scales are there, and nobody reads the slot before any more
+      weights.operands(tile % SLOTS, tile, a, scale);
+      weights.copy((tile + SLOTS - 1) % SLOTS, tile + SLOTS - 1);
+      copy_async_commit();
+      const uint4 b[2] = {next[i][0], next[i][1]};
+      load_x(next[i], tile + 2);
       multiply(acc, a, scale, b);
     }
-  }
 
-  float4* const sums = (float4*)shared_memory();
-  sums[threadIdx.x] = make_float4(acc[0], acc[1], acc[2], acc[3]);
+  copy_async_wait<0>();
+  const auto sums = [&](int of_warp) { return (float4*)(shared_memory() + of_warp * Weights::kBytes) + lane; };
+  *sums(warp) = make_float4(acc[0], acc[1], acc[2], acc[3]);  // over what only this lane has read
   __syncthreads();
   if (range != 0 || row_tile >= row_tiles_of(l)) return;
 #pragma unroll
-  for (int other = 1; other < kSplits; other++) add_to(acc, sums[threadIdx.x + other * 32]);
+  for (int other = 1; other < kSplits; other++) add_to(acc, *sums(warp + other));
   write_out(l, acc, row_tile, 0);
 }
 
-// Grid: tokens / (8 * TOKEN_TILES), row tiles / (8 * ROW_TILES), 1 or kSplits. Shared memory: STAGES panels of PANEL
-// tiles, TOKEN_TILES * 8 * PANEL * 128 bytes each, and ROW_TILES * TOKEN_TILES * 16 bytes of each thread.
-template <class Stream, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE void linear_wide(const Linear& l) {
-  static_assert(Stream::kRing % PANEL == 0, "");
-  constexpr int kTokens = 8 * TOKEN_TILES, kPanelBytes = kTokens * PANEL * 128;
+// Grid: tokens / (8 * TOKEN_TILES), row tiles / (8 * ROW_TILES), 1 or kSplits. Shared memory: STAGES panels of
+// PANEL tiles for all tokens; 8 * ROW_TILES streams; ROW_TILES * TOKEN_TILES * 16 bytes of each thread.
+template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE void linear_wide(const Linear& l) {
+  // With a single stage ahead, of a single tile, the scales of a chunk have been read when the next ones are asked for.
+  typedef Stream<W, STAGES * PANEL, (STAGES - 1) * PANEL == 1 ? 1 : 2> Weights;
+  static_assert((STAGES - 1) * PANEL <= kChunkTiles && kChunkTiles % PANEL == 0, "");
+  constexpr int kTokens = 8 * TOKEN_TILES, kPanelBytes = kTokens * PANEL * kPanelTileBytes;
+  constexpr int kSums = ROW_TILES * TOKEN_TILES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_token = blockIdx.x * kTokens, first_row_tile = (blockIdx.y * kWarps + warp) * ROW_TILES;
   const bool alone = gridDim.z == 1;
-  const int first_range = alone ? 0 : blockIdx.z, last_range = alone ? kSplits : first_range + 1;
-  const int begin = range_start(l, first_range), end = min(range_start(l, last_range), tiles_of(l));
-  Stream streams[ROW_TILES];
-#pragma unroll
-  for (int r = 0; r < ROW_TILES; r++) streams[r].start(l, first_row_tile + r, begin, end);
-
+  const int first_range = alone ? 0 : blockIdx.z;
+  const int begin = range_start(l, first_range);
+  const int end = min(range_start(l, alone ? kSplits : first_range + 1), tiles_of(l));
   u8* const panels = shared_memory();
-  // Thread i copies chunk i % (8 * PANEL) of rows i / (8 * PANEL), and every so many after it; zeros beyond the last
-  // token and beyond k.
+  u8* const streams = panels + STAGES * kPanelBytes;
+  Weights weights[ROW_TILES];
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++)
+    weights[r] = Weights(l, first_row_tile + r, end, streams + (warp * ROW_TILES + r) * Weights::kBytes);
+
+  // Thread i copies 16 bytes of rows i / (8 * PANEL), and every so many after it; zeros beyond the last token and k.
   constexpr int kRowChunks = PANEL * 8, kRowStep = kThreads / kRowChunks;
   const int copy_row = threadIdx.x / kRowChunks, copy_chunk = threadIdx.x % kRowChunks;
   const half_t* const copy_from = l.x + (i64)(first_token + copy_row) * l.k + copy_chunk * 8;
-  u8* const copy_to = panels + copy_row * PANEL * 128 + copy_chunk / 8 * 128 + swizzled(copy_row, copy_chunk % 8);
-  const auto copy_panel = [&](int stage, int tile) {
+  const int copy_to = copy_row * PANEL * kPanelTileBytes + copy_chunk / 8 * kPanelTileBytes +
+                      swizzled(copy_row, copy_chunk % 8);
+  const auto copy_stage = [&](int stage, int tile) {
+#pragma unroll
+    for (int i = 0; i < PANEL; i++)
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; r++) weights[r].copy(stage * PANEL + i, tile + i);
     const bool inside = tile * kTileK + copy_chunk * 8 < l.k;
 #pragma unroll
     for (int row = 0; row < kTokens; row += kRowStep)
       if (kRowStep <= kTokens || copy_row < kTokens)
-        copy_async(copy_to + stage * kPanelBytes + row * PANEL * 128, copy_from + (i64)row * l.k + tile * kTileK,
-                   inside && first_token + copy_row + row < l.tokens);
+        copy_async(panels + stage * kPanelBytes + copy_to + row * PANEL * kPanelTileBytes,
+                   copy_from + (i64)row * l.k + tile * kTileK, inside && first_token + copy_row + row < l.tokens);
     copy_async_commit();
   };
 #pragma unroll
-  for (int stage = 0; stage < STAGES - 1; stage++) copy_panel(stage, begin + stage * PANEL);
+  for (int stage = 0; stage < STAGES - 1; stage++) copy_stage(stage, begin + stage * PANEL);
 
   // Sums of the ranges before: each thread's own, in shared memory because registers are short.
-  float4* const totals = (float4*)(panels + STAGES * kPanelBytes) + threadIdx.x;
+  float4* const totals = (float4*)(streams + kWarps * ROW_TILES * Weights::kBytes) + threadIdx.x;
 #pragma unroll
-  for (int i = 0; i < ROW_TILES * TOKEN_TILES; i++) totals[i * kThreads] = make_float4(0, 0, 0, 0);
+  for (int i = 0; i < kSums; i++) totals[i * kThreads] = make_float4(0, 0, 0, 0);
 
   float acc[ROW_TILES][TOKEN_TILES][4] = {};
   int stage = 0, range = first_range, range_end = begin;
-  for (int base = begin; base < end; base += Stream::kRing) {
+  for (int base = begin; base < end; base += PANEL) {
+    copy_async_wait<STAGES - 2>();
+    __syncthreads();  // this stage is there, and nobody reads the one before it any more
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; r++) streams[r].turn();
-    const u8* panel = nullptr;
-#pragma unroll
-    for (int i = 0; i < Stream::kRing; i++) {
-      if (i % PANEL == 0) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();  // this panel is there, and nobody reads the one before it any more
-        copy_panel(stage == 0 ? STAGES - 1 : stage - 1, base + i + (STAGES - 1) * PANEL);
-        panel = panels + stage * kPanelBytes;
-        stage = stage == STAGES - 1 ? 0 : stage + 1;
-      }
+    for (int i = 0; i < PANEL; i++) {
       u32 a[ROW_TILES][4][4];
-      float scale[ROW_TILES][Stream::kParts][2];
+      float scale[ROW_TILES][W::kParts][2];
 #pragma unroll
-      for (int r = 0; r < ROW_TILES; r++) {
-        streams[r].operands(i, a[r], scale[r]);
-        streams[r].replace(i);
+      for (int r = 0; r < ROW_TILES; r++) weights[r].operands(stage * PANEL + i, base + i, a[r], scale[r]);
+      if (i == 0) {
+        if (STAGES == 2) __syncwarp();
+        copy_stage(stage == 0 ? STAGES - 1 : stage - 1, base + (STAGES - 1) * PANEL);
       }
 #pragma unroll
       for (int n = 0; n < TOKEN_TILES; n++) {
-        const u8* const row = panel + (8 * n + g) * PANEL * 128 + i % PANEL * 128;
+        const u8* const row = panels + stage * kPanelBytes + ((8 * n + g) * PANEL + i) * kPanelTileBytes;
         const uint4 b[2] = {*(const uint4*)(row + swizzled(g, t)), *(const uint4*)(row + swizzled(g, 4 + t))};
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) multiply(acc[r][n], a[r], scale[r], b);
       }
     }
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
     while (range_end <= base) range_end = range_start(l, ++range);
-    if (base + Stream::kRing >= min(range_end, end)) {
+    if (base + PANEL >= min(range_end, end)) {
 #pragma unroll
       for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
@@ -412,7 +378,6 @@ template <class Stream, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> D
   }
   copy_async_wait<0>();
 
-  constexpr int kSums = ROW_TILES * TOKEN_TILES;
   if (!alone) {
     const int block = blockIdx.y * gridDim.x + blockIdx.x;
     float4* const partials = l.partials + (i64)block * kSplits * kSums * kThreads + threadIdx.x;
