@@ -1,5 +1,5 @@
 // device.h on a CPU: a thread of the device is a fiber, and fibers run one at a time, in random order between barriers,
-// so that a missing barrier shows. Asynchronous copies happen when they are waited for, and not before; shared memory
+// and some warps of a block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they are waited for, and not before; shared memory
 // holds NaN at first; addresses must be aligned as the device asks.
 #ifndef STARLING_DEVICE_H
 #define STARLING_DEVICE_H
@@ -146,13 +146,19 @@ inline void run_block(int threads, int shared_bytes) {
   block.shared.assign(shared_bytes + 128, 0xff);  // NaN, as fp16 and as float32
   block.memory = (u8*)(((uintptr_t)block.shared.data() + 127) & ~(uintptr_t)127);
   while ((int)stacks.size() < threads) stacks.emplace_back(new u8[kStackBytes]);
-  std::vector<int> ready(threads);
+  std::vector<int> ready(threads), held;
+  std::vector<u32> patience(threads / kWarp);  // a warp runs in one of so many rounds, unless no other could
+  for (u32& rounds : patience) rounds = 1u << 3 * random_below(4);
   while (block.alive) {
-    ready.clear();
-    for (int i = 0; i < threads; i++) {
-      Fiber& fiber = block.fibers[i];
-      if (!fiber.ended && (!fiber.barrier || fiber.barrier->generation != fiber.generation)) ready.push_back(i);
+    ready.clear(), held.clear();
+    for (int warp = 0; warp < threads / kWarp; warp++) {
+      std::vector<int>& list = random_below(patience[warp]) ? held : ready;
+      for (int i = warp * kWarp; i < (warp + 1) * kWarp; i++) {
+        Fiber& fiber = block.fibers[i];
+        if (!fiber.ended && (!fiber.barrier || fiber.barrier->generation != fiber.generation)) list.push_back(i);
+      }
     }
+    if (ready.empty()) ready.swap(held);
     if (ready.empty()) failure = "threads wait for each other at different barriers";
     if (failure) return;
     for (int left = (int)ready.size(); left > 0; left--) {

@@ -61,3 +61,21 @@ KERNEL(32) total(const float* x, float* parts, u32* counter, float* sum) {
 }
 
 KERNEL(32) powers(const float* x, float* y) { y[threadIdx.x] = fast_exp2(x[threadIdx.x]); }
+
+// Warp 0 writes late what warp 1 reads early: without the barrier, that order is likely and not certain.
+KERNEL(64) overtake(float* y, int barrier) {
+  float* shared = (float*)shared_memory();
+  const int i = threadIdx.x;
+  shared[i] = 1;
+  __syncthreads();
+  if (i < 32) {
+    if (barrier) __syncthreads();
+    for (int k = 0; k < 10; k++) __syncwarp();
+    shared[i + 32] = 2;
+  } else {
+    y[i - 32] = shared[i];
+    for (int k = 0; k < 2; k++) __syncwarp();
+    y[i] = shared[i];
+    if (barrier) __syncthreads();
+  }
+}

@@ -108,8 +108,8 @@ def test_a_mixed_step(rng: random.Random, guards: None, shape: Shape, window: in
     heads, kv_heads, dim = shape
     kernels = emulated(shape, ranges=rng.choice([1, 2, 3, 7, 20, 64]))
     block_size, blocks = rng.choice([16, 32, 5]), 400
-    spans = [(0, rng.randint(17, 40)), (rng.randint(0, 500), 1), (rng.randint(100, 300), rng.randint(2, 16)), (0, 1)]
-    spans.append((rng.randint(30, 200), rng.randint(17, 30)))
+    spans = [(0, rng.randint(17, 40)), (rng.randint(0, 400), 1), (rng.randint(90, 150), rng.randint(2, 16)), (0, 1)]
+    spans.append((rng.randint(30, 150), rng.randint(17, 25)))
     pieces = mixed_pieces(rng, spans, block_size, blocks)
     batch = without_passed_blocks(step(pieces, block_size), window, block_size)
     keys, values = random_cache(pieces, blocks, kv_heads, block_size, dim)
@@ -244,12 +244,15 @@ def test_the_plan_covers_each_row_once(rng: random.Random, guards: None, group: 
         )
         plan = kernels.plan(batch, window)
         items, prompts = plan.counts.tolist()
+        assert plan.prompt_tiles is not None or not prompts
+        prompt_tiles = [] if plan.prompt_tiles is None else plan.prompt_tiles[:prompts].tolist()
         seen, item, few = [0] * tokens, 0, 0
-        for tiles, rows in ((plan.tiles, 16), (plan.prompt_tiles[:prompts], 64)):
-            for token, held, position, request, first_split, splits, first_item, _ in tiles.tolist():
+        for tiles, rows in ((plan.tiles.tolist(), 16), (prompt_tiles, 64)):
+            for token, held, position, request, first_split, splits, first_item, fresh in tiles:
                 if rows == 16 and item == items:
                     break
                 assert 1 <= held <= rows // group and starts[request] <= token < token + held <= starts[request + 1]
+                assert fresh == contexts[request] - counts[request]
                 assert position == contexts[request] - counts[request] + token - starts[request]
                 assert first_split == (0 if window is None else max(0, position - window + 1)) // 128
                 assert splits == (position + held - 1) // 128 + 1 - first_split
@@ -260,16 +263,47 @@ def test_the_plan_covers_each_row_once(rng: random.Random, guards: None, group: 
                     few += 1
         assert item == items and seen == [1] * tokens
         assert (plan.counters[:few] == 0).all()
-        for r in range(min(ranges, items)):
-            tile, head, split = plan.starts[r].tolist()
-            first_split_count = int(plan.tiles[tile, 5])
-            assert int(plan.tiles[tile, 6]) + head * first_split_count + split == r * items // min(ranges, items)
-            assert head < kv_heads and split < first_split_count
+        reached = 0
+        for row in plan.ranges.tolist():
+            tile, (index, head, split, begin, end) = row[:8], row[8:13]
+            if begin == end:
+                continue
+            assert begin == reached and tile == plan.tiles[index].tolist()
+            assert tile[6] + head * tile[5] + split == begin and head < kv_heads and split < tile[5]
+            assert end - begin in (items // min(ranges, items), items // min(ranges, items) + 1)
+            reached = end
+        assert reached == items
 
 
-@pytest.mark.parametrize("arch", [80, 86, 90])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("shape", [(8, 2, 128), (9, 3, 64), (8, 1, 80)])
+def test_rotating_within_attention(rng: random.Random, guards: None, shape: Shape, window: int | None) -> None:
+    """A step of few tokens writes, and returns, what the two operations do, one after the other."""
+    heads, kv_heads, dim = shape
+    for _ in range(2):
+        block_size, blocks = rng.choice([16, 32, 5]), 200
+        spans = [
+            (rng.choice([rng.randint(0, 300), 120, 127]), count) for count in rng.choice([(1, 1, 5), (9,), (3, 1, 12)])
+        ]
+        pieces = mixed_pieces(rng, spans, block_size, blocks)
+        batch = without_passed_blocks(step(pieces, block_size), window, block_size)
+        kernels = emulated(shape, ranges=rng.choice([1, 3, 40]))
+        caches = [random_cache(pieces, blocks, kv_heads, block_size, dim)]
+        caches.append((caches[0][0].clone(), caches[0][1].clone()))
+        qkv = torch.randn(batch.positions.numel(), (heads + 2 * kv_heads) * dim).half()
+        rotary = torch.randn(512, dim).clamp(-1, 1)
+        plan = kernels.plan(batch, window)
+        q = kernels.rotate_and_cache(qkv, batch, rotary, *caches[0])
+        wanted = kernels.attention(q, *caches[0], batch, plan)
+        check(wanted, q, *caches[0], batch, window)
+        assert torch.equal(kernels.attend(qkv, batch, plan, rotary, *caches[1]), wanted)
+        for found, cache in zip(caches[1], caches[0], strict=True):
+            assert torch.equal(found.nan_to_num(-7), cache.nan_to_num(-7))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
 def test_machine_code(arch: int) -> None:
-    """16-byte asynchronous copies, matrices by ldmatrix, tensor cores; two blocks' registers on a multiprocessor."""
+    """16-byte asynchronous copies, matrices by ldmatrix, tensor cores."""
     ptx = nvrtc.compile_source("attention", arch, ptx=True)[0].decode(errors="replace")
     for name, dim in (("attention_64", 64), ("attention_128", 128)):
         body = ptx[ptx.index(f".entry {name}(") :]
@@ -279,9 +313,6 @@ def test_machine_code(arch: int) -> None:
         assert body.count("mma.sync.aligned.m16n8k16") >= 2 * 2 * (2 * dim // 16 + dim // 8)  # two paths
         assert body.count("ldmatrix.sync.aligned.m8n8.x4.shared") >= 2 * 2 * dim // 16
         assert body.count("ldmatrix.sync.aligned.m8n8.x4.trans.shared") >= 2 * dim // 8
-    report = nvrtc.compile_source("attention", arch)[1]
-    used = dict(re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", report, re.S))
-    assert max(int(used["attention_64"]), int(used["attention_128"])) <= 65536 // (2 * 128)
 
 
 def on_gpu(shape: Shape, ranges: int | None = None) -> AttentionKernels:
@@ -318,7 +349,9 @@ def test_full_shapes(rng: random.Random, shape: Shape, block_size: int, window: 
         torch.testing.assert_close(q.float(), wanted_q, rtol=2**-11 * 1.001, atol=1e-6)
         plan = kernels.plan(batch, window)
         for _ in range(2):
-            check(kernels.attention(q, keys, values, batch, plan), q, keys, values, batch, window)
+            out = kernels.attention(q, keys, values, batch, plan)
+            check(out, q, keys, values, batch, window)
+            assert torch.equal(kernels.attend(qkv, batch, plan, rotary, keys, values), out)
 
 
 @pytest.mark.gpu

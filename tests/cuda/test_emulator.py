@@ -66,3 +66,14 @@ def test_powers_of_two(probe: EmulatedModule) -> None:
     probe.launch("powers", (1, 1, 1), 32, 0, x, y)
     torch.testing.assert_close(y, torch.where(x < -126, 0, x.exp2()), rtol=2**-22, atol=0)
     assert y[-1] == 1
+
+
+def test_a_warp_may_be_far_ahead_of_another(probe: EmulatedModule) -> None:
+    found = set()
+    for _ in range(200):
+        y = torch.empty(64)
+        probe.launch("overtake", (1, 1, 1), 64, 256, y, 0)
+        found.add((y[:32].max().item(), y[32:].max().item()))
+        probe.launch("overtake", (1, 1, 1), 64, 256, y, 1)
+        assert (y == 1).all()
+    assert {(1, 1), (2, 2)} <= found

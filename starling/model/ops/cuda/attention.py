@@ -1,4 +1,4 @@
-"""Attention over the paged fp16 cache on a GPU: rotary and KV write, the plan of a step, attention itself."""
+"""Attention over the paged fp16 cache on a GPU: the plan of a step, rotary and KV write, attention itself."""
 
 import math
 from collections.abc import Callable
@@ -16,6 +16,7 @@ FEW_ROWS = 16  # of a tile (tokens times the heads of a group)
 MANY_ROWS = 64
 FEW_TOKENS = 16  # a request with more in a step is a prompt
 TILE_INTS = 8
+RANGE_INTS = 16
 NO_WINDOW = 1 << 30
 RESERVED_SHARED_BYTES = 1 << 10  # what each block takes of a multiprocessor's shared memory beside its own
 
@@ -28,8 +29,8 @@ class AttentionPlan:
     blocks: int  # of each layer's launch
     counts: torch.Tensor  # int32 [2]
     tiles: torch.Tensor  # int32 [tiles, TILE_INTS]
-    prompt_tiles: torch.Tensor  # int32 [tiles, TILE_INTS]
-    starts: torch.Tensor  # int32 [ranges, 3]
+    prompt_tiles: torch.Tensor | None  # int32 [tiles, TILE_INTS]; None: too few tokens for a prompt
+    ranges: torch.Tensor  # int32 [ranges, RANGE_INTS]
     counters: torch.Tensor  # int32 [tiles, kv_heads]: 0 between launches
 
 
@@ -84,15 +85,14 @@ class AttentionKernels:
         tiles = min(tokens, requests * -(-FEW_TOKENS // few))
         prompts = tokens // (FEW_TOKENS + 1)
         prompt_tiles = tokens // many + prompts if prompts else 0
-        counters = torch.empty(tiles, self._kv_heads, dtype=torch.int32, device=self._device)
         plan = AttentionPlan(
             window=NO_WINDOW if window is None else window,
             blocks=max(min(self._ranges, tiles * self._kv_heads * self._max_splits), prompt_tiles * self._kv_heads, 1),
             counts=self._ints(2),
             tiles=self._ints(tiles, TILE_INTS),
-            prompt_tiles=self._ints(prompt_tiles, TILE_INTS),
-            starts=self._ints(self._ranges, 3),
-            counters=counters,
+            prompt_tiles=self._ints(prompt_tiles, TILE_INTS) if prompts else None,
+            ranges=self._ints(self._ranges, RANGE_INTS),
+            counters=self._ints(tiles, self._kv_heads),
         )
         self._attention.launch(
             "plan_attention",
@@ -109,10 +109,25 @@ class AttentionKernels:
             plan.counts,
             plan.tiles,
             plan.prompt_tiles,
-            plan.starts,
+            plan.ranges,
             plan.counters,
         )
         return plan
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        batch: Batch,
+        plan: AttentionPlan,
+        rotary: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """rotate_and_cache and attention, equal to them to the bit; a step without prompts does both in one launch."""
+        if plan.prompt_tiles is None and self._dim == self._padded_dim:
+            return self._attend(qkv, rotary, keys, values, batch, plan)
+        q = self.rotate_and_cache(qkv, batch, rotary, keys, values)
+        return self.attention(q, keys, values, batch, plan)
 
     def rotate_and_cache(
         self, qkv: torch.Tensor, batch: Batch, rotary: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -145,6 +160,17 @@ class AttentionKernels:
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, plan: AttentionPlan
     ) -> torch.Tensor:
         """fp16 [T, heads, D] over one layer's cache [blocks, kv_heads, block_size, D] → fp16 [T, heads * D]."""
+        return self._attend(q, None, keys, values, batch, plan)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        rotary: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        batch: Batch,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
         out = torch.empty(len(q), self._heads * self._dim, dtype=torch.float16, device=q.device)
         self._attention.launch(
             f"attention_{self._padded_dim}",
@@ -152,6 +178,7 @@ class AttentionKernels:
             THREADS,
             self.shared_bytes,
             q,
+            rotary,
             keys,
             values,
             out,
@@ -166,11 +193,11 @@ class AttentionKernels:
             plan.counts,
             plan.tiles,
             plan.prompt_tiles,
-            plan.starts,
+            plan.ranges,
+            self._ranges,
             plan.counters,
             self._scratch,
             self._max_splits,
-            self._ranges,
         )
         return out
 

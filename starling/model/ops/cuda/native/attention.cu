@@ -24,7 +24,7 @@
 // of 16 x 8 x 16 per warp: 1,024 cycles on GA102, 0.6 us, where the memory of an A40 needs 7.9 us per multiprocessor for
 // the same 64 KiB. So at 4,096 positions a layer should take its 16.8 MB / bandwidth (24 us on an A40) and 3 to 4 us of
 // start, first latency and last fold. Of 128 positions it takes only those: 8 blocks fetch 64 KiB each, once.
-#include "device.h"
+#include "rotary.h"
 
 constexpr int kThreads = 128;
 constexpr int kUnit = 32;               // keys
@@ -37,21 +37,24 @@ constexpr int kFewTokens = 16;          // a request with more of them in a step
 DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 struct Step {
-  const half_t* q;       // [tokens][heads][dim]
-  const half_t* keys;    // [blocks][kv_heads][block_size][dim]
-  const half_t* values;
+  const half_t* q;       // [tokens][heads][dim], rotated; or [tokens][heads + 2 kv_heads][dim]: q|k|v as projected,
+  const float* rotary;   // to be rotated by this [positions][dim], and k and v to be written. Null: all that was done
+  half_t* keys;          // [blocks][kv_heads][block_size][dim]
+  half_t* values;
   half_t* out;           // [tokens][heads][dim]
   const int* tables;     // [requests][table_width]
   int table_width, heads, kv_heads, dim, block_size, window;
   float scale;           // log2(e) / sqrt(dim): weights are powers of two
 
   __device__ __forceinline__ int group() const { return heads / kv_heads; }
+  __device__ __forceinline__ i64 token_stride() const { return (i64)(rotary ? heads + 2 * kv_heads : heads) * dim; }
 };
 
 // Consecutive tokens of one request, with the heads of a KV head's group: row r is token r / group, head r % group.
 struct alignas(16) Tile {
-  int token, tokens, position, request;       // first of the step's tokens, how many, the first one's position
-  int first_split, splits, first_item, none;  // what they see; where their items begin (few rows only)
+  int token, tokens, position, request;        // first of the step's tokens, how many, the first one's position
+  int first_split, splits, first_item, fresh;  // what they see; where their items begin (few rows only); the position
+                                               // of the request's first token in this step
 
   __device__ __forceinline__ int end() const { return position + tokens; }
   __device__ __forceinline__ int first_seen(int window) const { return max(0, position - window + 1); }
@@ -72,16 +75,46 @@ DEVICE int cache_row(const Step& step, const Tile& tile, int head, int position)
   return block < 0 ? -1 : row * (step.dim / 8);
 }
 
-// A warp's copy of a unit's keys or values; `row` is the cache_row of the lane's own key.
-template <int D> DEVICE void copy_unit(u8* to, const half_t* cache, int row, int dim) {
+// A warp's copy of a unit's keys or values, up to key `fresh`; `row` is the cache_row of the lane's own key.
+template <int D> DEVICE void copy_unit(u8* to, const half_t* cache, int row, int dim, int fresh = kUnit) {
   constexpr int kPieces = D / 8, kRows = 32 / kPieces;
   const int lane = threadIdx.x % 32, piece = lane % kPieces;
-#pragma unroll
+#pragma unroll 4  // all at once, their addresses would take more registers than there are
   for (int first = 0; first < kUnit; first += kRows) {
     const int key = first + lane / kPieces;
     const int at = __shfl_sync(0xffffffffu, row, key);
     const bool valid = at >= 0 && 8 * piece < dim;
-    copy_async(to + place<D>(key, piece), cache + (valid ? (i64)(at + piece) * 8 : 0), valid);
+    if (at < 0 || key < fresh)
+      copy_async(to + place<D>(key, piece), cache + (valid ? (i64)(at + piece) * 8 : 0), valid);
+  }
+}
+
+// The key of a unit from which on the tile's keys are this step's, where attention takes them from q|k|v itself.
+DEVICE int fresh_key(const Step& step, const Tile& tile, int position) {
+  return step.rotary ? max(0, tile.fresh - position) : kUnit;
+}
+
+// And the keys (rotated) or values from there: to shared memory, and to the cache where they are the tile's own.
+template <int D, bool kKeys>
+DEVICE void copy_fresh(u8* to, int row, const Step& step, const Tile& tile, int head, int position) {
+  constexpr int kPieces = D / 8, kRows = 32 / kPieces;
+  const int lane = threadIdx.x % 32, piece = lane % kPieces;
+  const int end = min(kUnit, tile.end() - position);
+  half_t* cache = kKeys ? step.keys : step.values;
+  for (int first = fresh_key(step, tile, position); first < end; first += kRows) {
+    const int key = first + lane / kPieces;
+    const int at = __shfl_sync(0xffffffffu, row, min(key, end - 1));
+    if (key >= end || at < 0) continue;
+    const int ahead = position + key - tile.position;  // of the tile's first token; behind it where below 0
+    const int from_head = step.heads + head + (kKeys ? 0 : step.kv_heads);
+    const half_t* from = step.q + (tile.token + ahead) * step.token_stride() + from_head * D;
+    uint4 x = *(const uint4*)(from + 8 * piece);
+    if (kKeys) {
+      const float* cos = step.rotary + (i64)(position + key) * D + piece % (kPieces / 2) * 8;
+      x = turn(x, *(const uint4*)(from + 8 * (piece ^ kPieces / 2)), cos, cos + D / 2, piece >= kPieces / 2);
+    }
+    *(uint4*)(to + place<D>(key, piece)) = x;
+    if (ahead >= 0) *(uint4*)(cache + (i64)(at + piece) * 8) = x;
   }
 }
 
@@ -99,7 +132,7 @@ DEVICE Rows load_queries(u32 (&q)[D / 16][4], const Step& step, const Tile& tile
   for (int half = 0; half < 2; half++) {
     const int row = first_row + 8 * half + lane / 4, token = row / group;
     const bool valid = token < tile.tokens;
-    const i64 at = ((i64)(tile.token + token) * step.heads + head * group + row % group) * step.dim;
+    const i64 at = (tile.token + token) * step.token_stride() + (head * group + row % group) * step.dim;
     const u32* from = (const u32*)(step.q + (valid ? at : 0));
 #pragma unroll
     for (int j = 0; j < D / 16; j++) {
@@ -108,6 +141,18 @@ DEVICE Rows load_queries(u32 (&q)[D / 16][4], const Step& step, const Tile& tile
     }
     rows.last[half] = valid ? tile.position + token : -1;
     rows.first[half] = max(0, rows.last[half] - step.window + 1);
+    if (!step.rotary || !valid) continue;
+    const float* cos = step.rotary + (i64)rows.last[half] * D + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < D / 32; j++) {
+#pragma unroll
+      for (int i = half; i < 4; i += 2) {
+        const float2 c = *(const float2*)(cos + 16 * j + i / 2 * 8), s = *(const float2*)(cos + D / 2 + 16 * j + i / 2 * 8);
+        const u32 first = q[j][i], second = q[j + D / 32][i];
+        q[j][i] = turn(first, second, c, s, false);
+        q[j + D / 32][i] = turn(second, first, c, s, true);
+      }
+    }
   }
   return rows;
 }
@@ -198,6 +243,14 @@ DEVICE Scales fold(float& top, float& sum, float fresh_top, float fresh_sum) {
   return scales;
 }
 
+// Shared memory: keys and values of four units each, then either a prompt's sums, or of few rows each warp's weighted
+// values [16][D + 8] float32 (8 more, so that a fragment's rows lie in different banks), its largest
+// scores and sums [16][2], and a word.
+template <int D> constexpr int kPartStride = D + 8;
+template <int D> constexpr int kPartsAt = 8 * kUnitBytes<D>;
+template <int D> constexpr int kStatsAt = kPartsAt<D> + 4 * kFewRows * kPartStride<D> * 4;
+template <int D> constexpr int kWordAt = kStatsAt<D> + 4 * kFewRows * 2 * 4;
+
 // -- many rows ----------------------------------------------------------------------------------------------------
 
 template <int D> DEVICE void attend_many(const Step& step, const Tile& tile, int head) {
@@ -220,16 +273,18 @@ template <int D> DEVICE void attend_many(const Step& step, const Tile& tile, int
   const int last_seen = tile.position + last_token;
   const int first_seen = max(0, tile.position + first_token - step.window + 1);
 
-  float top[2], sum[2], a[D / 8][4];            // of this split
-  float all_top[2], all_sum[2], all[D / 8][4];  // of the splits before
-  const auto clear = [](float(&t)[2], float(&s)[2], float(&x)[D / 8][4]) {
-    t[0] = t[1] = minus_infinity();
-    s[0] = s[1] = 0;
+  float top[2], sum[2], a[D / 8][4];  // of this split
+  float all_top[2] = {minus_infinity(), minus_infinity()}, all_sum[2] = {};  // of the splits before; their values, which
+  float4* all = (float4*)(shared + kPartsAt<D>) + threadIdx.x;               // would take 64 more registers, are at
+#pragma unroll                                                               // all[kThreads * n]
+  for (int n = 0; n < D / 8; n++) all[kThreads * n] = make_float4(0, 0, 0, 0);
+  const auto clear = [&] {
+    top[0] = top[1] = minus_infinity();
+    sum[0] = sum[1] = 0;
 #pragma unroll
-    for (int n = 0; n < D / 8; n++) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0;
+    for (int n = 0; n < D / 8; n++) a[n][0] = a[n][1] = a[n][2] = a[n][3] = 0;
   };
-  clear(top, sum, a);
-  clear(all_top, all_sum, all);
+  clear();
 
   for (int stage = first_stage; stage <= last_stage; stage++) {
     if (stage < last_stage) {
@@ -258,10 +313,12 @@ template <int D> DEVICE void attend_many(const Step& step, const Tile& tile, int
       const Scales low = fold(all_top[0], all_sum[0], top[0], sum[0]);
       const Scales high = fold(all_top[1], all_sum[1], top[1], sum[1]);
 #pragma unroll
-      for (int n = 0; n < D / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) all[n][i] = join(all[n][i], a[n][i], i < 2 ? low : high);
-      clear(top, sum, a);
+      for (int n = 0; n < D / 8; n++) {
+        const float4 old = all[kThreads * n];
+        all[kThreads * n] = make_float4(join(old.x, a[n][0], low), join(old.y, a[n][1], low), join(old.z, a[n][2], high),
+                                        join(old.w, a[n][3], high));
+      }
+      clear();
     }
     __syncthreads();
   }
@@ -273,20 +330,33 @@ template <int D> DEVICE void attend_many(const Step& step, const Tile& tile, int
     const float inverse = 1.0f / all_sum[half];
     u32* out = (u32*)(step.out + ((i64)(tile.token + token) * step.heads + head * group + row % group) * dim);
 #pragma unroll
-    for (int n = 0; n < D / 8; n++)
-      if (8 * n < dim)
-        out[4 * n + lane % 4] = pack_halves(all[n][2 * half] * inverse, all[n][2 * half + 1] * inverse);
+    for (int n = 0; n < D / 8; n++) {
+      const float2 x = ((const float2*)(all + kThreads * n))[half];
+      if (8 * n < dim) out[4 * n + lane % 4] = pack_halves(x.x * inverse, x.y * inverse);
+    }
   }
 }
 
 // -- few rows -----------------------------------------------------------------------------------------------------
 
-// Items are cut into `ranges` equal ranges, none of them empty.
-struct Ranges {
-  int items, ranges;
+// Items are cut into ranges of `each`, the first `longer` of them one more.
+struct Cut {
+  int each, longer;
 
-  __device__ __forceinline__ int start(int range) const { return (int)((i64)range * items / ranges); }
-  __device__ __forceinline__ int of(int item) const { return (int)((((i64)item + 1) * ranges - 1) / items); }
+  __device__ __forceinline__ int start(int range) const { return range * each + min(range, longer); }
+  __device__ __forceinline__ int of(int item) const {
+    const int before = longer * (each + 1);
+    return item < before ? item / (each + 1) : longer + (item - before) / each;
+  }
+};
+
+// A block's range of items, with all that it needs to begin. begin == end: there are fewer items than blocks.
+struct alignas(16) Range {
+  Tile tile;
+  int index, head, split;  // of the first item
+  int begin, end;
+  Cut cut;
+  int none;
 };
 
 // One item of the list, which goes through the splits of a (tile, head), then the heads, then the tiles.
@@ -331,13 +401,6 @@ template <int D> struct Share {
   }
 };
 
-// Shared memory: a unit's keys and values for each warp, then each warp's weighted values [16][D + 8] float32 (8 more, so
-// that a fragment's rows lie in different banks), its largest scores and sums [16][2], and a word.
-template <int D> constexpr int kPartStride = D + 8;
-template <int D> constexpr int kPartsAt = 8 * kUnitBytes<D>;
-template <int D> constexpr int kStatsAt = kPartsAt<D> + 4 * kFewRows * kPartStride<D> * 4;
-template <int D> constexpr int kWordAt = kStatsAt<D> + 4 * kFewRows * 2 * 4;
-
 // Scratch: for each range `slots` slots of [16][D] weighted values and [16][2] largest scores and sums. Slot 0 is what
 // was folded from a first split on; slot 1 + i the i-th item of the range alone.
 template <int D> constexpr int kSlot = kFewRows * (D + 2);
@@ -349,30 +412,36 @@ template <int D> DEVICE void leave(float* slot, int rows, int k, float top, floa
   if (column == 0) *(float2*)(slot + kFewRows * D + 2 * row) = make_float2(top, sum);
 }
 
-// Folds what the blocks of a (tile, head) left, in the order of splits; `items` are its first one and the end.
+// Folds what the blocks of a (tile, head) left, in the order of splits; its items are those from `first` to `end`.
 template <int D>
-DEVICE void fold_left(Share<D>& share, const float* scratch, int slots, Ranges ranges, int first, int end, int rows) {
-  const int first_range = ranges.of(first), alone = ranges.start(first_range + 1);
-  const int count = 1 + end - alone;
-  constexpr int kAtOnce = 4;  // loads under way
+DEVICE void fold_left(Share<D>& share, const float* scratch, int slots, Cut cut, int first, int end, int rows) {
+  constexpr int kAtOnce = 8;  // loads under way
   share.clear();
 #pragma unroll
   for (int k = 0; k < Share<D>::kCount; k++) {
     const int row = Share<D>::row(k);
     if (row >= rows) continue;
-    for (int base = 0; base < count; base += kAtOnce) {
+    int range = cut.of(first), begin = 0, next = cut.start(range + 1), item = next;
+    i64 slot = (i64)range * slots;  // what the first block folded; then item by item
+    for (bool more = true; more;) {
       float2 stats[kAtOnce];
       float4 a[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; i++) {
-        const int item = alone + min(base + i, count - 1) - 1, range = ranges.of(item);
-        const i64 slot = base + i == 0 ? (i64)first_range * slots : (i64)range * slots + 1 + item - ranges.start(range);
+        stats[i] = make_float2(minus_infinity(), 0);
+        a[i] = make_float4(0, 0, 0, 0);
+        if (!more) continue;
         stats[i] = *(const float2*)(scratch + slot * kSlot<D> + kFewRows * D + 2 * row);
         a[i] = *(const float4*)(scratch + slot * kSlot<D> + row * D + Share<D>::column());
+        more = item < end;
+        if (item == next) {
+          begin = next;
+          next += cut.each + (++range < cut.longer);
+        }
+        slot = (i64)range * slots + 1 + item++ - begin;
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++)
-        if (base + i < count) share.add(k, stats[i].x, stats[i].y, a[i]);
+      for (int i = 0; i < kAtOnce; i++) share.add(k, stats[i].x, stats[i].y, a[i]);
     }
   }
 }
@@ -391,8 +460,8 @@ template <int D> DEVICE void write_out(const Step& step, const Tile& tile, int h
 }
 
 template <int D>
-DEVICE void attend_few(const Step& step, const Tile* tiles, const int* starts, Ranges ranges, u32* counters,
-                       float* scratch, int slots) {
+DEVICE void attend_few(const Step& step, const Tile* tiles, const Range* ranges, u32* counters, float* scratch,
+                       int slots) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   u8* keys = shared_memory() + 2 * warp * kUnitBytes<D>;
   u8* values = keys + kUnitBytes<D>;
@@ -400,31 +469,40 @@ DEVICE void attend_few(const Step& step, const Tile* tiles, const int* starts, R
   float* stats = (float*)(shared_memory() + kStatsAt<D>);
   int* word = (int*)(shared_memory() + kWordAt<D>);
 
-  const int range = blockIdx.x, begin = ranges.start(range), end = ranges.start(range + 1);
-  Item item;
-  item.index = starts[3 * range];
-  item.head = starts[3 * range + 1];
-  item.split = starts[3 * range + 2];
-  item.tile = tiles[item.index];
-  const auto row_of = [&](const Item& it) {
-    return cache_row(step, it.tile, it.head, it.position() + warp * kUnit + lane);
-  };
+  const Range range = ranges[blockIdx.x];
+  if (range.begin == range.end) return;
+  float* slot = scratch + (i64)blockIdx.x * slots * kSlot<D>;
+  Item item = {range.tile, range.index, range.head, range.split};
+  const auto place_of = [&](const Item& it) { return it.position() + warp * kUnit; };
+  const auto row_of = [&](const Item& it) { return cache_row(step, it.tile, it.head, place_of(it) + lane); };
   int row = row_of(item);
-  copy_unit<D>(keys, step.keys, row, step.dim);
+  const auto fetch_keys = [&](const Item& it) {
+    copy_unit<D>(keys, step.keys, row, step.dim, fresh_key(step, it.tile, place_of(it)));
+  };
+  const auto fetch_values = [&](const Item& it) {
+    copy_unit<D>(values, step.values, row, step.dim, fresh_key(step, it.tile, place_of(it)));
+  };
+  const auto take_keys = [&](const Item& it) { copy_fresh<D, true>(keys, row, step, it.tile, it.head, place_of(it)); };
+  const auto take_values = [&](const Item& it) {
+    copy_fresh<D, false>(values, row, step, it.tile, it.head, place_of(it));
+  };
+  fetch_keys(item);
   copy_async_commit();
-  copy_unit<D>(values, step.values, row, step.dim);
+  fetch_values(item);
   copy_async_commit();
+  take_keys(item);
+  take_values(item);
 
   u32 q[D / 16][4];
   Rows rows;
   Share<D> share;
   bool from_first = false;  // share holds the (tile, head)'s splits from the first one on
-  for (int at = begin; at < end; at++) {
-    const bool more = at + 1 < end;
+  for (int at = range.begin; at < range.end; at++) {
+    const bool more = at + 1 < range.end;
     const Item next = more ? following(item, tiles, step.kv_heads) : item;
     row = more ? row_of(next) : -1;
     const int used = item.tile.tokens * step.group();
-    if (at == begin || item.split == 0) {
+    if (at == range.begin || item.split == 0) {
       rows = load_queries<D>(q, step, item.tile, item.head, 0);
       from_first = item.split == 0;
       share.clear();
@@ -437,8 +515,9 @@ DEVICE void attend_few(const Step& step, const Tile* tiles, const int* starts, R
     __syncwarp();
     multiply_keys<D>(scores, q, keys);
     __syncwarp();
-    if (more) copy_unit<D>(keys, step.keys, row, step.dim);
+    if (more) fetch_keys(next);
     copy_async_commit();
+    if (more) take_keys(next);
     soften(scores, weights, top, sum, item.position() + warp * kUnit, rows, step.scale);
     copy_async_wait<1>();
     __syncthreads();  // and nobody reads the parts of the item before
@@ -452,8 +531,9 @@ DEVICE void attend_few(const Step& step, const Tile* tiles, const int* starts, R
       *(float2*)(stats + 2 * (warp * kFewRows + g + 8)) = make_float2(top[1], sum[1]);
     }
     __syncthreads();
-    if (more) copy_unit<D>(values, step.values, row, step.dim);
+    if (more) fetch_values(next);
     copy_async_commit();
+    if (more) take_values(next);
 
 #pragma unroll
     for (int k = 0; k < Share<D>::kCount; k++) {
@@ -470,7 +550,7 @@ DEVICE void attend_few(const Step& step, const Tile* tiles, const int* starts, R
                         join(a.w, part.w, scales));
       }
       if (from_first) share.add(k, split_top, split_sum, a);
-      else leave<D>(scratch + ((i64)range * slots + 1 + at - begin) * kSlot<D>, used, k, split_top, split_sum, a);
+      else leave<D>(slot + (i64)(1 + at - range.begin) * kSlot<D>, used, k, split_top, split_sum, a);
     }
 
     if (item.last_split() || !more) {
@@ -479,13 +559,13 @@ DEVICE void attend_few(const Step& step, const Tile* tiles, const int* starts, R
         if (from_first) {
 #pragma unroll
           for (int k = 0; k < Share<D>::kCount; k++)
-            leave<D>(scratch + (i64)range * slots * kSlot<D>, used, k, share.top[k], share.sum[k],
+            leave<D>(slot, used, k, share.top[k], share.sum[k],
                      make_float4(share.a[k][0], share.a[k][1], share.a[k][2], share.a[k][3]));
         }
         const int first = item.tile.first_item + item.head * item.tile.splits, past = first + item.tile.splits;
-        const u32 blocks = ranges.of(past - 1) - ranges.of(first) + 1;
+        const u32 blocks = range.cut.of(past - 1) - range.cut.of(first) + 1;
         whole = last_to_arrive(counters + item.index * step.kv_heads + item.head, blocks, word);
-        if (whole) fold_left<D>(share, scratch, slots, ranges, first, past, used);
+        if (whole) fold_left<D>(share, scratch, slots, range.cut, first, past, used);
       }
       if (whole) write_out<D>(step, item.tile, item.head, share);
     }
@@ -493,33 +573,35 @@ DEVICE void attend_few(const Step& step, const Tile* tiles, const int* starts, R
   }
 }
 
-// `counts`: items of the few-row tiles, prompt tiles. Blocks take prompt tiles in turn, then their range of items.
+// Blocks take prompt tiles in turn, where a step can have any, then their range of items.
 template <int D>
-DEVICE void attend(const Step& step, const int* counts, const Tile* tiles, const Tile* prompt_tiles, const int* starts,
-                   u32* counters, float* scratch, int slots, int max_ranges) {
-  const int prompt_items = counts[1] * step.kv_heads;
-  for (int i = blockIdx.x; i < prompt_items; i += gridDim.x)
-    attend_many<D>(step, prompt_tiles[i / step.kv_heads], i % step.kv_heads);
-  const Ranges ranges = {counts[0], min(counts[0], max_ranges)};
-  if ((int)blockIdx.x < ranges.ranges) attend_few<D>(step, tiles, starts, ranges, counters, scratch, slots);
+DEVICE void attend(const Step& step, const int* counts, const Tile* tiles, const Tile* prompt_tiles,
+                   const Range* ranges, int max_ranges, u32* counters, float* scratch, int slots) {
+  if (prompt_tiles) {
+    const int items = counts[1] * step.kv_heads;
+    for (int i = blockIdx.x; i < items; i += gridDim.x)
+      attend_many<D>(step, prompt_tiles[i / step.kv_heads], i % step.kv_heads);
+  }
+  if ((int)blockIdx.x < max_ranges) attend_few<D>(step, tiles, ranges, counters, scratch, slots);
 }
 
-#define PARAMETERS                                                                                                    \
-  const half_t *q, const half_t *keys, const half_t *values, half_t *out, const int *tables, int table_width,         \
-      int heads, int kv_heads, int dim, int block_size, int window, float scale, const int *counts, const int *tiles, \
-      const int *prompt_tiles, const int *starts, u32 *counters, float *scratch, int slots, int max_ranges
-#define STEP {q, keys, values, out, tables, table_width, heads, kv_heads, dim, block_size, window, scale}
-#define LISTS counts, (const Tile*)tiles, (const Tile*)prompt_tiles, starts, counters, scratch, slots, max_ranges
+#define PARAMETERS                                                                                                  \
+  const half_t *q, const float *rotary, half_t *keys, half_t *values, half_t *out, const int *tables,               \
+      int table_width, int heads, int kv_heads, int dim, int block_size, int window, float scale, const int *counts, \
+      const int *tiles, const int *prompt_tiles, const int *ranges, int max_ranges, u32 *counters, float *scratch,  \
+      int slots
+#define STEP {q, rotary, keys, values, out, tables, table_width, heads, kv_heads, dim, block_size, window, scale}
+#define LISTS counts, (const Tile*)tiles, (const Tile*)prompt_tiles, (const Range*)ranges, max_ranges, counters, scratch, slots
 
 KERNEL(kThreads) attention_64(PARAMETERS) { attend<64>(STEP, LISTS); }    // heads of up to 64 dimensions
 KERNEL(kThreads) attention_128(PARAMETERS) { attend<128>(STEP, LISTS); }  // and up to 128
 
 // -- the plan of a step -------------------------------------------------------------------------------------------
 
-// One block makes the lists that all layers' attention reads. `starts` [ranges][3]: tile, head and split of each range's
-// first item. `counters` becomes 0 for each (tile, KV head).
+// One block makes the lists that all layers' attention reads: tiles of few rows and of prompts, how few-row items are
+// cut, and `counts`, the few-row items and prompt tiles. `counters` becomes 0 for each (tile, KV head).
 KERNEL(256) plan_attention(const int* query_starts, const int* context_lens, int requests, int group, int kv_heads,
-                           int window, int max_ranges, int* counts, int* tiles_at, int* prompt_tiles_at, int* starts,
+                           int window, int max_ranges, int* counts, int* tiles_at, int* prompt_tiles_at, int* ranges_at,
                            u32* counters) {
   Tile* tiles = (Tile*)tiles_at;
   Tile* prompt_tiles = (Tile*)prompt_tiles_at;
@@ -544,7 +626,8 @@ KERNEL(256) plan_attention(const int* query_starts, const int* context_lens, int
       tile.request = request;
       tile.first_split = tile.first_seen(window) / kSplit;
       tile.splits = (tile.end() - 1) / kSplit + 1 - tile.first_split;
-      tile.first_item = tile.none = 0;
+      tile.first_item = 0;
+      tile.fresh = context - tokens;
       return tile;
     };
     int own[3] = {prompt ? 0 : count, 0, prompt ? count : 0};
@@ -555,7 +638,10 @@ KERNEL(256) plan_attention(const int* query_starts, const int* context_lens, int
     __syncthreads();
     for (int back = 1; back < 256; back *= 2) {
       int sum[3];
-      for (int j = 0; j < 3; j++) sum[j] = totals[j * 256 + thread] + (thread >= back ? totals[j * 256 + thread - back] : 0);
+      for (int j = 0; j < 3; j++) {
+        const int* total = totals + j * 256 + thread;
+        sum[j] = *total + (thread >= back ? total[-back] : 0);
+      }
       __syncthreads();
       for (int j = 0; j < 3; j++) totals[j * 256 + thread] = sum[j];
       __syncthreads();
@@ -582,20 +668,25 @@ KERNEL(256) plan_attention(const int* query_starts, const int* context_lens, int
   }
   __syncthreads();
 
-  const int count = before[0];
+  const int count = before[0], items = before[1], used = min(items, max_ranges);
   for (int i = thread; i < count * kv_heads; i += blockDim.x) counters[i] = 0;
-  const Ranges ranges = {before[1], min(before[1], max_ranges)};
-  for (int range = thread; range < ranges.ranges; range += blockDim.x) {
-    const int item = ranges.start(range);
-    int low = 0, high = count - 1;  // the last tile that begins at or before the item
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (tiles[middle].first_item <= item) low = middle;
-      else high = middle - 1;
+  for (int i = thread; i < max_ranges; i += blockDim.x) {
+    Range range = {};
+    if (i < used) {
+      range.cut = {items / used, items % used};
+      range.begin = range.cut.start(i);
+      range.end = range.cut.start(i + 1);
+      int low = 0, high = count - 1;  // the last tile that begins at or before the range
+      while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (tiles[middle].first_item <= range.begin) low = middle;
+        else high = middle - 1;
+      }
+      range.index = low;
+      range.tile = tiles[low];
+      range.head = (range.begin - range.tile.first_item) / range.tile.splits;
+      range.split = (range.begin - range.tile.first_item) % range.tile.splits;
     }
-    const int inside = item - tiles[low].first_item;
-    starts[3 * range] = low;
-    starts[3 * range + 1] = inside / tiles[low].splits;
-    starts[3 * range + 2] = inside % tiles[low].splits;
+    ((Range*)ranges_at)[i] = range;
   }
 }
