@@ -158,7 +158,7 @@ DISTRIBUTIONS: dict[str, Callable[[int], torch.Tensor]] = {
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_draws_are_the_oracles(on: Device, name: str, dice: random.Random) -> None:
     for vocabulary in on.vocabularies:
-        rows = on.rows if vocabulary < 1000 or on.rows > 12 else 4
+        rows = on.rows if vocabulary < 1000 or on.rows > 12 else 3
         logits = torch.stack([DISTRIBUTIONS[name](vocabulary) for _ in range(rows)])
         logits[torch.rand(rows, vocabulary) < 0.02] = -math.inf
         logits[:, dice.randrange(vocabulary)] = 2.0 if name != "wide" else 3e4  # at least one is finite
@@ -181,6 +181,13 @@ def test_ties_are_cut_by_id(on: Device, vocabulary: int) -> None:
     # top_p of what top_k left: half of the upper ones.
     both: Settings = (1.0, upper, 0.5 - 1e-6, 0.0, LAST)
     assert sample(on, lower, [both]) == oracle(lower, [both])
+
+
+def test_every_part_of_a_long_row_is_reached(on: Device, dice: random.Random) -> None:
+    for vocabulary in (1024, 1025, 49152, 65536):
+        wanted = [0, 1023, vocabulary - 1, dice.randrange(vocabulary), dice.randrange(vocabulary)]
+        logits = torch.zeros(len(wanted), vocabulary)
+        assert sample(on, logits, [(1.0, 0, 1.0, 0.0, (i + 0.5) / vocabulary) for i in wanted]) == wanted
 
 
 # Four tokens with p = 0.4, 0.3, 0.2, 0.1.
@@ -220,7 +227,7 @@ def test_equal_logits_go_to_the_lowest_id(on: Device) -> None:
     assert sample(on, ties.expand(4, 5), [(*s, LAST) for s in wanted]) == list(wanted.values())
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.data())
 def test_every_combination_of_filters(data: st.DataObject) -> None:
     vocabulary = data.draw(st.integers(1, 40))
@@ -250,7 +257,7 @@ def test_every_combination_of_filters(data: st.DataObject) -> None:
 
 def test_draws_follow_the_distribution(on: Device) -> None:
     """Seed 0 among others. 3 degrees of freedom: 16.27 is passed once in a thousand; the draws are fixed."""
-    draws = 300
+    draws = 160
     rows: list[Settings] = [(1.0, 0, 1.0, 0.0, uniform(0, position)) for position in range(draws)]
     counts = Counter(sample(on, torch.tensor([TABLE]).expand(draws, 4), rows))
     expected = [draws * math.exp(logit) for logit in TABLE]

@@ -14,7 +14,8 @@ import torch
 from starling.model.ops.cuda.module import Module
 
 MAX_VOCABULARY = 1 << 16  # ids take 16 bits of a rank, and the sum of as many weights 64
-CHUNK, SHAPE_THREADS, DRAW_THREADS, DRAW_SHARED_BYTES = 1024, 256, 1024, 29216
+CHUNK, BINS = 1024, 2048
+SHAPE_THREADS, DRAW_THREADS, DRAW_SHARED_BYTES = 256, 1024, 29216
 
 # How one row of logits is sampled; `Settings` in sampling.cu. All zeros: greedy and unshaped, which suits padding.
 SETTINGS = np.dtype(
@@ -65,6 +66,9 @@ class SamplingKernels:
         self._chunks = -(-vocabulary // CHUNK)
         self._table = torch.zeros(sequences, vocabulary, dtype=torch.int32, device=device)
         self._largest = torch.zeros(rows, self._chunks, dtype=torch.int64, device=device)
+        self._sums = torch.zeros(rows, self._chunks, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(rows, BINS, dtype=torch.int32, device=device)
+        self._weights = torch.zeros(rows, BINS, dtype=torch.int64, device=device)
         # int32 [2, rows]: the ids that the latest step drew, and whether a row had nothing to draw.
         self.results = torch.zeros(2, rows, dtype=torch.int32, device=device)
 
@@ -99,12 +103,18 @@ class SamplingKernels:
         assert all(ids is None or ids.dtype == torch.int32 for ids in (tail, masks))
         assert masks is None or masks.shape[1] == -(-vocabulary // 32)
         resolved = None if tail is None else torch.empty_like(tail)
+        grid, warps_bytes = (self._chunks, rows, 1), 8 * SHAPE_THREADS // 32
         self._module.launch(
-            "shape", (self._chunks, rows, 1), SHAPE_THREADS, 8 * SHAPE_THREADS // 32, logits, settings, self._table,
-            tail, resolved, self.results, masks, self._largest, vocabulary,
+            "shape", grid, SHAPE_THREADS, warps_bytes, logits, settings, self._table, tail, resolved, self.results,
+            masks, self._largest, self._counts, self._weights, vocabulary,
         )  # fmt: skip
         self._module.launch(
-            "draw", (rows, 1, 1), DRAW_THREADS, DRAW_SHARED_BYTES, logits, settings, self._largest, self._chunks,
-            self._table, resolved, self.results, self.results.shape[1], vocabulary,
+            "weigh", grid, SHAPE_THREADS, warps_bytes, logits, settings, self._largest, self._sums, self._counts,
+            self._weights, vocabulary,
+        )  # fmt: skip
+        self._module.launch(
+            "draw", (rows, 1, 1), DRAW_THREADS, DRAW_SHARED_BYTES, logits, settings, self._largest, self._sums,
+            self._counts, self._weights, self._chunks, self._table, resolved, self.results, self.results.shape[1],
+            vocabulary,
         )  # fmt: skip
         return self.results[0, :rows]

@@ -1,4 +1,5 @@
-// From logits to token ids: shape (penalties, a mask of what may come, the largest logit), then draw (Ops.sample).
+// From logits to token ids: shape (penalties, a mask of what may come, the largest logit), weigh (what a row's tokens
+// weigh, by chunk and by bin), draw (Ops.sample).
 //
 // A weight is floor(2^47 e^((l - max) / T)), an integer made of the float32 exponential's own bits. Sums of weights are
 // therefore exact whatever their order, so a draw is the same alone and in any batch, and running sums can be compared
@@ -11,11 +12,14 @@
 // Where a bin holds more than the list, it is divided by the next 11 bits of the token's rank, as often as needed.
 // min_p is a least logit. All three leave the tokens up to one (logit, id) of the ranking, which is what draw tests.
 //
-// Cost, predicted: shape reads the row once, over V / 1,024 blocks (2 µs, launch included). draw has one block a row,
-// and passes over the row in the second-level cache (128 KB; some 50 bytes per clock reach one multiprocessor, so 1.5 µs
-// at least, and about 25 instructions a token, 1,024 warp-tokens at 2.5 a clock: 10,000 clocks, so the arithmetic
-// decides: 6 µs on an A40 at 1.7 GHz and as much on an H100). Greedy rows make no pass, rows without top_k and top_p
-// one, with either three (the histogram's has 2 to 3 shared atomics a token: count it double), with both four.
+// Cost, predicted for one row of 32,002 (128 KB, from the second-level cache after shape's first read). shape and weigh
+// spread it over 32 blocks: 2 µs each, launch included; they are bound by latency. draw has one block a row, whose
+// multiprocessor issues some 2.5 instructions a clock: greedy and uncut rows read one number a chunk, then one chunk
+// (1.5 and 2.5 µs). A row that is cut loads the histogram, looks for the bin (1.5 µs), passes over the row to list it and
+// again to sum what is kept by ranges of ids (13 instructions a token that is not, 1,000 warp-tokens: 3 µs a pass on an
+// A40 or H100 alike; 50 a token that is kept, should all be). With top_k and top_p both, one pass more. In all 5 µs
+// greedy, 7 µs uncut, 14 µs with one filter, 18 µs with two; 64 rows run side by side. Only flat rows cost more: a bin of
+// more than 256 tokens at the cut takes a pass for each division (1 to 4; up to 30 µs each where all tokens are in it).
 #include "device.h"
 
 struct Settings {     // one row; SETTINGS in sampling.py. All zeros: greedy, nothing shaped
@@ -35,6 +39,9 @@ struct Settings {     // one row; SETTINGS in sampling.py. All zeros: greedy, no
 };
 static_assert(sizeof(Settings) == 64, "");
 
+constexpr u64 kOff = ~0ull;
+constexpr int kChunk = 1024, kShapers = 256, kEach = kChunk / kShapers;  // tokens of a block, its threads, of a thread
+constexpr int kBins = 2048, kBinsPerE = 62;                             // e^-33 < 2^-47, and 33 * 62 < kBins
 constexpr u32 kPrompt = 0x80000000u;  // in the table: came with the prompt. The other bits count the generated
 
 #define CALLED static __device__ __noinline__  // where a body is used more than once: instructions are fetched, too
@@ -48,6 +55,11 @@ DEVICE u32 key_of(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 DEVICE float logit_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
+
+// Whether top_k or top_p may leave tokens out.
+DEVICE bool is_cut(const Settings& s, int vocabulary) {
+  return s.inverse > 0 && ((s.top_k > 0 && s.top_k < vocabulary) || s.top_p != kOff);
+}
 
 DEVICE u64 warp_largest(u64 x) {
 #pragma unroll
@@ -81,24 +93,27 @@ KERNEL(1024) count(u32* table, int row, const int* tokens, int tokens_count, int
 
 // -- shape --------------------------------------------------------------------------------------------------------
 
-constexpr int kChunk = 1024, kShapers = 256, kEach = kChunk / kShapers;
 
 // Changes logits float32 [rows][V] in place where a row's settings ask for it, and finds each chunk's largest: its key in
 // the high half, ~id in the low. The tokens that enter the table are written to `resolved`, beside `tail`, for draw:
-// by then, `sampled` may hold the new ones.
+// by then, `sampled` may hold the new ones. The histogram of a row that is cut starts from 0.
 KERNEL(256) shape(float* logits, const Settings* settings, const u32* table, const int* tail, int* resolved,
-                  const int* sampled, const u32* masks, u64* largest, int vocabulary) {
+                  const int* sampled, const u32* masks, u64* largest, u32* counts, u64* weights, int vocabulary) {
   const int row = blockIdx.y, first = blockIdx.x * kChunk + threadIdx.x;
   const Settings& s = settings[row];
+  if (is_cut(s, vocabulary)) {
+    for (int i = blockIdx.x * kShapers + threadIdx.x; i < kBins; i += gridDim.x * kShapers)
+      counts[row * kBins + i] = 0, weights[row * kBins + i] = 0;
+  }
   float* x = logits + (i64)row * vocabulary;
   float l[kEach];
 #pragma unroll
   for (int j = 0; j < kEach; j++) l[j] = first + j * kShapers < vocabulary ? x[first + j * kShapers] : -infinity();
   if (s.table) {
-    const u32* counts = table + (i64)(s.table - 1) * vocabulary;
+    const u32* of_ids = table + (i64)(s.table - 1) * vocabulary;
     u32 count[kEach];
 #pragma unroll
-    for (int j = 0; j < kEach; j++) count[j] = first + j * kShapers < vocabulary ? counts[first + j * kShapers] : 0;
+    for (int j = 0; j < kEach; j++) count[j] = first + j * kShapers < vocabulary ? of_ids[first + j * kShapers] : 0;
     for (int k = 0; k < s.seen; k++) {
       const int id = resolve(tail[s.tail + k], sampled);
 #pragma unroll
@@ -141,28 +156,7 @@ KERNEL(256) shape(float* logits, const Settings* settings, const u32* table, con
   }
 }
 
-// -- draw ---------------------------------------------------------------------------------------------------------
-
-constexpr int kThreads = 1024, kBins = 2048, kList = 256;
-constexpr int kBinsPerE = 62;  // e^-33 < 2^-47, so 33 * 62 < kBins
-constexpr u64 kOff = ~0ull;
-
-struct Candidate {
-  float logit;
-  int id;
-  u64 weight;
-};
-
-struct Shared {
-  u64 sums[2][32];
-  Candidate list[kList];
-  Candidate last;     // the last token that a filter keeps; `weight` is of all that are kept
-  u32 listed, unused[3];
-  u32 counts[kBins];  // tokens in a bin, and their weights in two halves
-  u32 low[kBins];
-  u32 high[kBins];
-};
-static_assert(sizeof(Shared) == 29216, "DRAW_SHARED_BYTES in sampling.py");
+// -- weigh --------------------------------------------------------------------------------------------------------
 
 struct Row {
   const float* logits;
@@ -170,10 +164,11 @@ struct Row {
   float largest, inverse;
   float last;   // the ranking up to this logit, and there up to this id, is kept
   int last_id;
-
 };
 
-DEVICE bool keeps(const Row& row, float l, int id) { return l > row.last || (l == row.last && id <= row.last_id); }
+DEVICE bool keeps(const Row& row, float l, int id) {  // & and |: no branches
+  return (l > row.last) | ((l == row.last) & (id <= row.last_id));
+}
 DEVICE float exponent_of(const Row& row, float l) { return (l - row.largest) * row.inverse; }
 
 // floor(2^47 e^x), x <= 0: Cephes' expf polynomial, within 2^-23 relative, and the float's bits shifted to their place.
@@ -199,6 +194,88 @@ DEVICE u64 weight_of(float x) {
 DEVICE int bin_of(float x) {  // -62 x, rounded; x in (-33, 0]
   return (int)(__float_as_uint(fmaf(x, -(float)kBinsPerE, 8388608.0f)) - 0x4b000000u);
 }
+
+// The least float of at least x.
+DEVICE float at_least(double x) {
+  const float y = (float)x;
+  if ((double)y >= x) return y;
+  const u32 key = key_of(y);
+  return logit_of(key + 1);
+}
+
+// The row before a cut: min_p leaves the logits from max + T log(min_p) on. By every warp.
+DEVICE Row row_of(const float* logits, const Settings& s, u64 best, int row, int vocabulary) {
+  const float largest = logit_of((u32)(best >> 32));
+  return {logits + (i64)row * vocabulary, vocabulary, largest, s.inverse, at_least((double)largest + s.span), vocabulary};
+}
+
+DEVICE u64 best_of(const u64* largest, int row, int chunks) {
+  u64 best = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < chunks; i += 32) {
+    const u64 other = largest[row * chunks + i];
+    best = best < other ? other : best;
+  }
+  return warp_largest(best);
+}
+
+DEVICE bool has_token(const Row& row) { return row.largest > -infinity() && row.largest < infinity(); }
+
+// The sum of each chunk's weights, and for a row that is cut the histogram: tokens in a bin, and their weights.
+KERNEL(256) weigh(const float* logits, const Settings* settings, const u64* largest, u64* sums, u32* counts,
+                  u64* weights, int vocabulary) {
+  const Settings& s = settings[blockIdx.y];
+  if (s.inverse == 0) return;
+  const Row row = row_of(logits, s, best_of(largest, blockIdx.y, gridDim.x), blockIdx.y, vocabulary);
+  if (!has_token(row)) return;
+  const bool cut = is_cut(s, vocabulary);
+  float l[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; j++) {
+    const int id = blockIdx.x * kChunk + j * kShapers + threadIdx.x;
+    l[j] = id < vocabulary ? row.logits[id] : -infinity();
+  }
+  u64 sum = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; j++) {
+    const float x = exponent_of(row, l[j]);
+    const u64 weight = l[j] >= row.last ? weight_of(x) : 0;
+    sum += weight;
+    if (cut && weight) {
+      const int bin = blockIdx.y * kBins + bin_of(x);
+      atomicAdd(counts + bin, 1u);
+      atomicAdd(weights + bin, weight);
+    }
+  }
+  u64* of_warps = (u64*)shared_memory();
+  sum = warp_total(sum);
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    sum = warp_total(threadIdx.x < kShapers / 32 ? of_warps[threadIdx.x] : 0);
+    if (threadIdx.x == 0) sums[blockIdx.y * gridDim.x + blockIdx.x] = sum;
+  }
+}
+
+// -- draw ---------------------------------------------------------------------------------------------------------
+
+constexpr int kThreads = 1024, kList = 256;
+
+struct Candidate {
+  float logit;
+  int id;
+  u64 weight;
+};
+
+struct Shared {
+  u64 sums[2][32];
+  Candidate list[kList];
+  Candidate last;     // the last token that a filter keeps; of top_k's, `weight` is of all that are kept
+  u32 listed, unused[3];
+  u64 weights[kBins];  // the histogram
+  u32 counts[kBins];
+};
+static_assert(sizeof(Shared) == 29216, "DRAW_SHARED_BYTES in sampling.py");
 
 // Where a token stands in the ranking: 48 bits, the first is 0.
 DEVICE u64 rank_of(float l, int id) { return (u64)~key_of(l) << 16 | (u32)id; }
@@ -260,33 +337,43 @@ template <class Value, class Target> DEVICE Found find(Shared* shared, int n, Va
   return found;
 }
 
-// Tokens whose bin is `bin` (-1: any) and whose rank begins with `prefix` above `shift` bits.
+// Tokens whose bin is `bin` and whose rank begins with `prefix` above `shift` bits.
 struct Group {
   int bin, shift;
   u64 prefix;
 };
 
 template <class Use> DEVICE void for_each(const Row& row, const Group& group, Use use) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < row.vocabulary; i += kThreads) {
-    const float l = row.logits[i], x = exponent_of(row, l);
-    const u64 weight = weight_of(x);
-    if (weight == 0 || !keeps(row, l, i)) continue;
-    const int bin = bin_of(x);
-    if (group.bin >= 0 && (bin != group.bin || rank_of(l, i) >> group.shift != group.prefix)) continue;
-    use(l, i, weight, bin);
+  constexpr int kAhead = 4;  // loads under way: 16 KB of a block's, what a pass needs against their latency
+  for (int first = threadIdx.x; first < row.vocabulary; first += kAhead * kThreads) {
+    float logits[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; j++) {
+      const int id = first + j * kThreads;
+      logits[j] = id < row.vocabulary ? row.logits[id] : -infinity();
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; j++) {
+      const float l = logits[j], x = exponent_of(row, l);
+      const int id = first + j * kThreads;
+      if (bin_of(x) != group.bin || l < row.last || rank_of(l, id) >> group.shift != group.prefix) continue;
+      const u64 weight = weight_of(x);
+      if (weight) use(l, id, weight);
+    }
   }
 }
 
-// Fills the histogram: of bins, or of the 11 bits of the rank from `digit` on.
-CALLED void fill(Shared* shared, Row row, Group group, int digit) {
-  for (int i = threadIdx.x; i < kBins; i += kThreads) shared->counts[i] = shared->low[i] = shared->high[i] = 0;
+// Divides a group by the next 11 bits of the rank, those above `digit`.
+CALLED void divide(Shared* shared, Row row, Group group, int digit) {
+  for (int i = threadIdx.x; i < kBins; i += kThreads) shared->counts[i] = 0, shared->weights[i] = 0;
   __syncthreads();
-  for_each(row, group, [&](float l, int id, u64 weight, int bin) {
-    if (group.bin >= 0) bin = (int)((rank_of(l, id) >> digit) % kBins);
+  for_each(row, group, [&](float l, int id, u64 weight) {
+    const int bin = (int)((rank_of(l, id) >> digit) % kBins);
     atomicAdd(shared->counts + bin, 1u);
-    const u32 low = (u32)weight, carry = atomicAdd(shared->low + bin, low) > ~low, high = (u32)(weight >> 32) + carry;
-    if (high) atomicAdd(shared->high + bin, high);
+    // Shared memory adds 32 bits at a time.
+    u32* halves = (u32*)(shared->weights + bin);
+    const u32 low = (u32)weight, carry = atomicAdd(halves, low) > ~low, high = (u32)(weight >> 32) + carry;
+    if (high) atomicAdd(halves + 1, high);
   });
   __syncthreads();
 }
@@ -294,28 +381,26 @@ CALLED void fill(Shared* shared, Row row, Group group, int digit) {
 // The first of the histogram's n first bins at which the running sum, of counts or of weights, passes `target`.
 CALLED Found find_bin(Shared* shared, int n, bool ones, u64 target) {
   return find(shared, n, [&](int i) {
-    return ones ? shared->counts[i] : (u64)shared->high[i] << 32 | shared->low[i];
+    return ones ? shared->counts[i] : shared->weights[i];
   }, [&](u64) { return target; });
 }
 
 // The last token that a filter keeps: the first of the ranking at which the running sum, of ones or of weights, passes
-// `target`. It goes to shared->last. The histogram is of bins; true if it still is when this returns.
-DEVICE bool cut(Shared* shared, const Row& row, Found found, bool ones) {
-  u64 before = find_bin(shared, found.index, false, kOff).total;
+// a target, which the histogram has `found` a bin for. It goes to shared->last.
+DEVICE void cut(Shared* shared, const Row& row, Found found, bool ones) {
+  u64 before = ones ? find_bin(shared, found.index, false, kOff).total : 0;
   Group group = {found.index, 48, 0};
-  bool of_bins = true;
   while (shared->counts[found.index] > kList) {  // ends: from bit 4 on, at most 16 tokens share a prefix
     __syncthreads();
-    fill(shared, row, group, group.shift - 11);
-    of_bins = false;
+    divide(shared, row, group, group.shift - 11);
     found = find_bin(shared, kBins, ones, found.rest);
-    before += find_bin(shared, found.index, false, kOff).total;
+    if (ones) before += find_bin(shared, found.index, false, kOff).total;
     group.shift -= 11;
     group.prefix = group.prefix << 11 | (u32)found.index;
   }
   if (threadIdx.x == 0) shared->listed = 0;
   __syncthreads();
-  for_each(row, group, [&](float l, int id, u64 weight, int) {
+  for_each(row, group, [&](float l, int id, u64 weight) {
     shared->list[atomicAdd(&shared->listed, 1u)] = {l, id, weight};
   });
   __syncthreads();
@@ -335,68 +420,67 @@ DEVICE bool cut(Shared* shared, const Row& row, Found found, bool ones) {
       shared->last = {mine.logit, mine.id, before + ahead + mine.weight};
   }
   __syncthreads();
-  return of_bins;
-}
-
-// The least float of at least x.
-DEVICE float at_least(double x) {
-  const float y = (float)x;
-  if ((double)y >= x) return y;
-  const u32 key = key_of(y);
-  return logit_of(key + 1);
 }
 
 // Ops.sample over logits as shape left them → results int32: ids, and `faults` places on, whether a row had no token
 // to draw (it then says 0): a NaN, an infinity, or nothing but -inf. Rows enter their tokens into the table.
-KERNEL(1024) draw(const float* logits, const Settings* settings, const u64* largest, int chunks, u32* table,
-                  const int* resolved, int* results, int faults, int vocabulary) {
+KERNEL(1024) draw(const float* logits, const Settings* settings, const u64* largest, const u64* sums,
+                  const u32* counts, const u64* weights, int chunks, u32* table, const int* resolved, int* results,
+                  int faults, int vocabulary) {
   Shared* shared = (Shared*)shared_memory();
   const Settings& s = settings[blockIdx.x];
   if (threadIdx.x == 0 && s.table) {
     for (int k = 0; k < s.commits; k++) table[(i64)(s.table - 1) * vocabulary + resolved[s.tail + k]]++;
   }
-  u64 best = 0;
-  for (int i = threadIdx.x % 32; i < chunks; i += 32) {
-    const u64 other = largest[blockIdx.x * chunks + i];
-    best = best < other ? other : best;
-  }
-  best = warp_largest(best);
-  Row row = {logits + (i64)blockIdx.x * vocabulary, vocabulary, logit_of((u32)(best >> 32)), s.inverse, -infinity(), -1};
-  const bool fault = !(row.largest > -infinity() && row.largest < infinity());
-  int token = fault ? 0 : (int)~(u32)best;
-  if (!fault && s.inverse > 0) {
-    row.last = at_least((double)row.largest + s.span);
-    row.last_id = vocabulary;
+  const u64 best = best_of(largest, blockIdx.x, chunks);
+  Row row = row_of(logits, s, best, blockIdx.x, vocabulary);
+  int token = has_token(row) ? (int)~(u32)best : 0;
+  if (has_token(row) && s.inverse > 0) {
+    // Up to 64 chunks: a lane has two, one after the other.
+    const int pair = threadIdx.x % 32 * 2;
+    const u64 first = pair < chunks ? sums[blockIdx.x * chunks + pair] : 0;
+    const u64 second = pair + 1 < chunks ? sums[blockIdx.x * chunks + pair + 1] : 0;
+    u64 all = warp_total(first + second), target = __umul64hi(s.uniform, all);
+    int begin = 0, end = vocabulary;
+    const bool is_whole = !is_cut(s, vocabulary);
+    if (is_whole) {
+      const int lane = pick(first + second, target);
+      const u64 half = __shfl_sync(0xffffffffu, first, lane);
+      begin = (2 * lane + (target >= half)) * kChunk;
+      end = min(vocabulary, begin + kChunk);
+      if (target >= half) target -= half;
+    }
     const bool by_rank = s.top_k > 0 && s.top_k < vocabulary, by_weight = s.top_p != kOff;
-    bool of_bins = false;
-    u64 kept = 0;  // the weight of what top_k keeps
+    bool kept_all = true;
     for (int ones = by_rank; ones >= (by_weight ? 0 : 1); ones--) {
-      if (!of_bins) fill(shared, row, {-1, 48, 0}, 0);
-      of_bins = true;
-      u64 target = (u64)s.top_k - 1;
+      for (int i = threadIdx.x; i < kBins; i += kThreads) {
+        shared->counts[i] = counts[blockIdx.x * kBins + i];
+        shared->weights[i] = weights[blockIdx.x * kBins + i];
+      }
+      __syncthreads();
+      u64 sought = (u64)s.top_k - 1;
       if (!ones) {
         // Kept while the sum before is below top_p of all: the last at a sum past that product, rounded up, less 1.
-        const u64 all = kept ? kept : find_bin(shared, kBins, false, kOff).total;
         const u64 floor = __umul64hi(s.top_p, all), fraction = s.top_p * all;
-        target = fraction || !floor ? floor : floor - 1;
+        sought = fraction || !floor ? floor : floor - 1;
       }
-      const Found found = find_bin(shared, kBins, ones, target);
+      const Found found = find_bin(shared, kBins, ones, sought);
       if (found.index < 0) continue;  // fewer than top_k are left
-      of_bins = cut(shared, row, found, ones);
-      kept = shared->last.weight;
+      cut(shared, row, found, ones);
+      kept_all = false;
+      all = shared->last.weight;
     }
-    if (kept) {
+    if (!kept_all) {
       row.last = shared->last.logit;
       row.last_id = shared->last.id;
     }
-    const u64 uniform = s.uniform;
-    token = find(shared, vocabulary, [&](int i) {
-      const float l = row.logits[i];
-      return keeps(row, l, i) ? weight_of(exponent_of(row, l)) : 0;
-    }, [&](u64 total) { return __umul64hi(uniform, total); }).index;
+    token = begin + find(shared, end - begin, [&](int i) {
+      const float l = row.logits[begin + i];
+      return keeps(row, l, begin + i) ? weight_of(exponent_of(row, l)) : 0;
+    }, [&](u64 total) { return is_whole ? target : __umul64hi(s.uniform, total); }).index;
   }
   if (threadIdx.x == 0) {
     results[blockIdx.x] = token;
-    results[faults + blockIdx.x] = fault;
+    results[faults + blockIdx.x] = !has_token(row);
   }
 }
