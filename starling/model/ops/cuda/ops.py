@@ -113,8 +113,7 @@ class CudaOps:
         plan = attention.plan(batch, window)
         for layer, own_keys, own_values in zip(layers, keys, values, strict=True):
             qkv = linear.norm_linear(residual, layer.input_norm, eps, _linear(layer.qkv))
-            q = attention.rotate_and_cache(qkv, batch, rotary, own_keys, own_values)
-            attended = attention.attention(q, own_keys, own_values, batch, plan)
+            attended = attention.attend(qkv, batch, plan, rotary, own_keys, own_values)
             linear.add_linear(attended, _linear(layer.out), residual)
             active = linear.norm_linear_silu_mul(residual, layer.post_attention_norm, eps, _linear(layer.gate_up))
             linear.add_linear(active, _linear(layer.down), residual)
