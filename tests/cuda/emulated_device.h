@@ -346,8 +346,7 @@ inline void matrices(u32 (&m)[4], const void* row, bool transposed) {
 DEVICE void load_matrices(u32 (&m)[4], const void* row) { emulator::matrices(m, row, false); }
 DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) { emulator::matrices(m, row, true); }
 
-DEVICE uint4 load_once(const void* from, bool valid = true) {
-  if (!valid) return {0, 0, 0, 0};
+DEVICE uint4 load_once(const void* from) {
   emulator::check_aligned(from, 16);
   return *(const uint4*)from;
 }

@@ -79,3 +79,5 @@ KERNEL(64) overtake(float* y, int barrier) {
     if (barrier) __syncthreads();
   }
 }
+
+KERNEL(32, 2) merge(const u32* x, u32* y) { y[threadIdx.x] = and_or(x[threadIdx.x], 0x000f000f, 0x64006400); }

@@ -49,6 +49,12 @@ def test_tensor_core_fragments(probe: EmulatedModule) -> None:
     torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_bits(probe: EmulatedModule) -> None:
+    x, y = torch.randint(0, 2**31, (32,), dtype=torch.int32), torch.empty(32, dtype=torch.int32)
+    probe.launch("merge", (1, 1, 1), 32, 0, x, y)
+    assert torch.equal(y, (x & 0x000F000F) | 0x64006400)
+
+
 def test_the_last_block_adds_in_order(probe: EmulatedModule) -> None:
     x, parts, counter, total = torch.randn(20, 32), torch.empty(20), torch.zeros(1, dtype=torch.int32), torch.empty(1)
     found = set()

@@ -297,6 +297,9 @@ def test_weights_and_activations_come_16_bytes_at_a_time(source: str) -> None:
         copies = re.findall(r"cp\.async\.(\S+) \[[^\]]*\], \[[^\]]*\], (\d+)", entry)
         assert set(copies) == {("cg.shared.global", "16")}, name[0]
         assert "mma.sync" in entry and ".local" not in entry, name[0]
+        if name[0] == "narrow":  # reads activations by itself, and nothing else from global memory but what it adds to
+            loads = re.findall(r"ld\.global\S*", entry)
+            assert {load for load in loads if ".v4" in load} and set(loads) <= {"ld.global.v4.u32", "ld.global.f32"}
 
 
 @pytest.mark.parametrize("group", [*linear.GROUPS, 0])

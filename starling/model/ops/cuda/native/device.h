@@ -128,18 +128,11 @@ DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) {
 
 // -- memory -------------------------------------------------------------------------------------------------------
 
-// 16 bytes that are read once in a kernel: they need not push others out of the nearest cache. Zeros where not `valid`
-// (`from` is not read then).
-DEVICE uint4 load_once(const void* from, bool valid = true) {
+// 16 bytes that are read once in a kernel: they need not push others out of the nearest cache.
+DEVICE uint4 load_once(const void* from) {
   uint4 x;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.u32 p, %5, 0;\n"
-      "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w) : "l"(from), "r"((u32)valid));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
   return x;
 }
 

@@ -2,9 +2,9 @@
 // name the kernels; the layout is packed by ../linear.py.
 //
 // The product runs on tensor cores with the weights as the left operand (16 output rows x 16 k) and the activations as
-// the right one (16 k x 8 tokens), so that a single token costs one tile of 8 and no weight is converted twice. The unit
-// of work, a *tile*, is 16 rows x 64 k: 512 bytes of nibbles, 16 bytes of each lane. The order of k within a tile is
-// free as long as both operands agree, so it is the one that makes activations 16-byte loads too: lane 4g + t holds,
+// the right one (16 k x 8 tokens), so that a single token costs one tile of 8 and no weight is converted twice. The
+// unit of work, a *tile*, is 16 rows x 64 k: 512 bytes of nibbles, 16 bytes of each lane. The order of k within a tile
+// is free as long as both operands agree, so it is the one that makes activations 16-byte loads too: lane 4g + t holds,
 // for rows g and g + 8 of the weights and for token g of the activations, and for step s = 0..3 and element e = 0..3,
 //     k = 32 (s / 2) + 8 t + 4 (s % 2) + e.
 // Word s of a lane has nibbles (by bits 4i): row g e=0, row g+8 e=0, row g e=2, row g+8 e=2, then the same of e + 1, so
@@ -16,23 +16,33 @@
 // kSplits ranges of whole chunks (8 tiles) by its length only; each range has its own acc, and the ranges are added in
 // order. A token's column of the tensor core's product does not depend on the other columns.
 //
+// Weights pass through shared memory by asynchronous copies, and each lane reads what it has copied itself: how much is
+// under way does not hang on the compiler's schedule, and takes no registers.
+//
 // Two shapes of kernel:
 //   narrow  a block has 2 row tiles and 4 warps for each, one per range of K, which add up in shared memory. x is read
-//           straight from the nearest cache, or, where the RMSNorm before it is fused, normalised into shared memory.
-//           For up to 8 tokens, best for few: nothing is shared between warps but x.
-//   wide    a block has 8 warps, each with ROW_TILES row tiles, all with the same tokens, whose activations come in
-//           panels of k through shared memory, three under way. All ranges of K one after another, or one block for
-//           each (gridDim.z = 4), and the last to arrive adds them.
+//           straight from the nearest cache, or, where the RMSNorm before it is fused, normalised into shared memory
+//           while the first weights are on their way. Up to 8 tokens, best for few: warps share nothing but x.
+//   wide    a block has 8 warps, each with ROW_TILES row tiles, all with the same tokens, whose activations pass
+//           through shared memory too. A block takes all ranges of K one after another, or one of them (gridDim.z = 4),
+//           and the last to arrive adds them.
 //
-// What it should reach (the floors are those of reading W once; A40 at 696 GB/s, H100 at 3.0 TB/s):
-//     Starling's        rows x k        bytes      A40       H100     blocks of narrow
-//     qkv              6144 x 4096    13.1 MB    18.8 us    4.4 us    192
-//     out              4096 x 4096     8.7 MB    12.5 us    2.9 us    128
-//     gate_up         28672 x 4096    61.0 MB    87.7 us   20.3 us    896
-//     down             4096 x 14336   30.5 MB    43.8 us   10.2 us    128
-//     head            32002 x 4096   262.2 MB     377 us   87.4 us   1001
-// Bytes in flight, narrow: 8 tiles of 512 bytes in registers per warp, 8 warps: 32 KiB per block, so at least as many
-// per multiprocessor (H100 wants 18 kB, A40 5 kB), and 64 KiB with two blocks. Instructions: see COUNTS below.
+// What it should reach. The floors read W once: A40 at 696 GB/s, H100 at 3.0 TB/s.
+//     Starling's        rows x k        bytes      A40       H100     blocks: narrow   wide at 8 to 64 tokens
+//     qkv              6144 x 4096    13.1 MB    18.8 us    4.4 us         192          192 (4 for a sum)
+//     out              4096 x 4096     8.7 MB    12.5 us    2.9 us         128          128 (4)
+//     gate_up         28672 x 4096    61.0 MB    87.7 us   20.3 us         896          224
+//     down             4096 x 14336   30.5 MB    43.8 us   10.2 us         128          128 (4)
+//     head            32002 x 4096   262.2 MB     377 us   87.4 us        1001          251
+// Weights under way in a block: narrow 7 tiles for each of 8 warps, 28 KiB; head 3 tiles, 48 KiB; wide_8 to wide_32 6
+// tiles, 24 KiB; wide_64 4 tiles, 16 KiB; their heads 32 KiB, 16 KiB at 64 tokens. A40 wants 5 kB in a multiprocessor,
+// H100 18 kB. Of narrow, two blocks fit in a multiprocessor of either (128 registers; 35 KiB, with a norm 43 KiB).
+// Instructions: a multiprocessor must take a tile every 107 cycles on an A40 and every 38 on an H100 (1.7 GHz), so in
+// 430 and 152 issue slots. narrow takes 84 (head 14 for the same bytes), wide_8 112, wide_16 about 115, wide_32 about
+// 145. With more tokens tensor cores set the pace: a product takes 16 cycles of a quarter of an A40's multiprocessor, 8
+// of an H100's, so a tile with 64 tokens 128 and 64 of all four. wide_64_tall, for prompts, has 64 products to about 400
+// other instructions for two tiles, reads each activation from shared memory for 32 rows, and asks L2 for 1 MB for
+// every 134 MFLOP at k = 4096: 1.2 TB/s at the A40's peak of 149.7 TFLOPS.
 #ifndef STARLING_LINEAR_H
 #define STARLING_LINEAR_H
 
@@ -92,13 +102,13 @@ template <int GROUP> struct Int4 {
   // A chunk's scales, fp16 pairs of rows g and g + 8 by [group][g]; then its zeros, nibble pairs in the same order.
   static constexpr int kScaleBytes = kGroups * 40;
 
-  static METHOD void operands(const u8* tile, const u8* scales, int number, u32 (&a)[4][4], float (&scale)[kParts][2]) {
+  static METHOD void operands(const u8* tile, const u8* scales, u32 number, u32 (&a)[4][4], float (&scale)[kParts][2]) {
     const int lane = threadIdx.x % 32, g = lane / 4;
     const uint4 lane_words = *(const uint4*)(tile + lane * 16);
     const u32 words[4] = {lane_words.x, lane_words.y, lane_words.z, lane_words.w};
 #pragma unroll
     for (int part = 0; part < kParts; part++) {
-      const int group = (number % kChunkTiles * kTileK + part * 32) / GROUP;
+      const u32 group = (number * kTileK + part * 32) / GROUP;
       const u32 pair = *(const u32*)(scales + (group * 8 + g) * 4);
       const u32 zero = scales[kGroups * 32 + group * 8 + g];
       const u32 low_bias = 0x64006400u + (zero & 15) * 0x00010001u;   // 1024 + z, exact
@@ -122,7 +132,7 @@ struct Half {
   static constexpr int kParts = 1;
   static constexpr int kScaleBytes = 0;
 
-  static METHOD void operands(const u8* tile, const u8*, int, u32 (&a)[4][4], float (&scale)[1][2]) {
+  static METHOD void operands(const u8* tile, const u8*, u32, u32 (&a)[4][4], float (&scale)[1][2]) {
 #pragma unroll
     for (int step = 0; step < 4; step++) {
       const uint4 words = *(const uint4*)(tile + step * 512 + threadIdx.x % 32 * 16);
@@ -140,10 +150,10 @@ template <class W, int SLOTS, int SCALE_SLOTS> struct Stream {
 
   const u8 *weight, *scales;
   u8* shared;
-  int end;
+  u32 end;
 
   METHOD Stream() {}
-  METHOD Stream(const Linear& l, int row_tile, int end_, u8* shared_) {
+  METHOD Stream(const Linear& l, int row_tile, u32 end_, u8* shared_) {
     const int lane = threadIdx.x % 32;
     weight = l.weight + (i64)row_tile * tiles_of(l) * W::kTileBytes + lane * 16;
     scales = l.scales + (i64)row_tile * chunks_of(l) * W::kScaleBytes + lane * 16;
@@ -151,25 +161,27 @@ template <class W, int SLOTS, int SCALE_SLOTS> struct Stream {
     end = row_tile < row_tiles_of(l) ? end_ : 0;
   }
 
-  METHOD void copy(int slot, int tile) const {
+  // Tile `tile` of chunk `chunk`; the chunk's scales come with its first.
+  METHOD void copy(u32 slot, u32 chunk, u32 tile) const {
     const int lane = threadIdx.x % 32;
+    const bool valid = chunk * kChunkTiles + tile < end;
+    const u8* const from = weight + (i64)chunk * (kChunkTiles * W::kTileBytes) + tile * W::kTileBytes;
 #pragma unroll
     for (int i = 0; i < W::kTileBytes; i += 512)
-      copy_async(shared + slot * W::kTileBytes + i + lane * 16, weight + tile * W::kTileBytes + i, tile < end);
-    if (W::kScaleBytes && tile % kChunkTiles == 0) {
-      const int chunk = tile / kChunkTiles;
+      copy_async(shared + slot * W::kTileBytes + i + lane * 16, from + i, valid);
+    if (W::kScaleBytes && tile == 0) {
 #pragma unroll
       for (int i = 0; i < W::kScaleBytes; i += 512)
         if (i + lane * 16 < W::kScaleBytes)
-          copy_async(scales_at(chunk) + i + lane * 16, scales + chunk * W::kScaleBytes + i, tile < end);
+          copy_async(scales_of(chunk) + i + lane * 16, scales + (i64)chunk * W::kScaleBytes + i, valid);
     }
   }
 
-  METHOD void operands(int slot, int tile, u32 (&a)[4][4], float (&scale)[W::kParts][2]) const {
-    W::operands(shared + slot * W::kTileBytes, scales_at(tile / kChunkTiles), tile, a, scale);
+  METHOD void operands(u32 slot, u32 chunk, u32 tile, u32 (&a)[4][4], float (&scale)[W::kParts][2]) const {
+    W::operands(shared + slot * W::kTileBytes, scales_of(chunk), tile, a, scale);
   }
 
-  METHOD u8* scales_at(int chunk) const {
+  METHOD u8* scales_of(u32 chunk) const {
     return shared + SLOTS * W::kTileBytes + chunk % SCALE_SLOTS * W::kScaleBytes;
   }
 };
@@ -224,10 +236,13 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
   typedef Stream<W, SLOTS, 2> Weights;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int range = warp % kSplits, row_tile = blockIdx.x * kNarrowRowTiles + warp / kSplits;
-  const int begin = range_start(l, range), end = min(range_start(l, range + 1), tiles_of(l));
+  const u32 begin = range_start(l, range), end = min(range_start(l, range + 1), tiles_of(l));
   const Weights weights(l, row_tile, end, shared_memory() + warp * Weights::kBytes);
 #pragma unroll
-  for (int i = 0; i < SLOTS - 1; i++) weights.copy(i, begin + i), copy_async_commit();  // before x is asked for
+  for (u32 i = 0; i < SLOTS - 1; i++) {  // before anything that the kernel before may still write is read
+    weights.copy(i, begin / kChunkTiles, i);
+    copy_async_commit();
+  }
 
   const int row_bytes = tiles_of(l) * kPanelTileBytes;
   u8* const normed = shared_memory() + kWarps * Weights::kBytes + kNormBytes;
@@ -240,11 +255,12 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
     __syncthreads();
     for (int token = 0; token < l.tokens; token++) {
       const float scale = norm_scale(partials + token * kNormWarps, l.k, l.eps);
+      const float* const row = l.residual + (i64)token * l.k;
       for (int i = 4 * threadIdx.x; i < row_bytes / 2; i += 4 * kThreads) {
+        const int at = i / kTileK * kPanelTileBytes + swizzled(token, i % kTileK / 8) + i % 8 * 2;
         uint2 y = make_uint2(0, 0);
-        if (i < l.k)
-          y = normalized(*(const float4*)(l.residual + (i64)token * l.k + i), scale, *(const uint2*)(l.norm_weight + i));
-        *(uint2*)(normed + token * row_bytes + i / kTileK * kPanelTileBytes + swizzled(token, i % kTileK / 8) + i % 8 * 2) = y;
+        if (i < l.k) y = normalized(*(const float4*)(row + i), scale, *(const uint2*)(l.norm_weight + i));
+        *(uint2*)(normed + token * row_bytes + at) = y;
       }
     }
     __syncthreads();
@@ -253,34 +269,36 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
   // Lanes beyond the last token repeat it: their columns are not written.
   const int token = min(g, l.tokens - 1);
   const u8* const x = NORM ? normed + token * row_bytes : (const u8*)(l.x + (i64)token * l.k + 8 * t);
-  const auto load_x = [&](uint4(&b)[2], int tile) {
+  const auto load_x = [&](uint4(&b)[2], u32 tile) {
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      const bool valid = NORM ? tile < end : tile * kTileK + 32 * j < l.k;
-      const int at = tile * kPanelTileBytes + (NORM ? swizzled(token, 4 * j + t) : 64 * j);
+      const bool valid = NORM ? tile < end : tile * kTileK + 32 * j < (u32)l.k;
+      const u32 at = tile * kPanelTileBytes + (NORM ? swizzled(token, 4 * j + t) : 64 * j);
       b[j] = valid ? *(const uint4*)(x + at) : make_uint4(0, 0, 0, 0);
     }
   };
 
   float acc[4] = {0, 0, 0, 0};
-  uint4 next[2][2];  // of even and of odd tiles
-  load_x(next[0], begin);
-  load_x(next[1], begin + 1);
-  for (int first = begin; first < end; first += 2)  // a tile too many is one of zeros
+  uint4 b[2][2];  // of even and of odd tiles
+  load_x(b[0], begin);
+  load_x(b[1], begin + 1);
+  static_assert(kChunkTiles % SLOTS == 0, "");
+  for (u32 base = begin; base < end; base += SLOTS) {
+    const u32 chunk = base / kChunkTiles, first = SLOTS == kChunkTiles ? 0 : base % kChunkTiles;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int tile = first + i;
+    for (u32 i = 0; i < SLOTS; i++) {  // from `end` on tiles are zeros
+      const u32 ahead = first + i + SLOTS - 1;
       u32 a[4][4];
       float scale[W::kParts][2];
       copy_async_wait<SLOTS - 2>();
       __syncwarp();  // the scales are there, and nobody reads the slot before any more
-      weights.operands(tile % SLOTS, tile, a, scale);
-      weights.copy((tile + SLOTS - 1) % SLOTS, tile + SLOTS - 1);
+      weights.operands(i, chunk, first + i, a, scale);
+      weights.copy((i + SLOTS - 1) % SLOTS, chunk + ahead / kChunkTiles, ahead % kChunkTiles);
       copy_async_commit();
-      const uint4 b[2] = {next[i][0], next[i][1]};
-      load_x(next[i], tile + 2);
-      multiply(acc, a, scale, b);
+      multiply(acc, a, scale, b[i % 2]);
+      load_x(b[i % 2], base + i + 2);
     }
+  }
 
   copy_async_wait<0>();
   const auto sums = [&](int of_warp) { return (float4*)(shared_memory() + of_warp * Weights::kBytes) + lane; };
@@ -304,8 +322,8 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
   const int first_token = blockIdx.x * kTokens, first_row_tile = (blockIdx.y * kWarps + warp) * ROW_TILES;
   const bool alone = gridDim.z == 1;
   const int first_range = alone ? 0 : blockIdx.z;
-  const int begin = range_start(l, first_range);
-  const int end = min(range_start(l, alone ? kSplits : first_range + 1), tiles_of(l));
+  const u32 begin = range_start(l, first_range);
+  const u32 end = min(range_start(l, alone ? kSplits : first_range + 1), tiles_of(l));
   u8* const panels = shared_memory();
   u8* const streams = panels + STAGES * kPanelBytes;
   Weights weights[ROW_TILES];
@@ -319,12 +337,13 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
   const half_t* const copy_from = l.x + (i64)(first_token + copy_row) * l.k + copy_chunk * 8;
   const int copy_to = copy_row * PANEL * kPanelTileBytes + copy_chunk / 8 * kPanelTileBytes +
                       swizzled(copy_row, copy_chunk % 8);
-  const auto copy_stage = [&](int stage, int tile) {
+  const auto copy_stage = [&](u32 stage, u32 tile) {
 #pragma unroll
     for (int i = 0; i < PANEL; i++)
 #pragma unroll
-      for (int r = 0; r < ROW_TILES; r++) weights[r].copy(stage * PANEL + i, tile + i);
-    const bool inside = tile * kTileK + copy_chunk * 8 < l.k;
+      for (int r = 0; r < ROW_TILES; r++)
+        weights[r].copy(stage * PANEL + i, tile / kChunkTiles, tile % kChunkTiles + i);
+    const bool inside = tile * kTileK + copy_chunk * 8 < (u32)l.k;
 #pragma unroll
     for (int row = 0; row < kTokens; row += kRowStep)
       if (kRowStep <= kTokens || copy_row < kTokens)
@@ -341,8 +360,9 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
   for (int i = 0; i < kSums; i++) totals[i * kThreads] = make_float4(0, 0, 0, 0);
 
   float acc[ROW_TILES][TOKEN_TILES][4] = {};
-  int stage = 0, range = first_range, range_end = begin;
-  for (int base = begin; base < end; base += PANEL) {
+  int range = first_range;
+  u32 stage = 0, range_end = begin;
+  for (u32 base = begin; base < end; base += PANEL) {
     copy_async_wait<STAGES - 2>();
     __syncthreads();  // this stage is there, and nobody reads the one before it any more
 #pragma unroll
@@ -350,7 +370,8 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
       u32 a[ROW_TILES][4][4];
       float scale[ROW_TILES][W::kParts][2];
 #pragma unroll
-      for (int r = 0; r < ROW_TILES; r++) weights[r].operands(stage * PANEL + i, base + i, a[r], scale[r]);
+      for (int r = 0; r < ROW_TILES; r++) 
+        weights[r].operands(stage * PANEL + i, base / kChunkTiles, base % kChunkTiles + i, a[r], scale[r]);
       if (i == 0) {
         if (STAGES == 2) __syncwarp();
         copy_stage(stage == 0 ? STAGES - 1 : stage - 1, base + (STAGES - 1) * PANEL);
@@ -365,7 +386,7 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
     }
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     while (range_end <= base) range_end = range_start(l, ++range);
-    if (base + PANEL >= min(range_end, end)) {
+    if (base + PANEL >= range_end || base + PANEL >= end) {
 #pragma unroll
       for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll

@@ -29,7 +29,7 @@ KERNEL(256) add_rms_norm(const half_t* x, float* residual, const half_t* weight,
   norm_row(residual + row, weight, out + row, width, eps);
 }
 
-// gate_up fp16 [tokens][2 * width] → silu(first half) * second half, fp16 [tokens][width]; a block takes 1,024 of them
+// gate_up fp16 [tokens][2 * width] → silu(first half) * second half, fp16 [tokens][width]; 4 of them for each thread
 KERNEL(256) silu_and_mul(const half_t* gate_up, half_t* out, int width) {
   const int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= width) return;
