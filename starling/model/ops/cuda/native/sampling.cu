@@ -15,11 +15,12 @@
 // Cost, predicted for one row of 32,002 (128 KB, from the second-level cache after shape's first read). shape and weigh
 // spread it over 32 blocks: 2 µs each, launch included; they are bound by latency. draw has one block a row, whose
 // multiprocessor issues some 2.5 instructions a clock: greedy and uncut rows read one number a chunk, then one chunk
-// (1.5 and 2.5 µs). A row that is cut loads the histogram, looks for the bin (1.5 µs), passes over the row to list it and
-// again to sum what is kept by ranges of ids (13 instructions a token that is not, 1,000 warp-tokens: 3 µs a pass on an
-// A40 or H100 alike; 50 a token that is kept, should all be). With top_k and top_p both, one pass more. In all 5 µs
-// greedy, 7 µs uncut, 14 µs with one filter, 18 µs with two; 64 rows run side by side. Only flat rows cost more: a bin of
-// more than 256 tokens at the cut takes a pass for each division (1 to 4; up to 30 µs each where all tokens are in it).
+// (1.5 and 2.5 µs). A row that is cut loads the histogram, looks for the bin (1.5 µs), passes over the row to list it
+// and again to sum what is kept by ranges of ids (13 instructions a token that is not, 1,000 warp-tokens: 3 µs a pass
+// on an A40 or H100 alike; 50 a token that is kept, should all be). With top_k and top_p both, one pass more. In all 5
+// µs greedy, 7 µs uncut, 14 µs with one filter, 18 µs with two; 64 rows run side by side. Only flat rows cost more: a
+// bin of more than 256 tokens at the cut takes a pass for each division (1 to 4; up to 30 µs each where all tokens are
+// in it).
 #include "device.h"
 
 struct Settings {     // one row; SETTINGS in sampling.py. All zeros: greedy, nothing shaped
@@ -94,8 +95,8 @@ KERNEL(1024) count(u32* table, int row, const int* tokens, int tokens_count, int
 // -- shape --------------------------------------------------------------------------------------------------------
 
 
-// Changes logits float32 [rows][V] in place where a row's settings ask for it, and finds each chunk's largest: its key in
-// the high half, ~id in the low. The tokens that enter the table are written to `resolved`, beside `tail`, for draw:
+// Changes logits float32 [rows][V] in place where a row's settings ask for it, and finds each chunk's largest: its key
+// in the high half, ~id in the low. The tokens that enter the table are written to `resolved`, beside `tail`, for draw:
 // by then, `sampled` may hold the new ones. The histogram of a row that is cut starts from 0.
 KERNEL(256) shape(float* logits, const Settings* settings, const u32* table, const int* tail, int* resolved,
                   const int* sampled, const u32* masks, u64* largest, u32* counts, u64* weights, int vocabulary) {
@@ -206,7 +207,8 @@ DEVICE float at_least(double x) {
 // The row before a cut: min_p leaves the logits from max + T log(min_p) on. By every warp.
 DEVICE Row row_of(const float* logits, const Settings& s, u64 best, int row, int vocabulary) {
   const float largest = logit_of((u32)(best >> 32));
-  return {logits + (i64)row * vocabulary, vocabulary, largest, s.inverse, at_least((double)largest + s.span), vocabulary};
+  const float least = at_least((double)largest + s.span);
+  return {logits + (i64)row * vocabulary, vocabulary, largest, s.inverse, least, vocabulary};
 }
 
 DEVICE u64 best_of(const u64* largest, int row, int chunks) {
