@@ -93,16 +93,18 @@ inline I i_times_int16(I a, int32_t low16) { return _mm512_madd_epi16(a, _mm512_
 struct Nibbles {  // 64 bytes: 16 rows x 8 columns of 4 bits
   static constexpr bool kEight = false;
   const uint8_t* at;
+  const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
     I bytes = _mm512_loadu_si512(at + pair * 64), mask = _mm512_set1_epi8(15);
     first = _mm512_and_si512(bytes, mask);
     second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
   }
-  inline void prefetch(int pair) const { _mm_prefetch((const char*)at + pair * 64 + kPrefetchBytes, _MM_HINT_T0); }
+  inline void prefetch(int pair) const { _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T0); }
 };
 struct Bytes {  // 64 bytes: 16 rows x 4 columns of 8 bits, of which nibbles unpacked to L1 use 4
   static constexpr bool kEight = false;
   const uint8_t* at;
+  const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
     first = _mm512_loadu_si512(at + pair * 128);
     second = _mm512_loadu_si512(at + pair * 128 + 64);
@@ -112,8 +114,8 @@ struct Bytes {  // 64 bytes: 16 rows x 4 columns of 8 bits, of which nibbles unp
 struct EightBits : Bytes {
   static constexpr bool kEight = true;
   inline void prefetch(int pair) const {
-    _mm_prefetch((const char*)at + pair * 128 + kPrefetchBytes, _MM_HINT_T0);
-    _mm_prefetch((const char*)at + pair * 128 + 64 + kPrefetchBytes, _MM_HINT_T0);
+    _mm_prefetch((const char*)ahead + pair * 128, _MM_HINT_T0);
+    _mm_prefetch((const char*)ahead + pair * 128 + 64, _MM_HINT_T0);
   }
 };
 
