@@ -82,20 +82,22 @@ def _timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begun_s
 
 
-def batch_of(requests: int, start: int, tokens: int, prompt: bool) -> Batch:
-    """`tokens` tokens of each request, from position `start`; request r owns a run of blocks."""
+def batch_of(
+    requests: int, start: int, tokens: int, prompt: bool, ids: torch.Tensor | None = None, all_logits: bool = False
+) -> Batch:
+    """`tokens` tokens of each request, from position `start`: random, unless `ids`; request r owns a run of blocks."""
     blocks = -(-(start + tokens) // BLOCK)
     positions = torch.arange(start, start + tokens, dtype=torch.int32).repeat(requests)
     owner = torch.arange(requests, dtype=torch.int32).repeat_interleave(tokens)
     return Batch(
-        token_ids=torch.randint(3, 32000, (requests * tokens,)),
+        token_ids=torch.randint(3, 32000, (requests * tokens,)) if ids is None else ids,
         positions=positions,
         slots=owner * blocks * BLOCK + positions,
         query_starts=torch.arange(requests + 1, dtype=torch.int32) * tokens,
         context_lens=torch.full((requests,), start + tokens, dtype=torch.int32),
         block_tables=torch.arange(requests * blocks, dtype=torch.int32).view(requests, blocks),
         prompt_tokens=torch.full((requests * tokens,), prompt),
-        logit_rows=torch.arange(1, requests + 1) * tokens - 1,
+        logit_rows=torch.arange(requests * tokens) if all_logits else torch.arange(1, requests + 1) * tokens - 1,
     )
 
 
