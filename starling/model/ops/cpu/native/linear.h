@@ -95,7 +95,7 @@ inline Units units_at(const Linear* w, int64_t b, int64_t g) {
                w->zeros ? w->zeros + unit * 8 : nullptr, bytes};
 }
 
-inline void prefetch_scales(const Units& units, int64_t count) {
+STARLING_INLINE void prefetch_scales(const Units& units, int64_t count) {
   for (int64_t i = 0; i < count; i += 2) __builtin_prefetch(units.scales + i * kBlockRows);
   for (int64_t i = 0; units.zeros && i < count; i += 8) __builtin_prefetch(units.zeros + i * 8);
 }

@@ -7,7 +7,6 @@
 constexpr int kBlockRows = 16;         // output rows in a block of weights
 constexpr int kStripeBlocks = 16;      // blocks whose panels lie together
 constexpr int kPanelColumns = 1024;    // input features in a panel
-constexpr int kPrefetchBytes = 2048;   // how far ahead of its use a weight is asked for
 constexpr int kMaxTokens = 512;        // activation rows that one pass over the weights serves
 constexpr int kKvSplit = 256;          // positions whose attention is summed before it is merged: absolute, aligned
 constexpr int kMaxHeadDim = 256;

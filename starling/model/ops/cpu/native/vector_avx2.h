@@ -11,6 +11,7 @@ constexpr int kLanes = 8;
 constexpr int kDepth = 2;
 constexpr int kPlanes = 4;
 constexpr int kFloatRows = 2;
+constexpr int kPrefetchBytes = 2048;
 
 using V = __m256;
 inline V v_zero() { return _mm256_setzero_ps(); }
@@ -118,7 +119,7 @@ struct Nibbles {
     first = i_and(bytes, mask);
     second = i_and({_mm256_srli_epi16(bytes.a, 4), _mm256_srli_epi16(bytes.b, 4)}, mask);
   }
-  inline void prefetch(int pair) const { _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T0); }
+  STARLING_INLINE void prefetch(int pair) const { _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T0); }
 };
 struct Bytes {
   static constexpr bool kEight = false;
@@ -128,11 +129,11 @@ struct Bytes {
     first = i_load(at + pair * 128);
     second = i_load(at + pair * 128 + 64);
   }
-  inline void prefetch(int) const {}
+  STARLING_INLINE void prefetch(int) const {}
 };
 struct EightBits : Bytes {
   static constexpr bool kEight = true;
-  inline void prefetch(int pair) const {
+  STARLING_INLINE void prefetch(int pair) const {
     _mm_prefetch((const char*)ahead + pair * 128, _MM_HINT_T0);
     _mm_prefetch((const char*)ahead + pair * 128 + 64, _MM_HINT_T0);
   }

@@ -17,6 +17,7 @@ constexpr int kLanes = 4;
 constexpr int kDepth = 4;
 constexpr int kPlanes = 4;
 constexpr int kFloatRows = 2;
+constexpr int kPrefetchBytes = 2048;
 
 inline float float_of_half(uint16_t h) {
 #if defined(__aarch64__)
@@ -180,7 +181,7 @@ struct Nibbles {
     first = bytes & 0x0f0f0f0f;
     second = (I)((U)bytes >> 4) & 0x0f0f0f0f;
   }
-  inline void prefetch(int pair) const { __builtin_prefetch(ahead + pair * 64); }
+  STARLING_INLINE void prefetch(int pair) const { __builtin_prefetch(ahead + pair * 64); }
 };
 struct Bytes {
   static constexpr bool kEight = false;
@@ -190,7 +191,7 @@ struct Bytes {
     first = i_load(at + pair * 128);
     second = i_load(at + pair * 128 + 64);
   }
-  inline void prefetch(int) const {}
+  STARLING_INLINE void prefetch(int) const {}
 };
 struct EightBits : Bytes {
   static constexpr bool kEight = true;
