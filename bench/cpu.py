@@ -36,6 +36,7 @@ CHUNK = 256  # prompt tokens in a step, as Settings.prefill_tokens
 DECODES = ((1, 128), (1, 1024), (1, 2048), (1, 4096), (2, 128), (4, 128), (8, 128), (8, 1024))
 PROMPTS = (32, 128, 512, 2048)
 PEER_PROMPT = 512  # the longest that peers read: minutes beyond
+PEER_TOKENS = 4096  # and the most tokens of a batch, which they have to read before they decode
 BUILDER_TIMEOUT_S = 1800
 ROUNDS = 3
 
@@ -148,14 +149,14 @@ def decode(model: Mistral, stream: Stream, peers: list[Peer], requests: int, con
     for turn in range(ROUNDS):
         rates.append(stream.measure())
         seconds += [_timed(lambda: model.forward(batch, cache)) for _ in range(steps)]
-        if turn < len(peers):
+        if turn < len(peers) and requests * context <= PEER_TOKENS:
             others.append(peers[turn].ask("decode", requests, context))
     step_s, rate = statistics.median(seconds), statistics.median(rates)
     floor_s = (weight_bytes(model) + kv_bytes) / rate
     return (
         f"| {requests} | {context} | {rate / 1e9:.1f} | {floor_s * 1e3:.0f} | {step_s * 1e3:.0f} "
         f"| {min(seconds) * 1e3:.0f} | **{requests / step_s:.2f}** | {floor_s / step_s:.0%} |"
-        + "".join(f" {requests / other_s:.2f} |" for other_s in others)
+        + ("".join(f" {requests / other_s:.2f} |" for other_s in others) or " |" * len(peers))
     )
 
 

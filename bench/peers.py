@@ -11,21 +11,20 @@ context goes on from where it was.
 
 import json
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-STEPS = 6  # decode steps, of which the median counts
+STEPS = 6  # decode steps, of which the best counts: an engine that spins is held up by any other process
 
 
 class Peer(Protocol):
     version: str
 
     def decode(self, batch: int, context: int) -> float:
-        """Median seconds of a step that adds one token to each of `batch` sequences of `context` tokens."""
+        """Seconds of the best step of a few that add one token to each of `batch` sequences of `context` tokens."""
         ...
 
     def prefill(self, tokens: int) -> float: ...
@@ -55,7 +54,7 @@ class LlamaCpp:
         if llama.n_tokens > context:
             llama.reset()
         llama.eval([300] * (context - llama.n_tokens))
-        return statistics.median(timed(lambda: llama.eval([301])) for _ in range(STEPS))
+        return min(timed(lambda: llama.eval([301])) for _ in range(STEPS))
 
     def _decode_many(self, batch: int, context: int) -> float:
         """By llama_decode over several sequences, which the Python class does not offer."""
@@ -76,7 +75,7 @@ class LlamaCpp:
                 self._check(api.llama_decode(handle, tokens))
                 api.llama_synchronize(handle)
 
-            return statistics.median(timed(lambda n=n: step(context + n)) for n in range(STEPS))  # type: ignore[misc]
+            return min(timed(lambda n=n: step(context + n)) for n in range(STEPS))  # type: ignore[misc]
         finally:
             api.llama_batch_free(tokens)
             api.llama_free(handle)
@@ -128,7 +127,7 @@ class OnnxRuntimeGenai:
             generator = self._generator(batch, context)
             generator.append_tokens(np.full((batch, context), 300, dtype=np.int32))
         generator.generate_next_token()
-        return statistics.median(timed(generator.generate_next_token) for _ in range(STEPS))
+        return min(timed(generator.generate_next_token) for _ in range(STEPS))
 
     def prefill(self, tokens: int) -> float:
         generator = self._generator(1, tokens)
