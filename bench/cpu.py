@@ -3,9 +3,9 @@
     python -m bench.cpu --peers-python /path/to/venv/bin/python > bench/results/cpu-$(date +%F).md
 
 Decode reads every weight once per step, so the floor of a step is its bytes over the speed at which this machine reads
-memory. That speed drifts with the neighbours': it is measured before each figure, and the share of the floor is against
-that measurement. Peers run in a process of their own, with a Python that has them:
-`pip install llama-cpp-python onnxruntime-genai onnx transformers torch`.
+memory. That speed drifts with the neighbours': it is measured before each round, and the share of the floor is against
+that measurement. Peers take turns with it, round by round, each in a process of its own, with a Python that has them:
+`pip install llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0 onnxruntime onnx transformers torch`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,8 +35,10 @@ BLOCK = 16
 CHUNK = 256  # prompt tokens in a step, as Settings.prefill_tokens
 DECODES = ((1, 128), (1, 1024), (1, 2048), (1, 4096), (2, 128), (4, 128), (8, 128), (8, 1024))
 PROMPTS = (32, 128, 512, 2048)
-PEER_CONTEXTS, PEER_PROMPTS = (128, 1024), (32, 512)
-PEER_TIMEOUT_S = 1800
+PEER_PROMPT = 512  # the longest that peers read: minutes beyond
+PEER_TOKENS = 4096  # and the most tokens of a batch, which they have to read before they decode
+BUILDER_TIMEOUT_S = 1800
+ROUNDS = 3
 
 
 class Stream:
@@ -46,7 +49,9 @@ class Stream:
         self._block.sum()
 
     def measure(self) -> float:
-        return self._block.nbytes / min(_timed(self._block.sum) for _ in range(4))
+        found = self._block.nbytes / min(_timed(self._block.sum) for _ in range(4))
+        time.sleep(0.05)  # torch's threads spin for a while after their work, on the cores that come next
+        return found
 
 
 class Timed:
@@ -78,20 +83,22 @@ def _timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begun_s
 
 
-def batch_of(requests: int, start: int, tokens: int, prompt: bool) -> Batch:
-    """`tokens` tokens of each request, from position `start`; request r owns a run of blocks."""
+def batch_of(
+    requests: int, start: int, tokens: int, prompt: bool, ids: torch.Tensor | None = None, all_logits: bool = False
+) -> Batch:
+    """`tokens` tokens of each request, from position `start`: random, unless `ids`; request r owns a run of blocks."""
     blocks = -(-(start + tokens) // BLOCK)
     positions = torch.arange(start, start + tokens, dtype=torch.int32).repeat(requests)
     owner = torch.arange(requests, dtype=torch.int32).repeat_interleave(tokens)
     return Batch(
-        token_ids=torch.randint(3, 32000, (requests * tokens,)),
+        token_ids=torch.randint(3, 32000, (requests * tokens,)) if ids is None else ids,
         positions=positions,
         slots=owner * blocks * BLOCK + positions,
         query_starts=torch.arange(requests + 1, dtype=torch.int32) * tokens,
         context_lens=torch.full((requests,), start + tokens, dtype=torch.int32),
         block_tables=torch.arange(requests * blocks, dtype=torch.int32).view(requests, blocks),
         prompt_tokens=torch.full((requests * tokens,), prompt),
-        logit_rows=torch.arange(1, requests + 1) * tokens - 1,
+        logit_rows=torch.arange(requests * tokens) if all_logits else torch.arange(1, requests + 1) * tokens - 1,
     )
 
 
@@ -101,35 +108,73 @@ def weight_bytes(model: Mistral) -> int:
     return sum(tensor.nbytes for weight in (*packed, model.head) for tensor in weight.values())
 
 
-def decode(model: Mistral, stream: Stream, requests: int, context: int, steps: int) -> str:
+class Peer:
+    """Another engine in a process of its own (peers.py), loaded and waiting."""
+
+    def __init__(self, engine: str, python: Path, model: Path, threads: int) -> None:
+        longest = max(context for _, context in DECODES)
+        script = Path(__file__).parent / "peers.py"
+        self._process = subprocess.Popen(
+            [str(python), str(script), engine, str(model), str(threads), str(longest)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.name = engine
+        self.version = self._answer()
+
+    def ask(self, *question: object) -> Any:
+        assert self._process.stdin
+        self._process.stdin.write(" ".join(map(str, question)) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with status {self._process.wait()}; its message stands above.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def decode(model: Mistral, stream: Stream, peers: list[Peer], requests: int, context: int, steps: int) -> str:
     cache = filled_cache(model, requests, context)
     config = model.config
     seen = min(context, config.sliding_window or context)
     kv_bytes = requests * seen * KVCache.bytes_per_block(config, 1, model.ops.kv_dtype)
     batch = batch_of(requests, context - 1, 1, prompt=False)
     model.forward(batch, cache)
-    rates, seconds = [], []
-    for _ in range(3):
+    rates, seconds, others = [], [], []
+    for turn in range(ROUNDS):
         rates.append(stream.measure())
         seconds += [_timed(lambda: model.forward(batch, cache)) for _ in range(steps)]
+        if turn < len(peers) and requests * context <= PEER_TOKENS:
+            others.append(peers[turn].ask("decode", requests, context))
     step_s, rate = statistics.median(seconds), statistics.median(rates)
     floor_s = (weight_bytes(model) + kv_bytes) / rate
     return (
         f"| {requests} | {context} | {rate / 1e9:.1f} | {floor_s * 1e3:.0f} | {step_s * 1e3:.0f} "
         f"| {min(seconds) * 1e3:.0f} | **{requests / step_s:.2f}** | {floor_s / step_s:.0%} |"
+        + ("".join(f" {requests / other_s:.2f} |" for other_s in others) or " |" * len(peers))
     )
 
 
-def prefill(model: Mistral, stream: Stream, tokens: int) -> str:
+def prefill(model: Mistral, stream: Stream, peers: list[Peer], tokens: int) -> str:
     cache = model.allocate_cache(-(-tokens // BLOCK), BLOCK)
 
     def run() -> None:
         for start in range(0, tokens, CHUNK):
             model.forward(batch_of(1, start, min(CHUNK, tokens - start), prompt=True), cache)
 
-    rate = stream.measure()
-    seconds = min(_timed(run) for _ in range(2 if tokens <= 512 else 1))
-    return f"| {tokens} | {rate / 1e9:.1f} | {seconds:.2f} | **{tokens / seconds:.1f}** |"
+    rate, seconds, others = stream.measure(), [_timed(run)], []
+    for peer in peers:
+        others.append(f"{tokens / peer.ask('prefill', tokens):.1f}" if tokens <= PEER_PROMPT else "")
+        seconds += [_timed(run)] if tokens <= PEER_PROMPT else []
+    own_s = statistics.median(seconds)
+    return f"| {tokens} | {rate / 1e9:.1f} | {own_s:.2f} | **{tokens / own_s:.1f}** |" + "".join(
+        f" {other} |" for other in others
+    )
 
 
 def per_op(model: Mistral, context: int, tokens: int, prompt: bool) -> list[str]:
@@ -153,19 +198,12 @@ def filled_cache(model: Mistral, requests: int, context: int) -> KVCache:
     return cache
 
 
-def peer(engine: str, python: Path, model: Path, threads: int) -> str:
-    arguments = [str(python), str(Path(__file__).parent / "peers.py"), engine, str(model), str(threads)]
-    arguments += [",".join(map(str, counts)) for counts in (PEER_CONTEXTS, PEER_PROMPTS)]
-    try:
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=PEER_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{engine}: not measured ({error})."
-    if done.returncode:
-        return f"{engine}: not measured ({(done.stderr.strip().splitlines() or ['no message'])[-1]})."
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    decodes = ", ".join(f"{1 / s:.2f} at {context}" for context, s in found["decode_s"].items())
-    prefills = ", ".join(f"{int(n) / s:.1f} of {n}" for n, s in found["prefill_s"].items())
-    return f"{found['version']}: decode {decodes}; prefill {prefills} tok/s; peak {found['peak_bytes'] / 1e9:.1f} GB."
+def open_peers(python: Path, checkpoint: Path, threads: int, skip_onnx: bool) -> list[Peer]:
+    found = [Peer("llama-cpp", python, full_size_gguf.make(checkpoint.parent / f"{checkpoint.name}.gguf"), threads)]
+    if not skip_onnx:
+        folder = onnx_model(python, checkpoint, checkpoint.parent / f"{checkpoint.name}-onnx")
+        found.append(Peer("onnxruntime-genai", python, folder, threads))
+    return found
 
 
 def onnx_model(python: Path, checkpoint: Path, folder: Path) -> Path:
@@ -173,7 +211,7 @@ def onnx_model(python: Path, checkpoint: Path, folder: Path) -> Path:
     if not (folder / "genai_config.json").exists():
         builder = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder)]
         builder += ["-p", "int4", "-e", "cpu", "--extra_options", "int4_accuracy_level=4"]
-        subprocess.run(builder, capture_output=True, timeout=PEER_TIMEOUT_S, check=True)
+        subprocess.run(builder, stdout=sys.stderr, timeout=BUILDER_TIMEOUT_S, check=True)
     return folder
 
 
@@ -205,6 +243,8 @@ def main() -> None:
     folder = full_size.make(options.folder)
     loaded_s = _timed(lambda: Mistral.load(folder, ops))
     model = Mistral.load(folder, ops)
+    peers = open_peers(options.peers_python, folder, ops.threads, options.skip_onnx) if options.peers_python else []
+    names = "".join(f" {peer.name} tok/s |" for peer in peers)
     process = psutil.Process()
     say(
         f"# The full-size model on a CPU, {date.today()}",
@@ -213,35 +253,26 @@ def main() -> None:
         f"{torch.__version__}; load average at the start {os.getloadavg()[0]:.1f}. Random weights, "
         f"{weight_bytes(model) / 1e9:.3f} GB read per step. Loading took {loaded_s:.2f} s.",
         "",
-        "| batch | context | stream GB/s | floor ms | step ms | best ms | tok/s | of the floor |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| batch | context | stream GB/s | floor ms | step ms | best ms | tok/s | of the floor |" + names,
+        "|--:|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * len(peers),
     )
     stream = Stream()
     for requests, context in DECODES:
         if not options.quick or context <= 1024:
-            say(decode(model, stream, requests, context, options.steps))
-    say("", "| prompt | stream GB/s | s | tok/s |", "|--:|--:|--:|--:|")
+            say(decode(model, stream, peers, requests, context, options.steps))
+    say("", "| prompt | stream GB/s | s | tok/s |" + names, "|--:|--:|--:|--:|" + "--:|" * len(peers))
     for tokens in PROMPTS:
         if not options.quick or tokens <= 512:
-            say(prefill(model, stream, tokens))
+            say(prefill(model, stream, peers, tokens))
     del stream
+    for peer in peers:
+        now, most = peer.ask("memory")
+        say("", f"{peer.version}: {now / 1e9:.2f} GB resident, {most / 1e9:.2f} GB at its peak.")
+        peer.close()
     for title, context, tokens in (("decode at 1,024", 1024, 1), ("prefill of 256", 256, 256)):
         say("", f"| op, {title} | ms | share |", "|:--|--:|--:|", *per_op(model, context, tokens, tokens > 1))
     filled_cache(model, 1, 1024)
     say("", f"Resident: {process.memory_info().rss / 1e9:.2f} GB with the weights and the last caches.")
-    threads = ops.threads
-    del model
-    if options.peers_python:
-        say("", "Peers, one after the other:", "")
-        gguf = full_size_gguf.make(folder.parent / f"{folder.name}.gguf")
-        say(f"- {peer('llama-cpp', options.peers_python, gguf, threads)}")
-        if not options.skip_onnx:
-            try:
-                onnx = onnx_model(options.peers_python, folder, folder.parent / f"{folder.name}-onnx")
-            except (OSError, subprocess.SubprocessError) as error:
-                say(f"- onnxruntime-genai: not measured, its builder failed ({error}).")
-            else:
-                say(f"- {peer('onnxruntime-genai', options.peers_python, onnx, threads)}")
 
 
 if __name__ == "__main__":

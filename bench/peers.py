@@ -1,21 +1,33 @@
 """Other engines on the same shape, for bench.cpu: runs under a Python that has them, and imports nothing of Starling.
 
-    python peers.py llama-cpp model.gguf THREADS CONTEXTS PROMPTS
-    python peers.py onnxruntime-genai ONNX_FOLDER THREADS CONTEXTS PROMPTS
+    python peers.py llama-cpp model.gguf THREADS LONGEST
+    python peers.py onnxruntime-genai ONNX_FOLDER THREADS LONGEST
 
-CONTEXTS and PROMPTS are comma-separated token counts. Prints one JSON object: seconds per token at each context, and
-per prompt of each length, and the peak of resident memory in bytes.
+LONGEST is the most tokens of context asked for. Once loaded it prints one JSON line, its version; then answers each
+line of its input with one: `decode BATCH CONTEXT` and `prefill TOKENS` with seconds, `memory` with the resident bytes
+now and at the peak. So engines can take turns while all stay loaded. A single sequence that is asked for at a longer
+context goes on from where it was.
 """
 
 import json
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-DECODED = 8  # tokens timed at each context
+STEPS = 6  # decode steps, of which the best counts: an engine that spins is held up by any other process
+
+
+class Peer(Protocol):
+    version: str
+
+    def decode(self, batch: int, context: int) -> float:
+        """Seconds of the best step of a few that add one token to each of `batch` sequences of `context` tokens."""
+        ...
+
+    def prefill(self, tokens: int) -> float: ...
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -24,51 +36,123 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begun_s
 
 
-def llama_cpp(path: str, threads: int, contexts: list[int], prompts: list[int]) -> dict[str, Any]:
-    from llama_cpp import Llama, __version__
+class LlamaCpp:
+    def __init__(self, path: str, threads: int, longest: int) -> None:
+        import llama_cpp
 
-    longest = max(contexts + prompts) + DECODED + 8
-    model = Llama(path, n_ctx=longest, n_threads=threads, n_threads_batch=threads, verbose=False, use_mmap=False)
-    decode, prefill = {}, {}
-    for length in prompts:
-        model.reset()
-        prefill[length] = timed(lambda n=length: model.eval([300] * n))  # type: ignore[misc]
-    for context in contexts:
-        model.reset()
-        model.eval([300] * context)
-        decode[context] = statistics.median(timed(lambda: model.eval([301])) for _ in range(DECODED))
-    return {"version": f"llama-cpp-python {__version__}", "decode_s": decode, "prefill_s": prefill}
+        self._api = llama_cpp
+        self.version = f"llama-cpp-python {llama_cpp.__version__}"
+        self._threads, self._path = threads, path
+        self._llama = llama_cpp.Llama(
+            path, n_ctx=longest + STEPS + 8, n_threads=threads, n_threads_batch=threads, verbose=False, use_mmap=False
+        )
+
+    def decode(self, batch: int, context: int) -> float:
+        llama = self._llama
+        if batch > 1:
+            return self._decode_many(batch, context)
+        if llama.n_tokens > context:
+            llama.reset()
+        llama.eval([300] * (context - llama.n_tokens))
+        return min(timed(lambda: llama.eval([301])) for _ in range(STEPS))
+
+    def _decode_many(self, batch: int, context: int) -> float:
+        """By llama_decode over several sequences, which the Python class does not offer."""
+        api, model = self._api, self._llama.model
+        params = api.llama_context_default_params()
+        params.n_ctx = batch * (context + STEPS + 8)
+        params.n_seq_max, params.n_threads, params.n_threads_batch = batch, self._threads, self._threads
+        handle = api.llama_init_from_model(model, params)
+        tokens = api.llama_batch_init(max(batch, context), 0, batch)
+        try:
+            self._fill(tokens, [(position, 0) for position in range(context)])
+            self._check(api.llama_decode(handle, tokens))
+            for sequence in range(1, batch):
+                api.llama_memory_seq_cp(api.llama_get_memory(handle), 0, sequence, -1, -1)
+
+            def step(position: int) -> None:
+                self._fill(tokens, [(position, sequence) for sequence in range(batch)])
+                self._check(api.llama_decode(handle, tokens))
+                api.llama_synchronize(handle)
+
+            return min(timed(lambda n=n: step(context + n)) for n in range(STEPS))  # type: ignore[misc]
+        finally:
+            api.llama_batch_free(tokens)
+            api.llama_free(handle)
+
+    @staticmethod
+    def _fill(tokens: Any, places: list[tuple[int, int]]) -> None:
+        tokens.n_tokens = len(places)
+        for i, (position, sequence) in enumerate(places):
+            tokens.token[i], tokens.pos[i] = 300, position
+            tokens.n_seq_id[i], tokens.seq_id[i][0] = 1, sequence
+            tokens.logits[i] = 1 if len(places) < 64 or i == len(places) - 1 else 0
+
+    @staticmethod
+    def _check(code: int) -> None:
+        if code:
+            raise RuntimeError(f"llama_decode returned {code}")
+
+    def prefill(self, tokens: int) -> float:
+        self._llama.reset()
+        return timed(lambda: self._llama.eval([300] * tokens))
 
 
-def onnxruntime_genai(folder: str, threads: int, contexts: list[int], prompts: list[int]) -> dict[str, Any]:
-    import onnxruntime_genai as og
+class OnnxRuntimeGenai:
+    def __init__(self, folder: str, threads: int, longest: int) -> None:
+        import onnxruntime_genai as og
 
-    config = og.Config(folder)
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-    model = og.Model(config)
+        self._api = og
+        self.version = f"onnxruntime-genai {og.__version__}"
+        config = og.Config(folder)
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        self._model = og.Model(config)
+        self._longest = longest
+        self._single: Any = None
 
-    def generator(length: int) -> Any:
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=length + DECODED + 8, do_sample=False)
-        return og.Generator(model, params)
+    def _generator(self, batch: int, tokens: int) -> Any:
+        params = self._api.GeneratorParams(self._model)
+        params.set_search_options(max_length=tokens + STEPS + 8, do_sample=False, batch_size=batch)
+        return self._api.Generator(self._model, params)
 
-    decode, prefill = {}, {}
-    for length in prompts:
-        fresh = generator(length)
-        prefill[length] = timed(lambda g=fresh, n=length: g.append_tokens([300] * n))  # type: ignore[misc]
-    for context in contexts:
-        fresh = generator(context)
-        fresh.append_tokens([300] * context)
-        fresh.generate_next_token()
-        decode[context] = statistics.median(timed(lambda g=fresh: g.append_tokens([301])) for _ in range(DECODED))  # type: ignore[misc]
-    return {"version": f"onnxruntime-genai {og.__version__}", "decode_s": decode, "prefill_s": prefill}
+    def decode(self, batch: int, context: int) -> float:
+        import numpy as np
+
+        if batch == 1:
+            if self._single is None or self._single.token_count() > context:
+                self._single = self._generator(1, self._longest)
+            generator = self._single
+            generator.append_tokens([300] * (context - generator.token_count()))
+        else:
+            generator = self._generator(batch, context)
+            generator.append_tokens(np.full((batch, context), 300, dtype=np.int32))
+        generator.generate_next_token()
+        return min(timed(generator.generate_next_token) for _ in range(STEPS))
+
+    def prefill(self, tokens: int) -> float:
+        generator = self._generator(1, tokens)
+        return timed(lambda: generator.append_tokens([300] * tokens))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def main() -> None:
-    engine, path, threads, contexts, prompts = sys.argv[1:]
-    measure = {"llama-cpp": llama_cpp, "onnxruntime-genai": onnxruntime_genai}[engine]
-    result = measure(path, int(threads), [int(n) for n in contexts.split(",")], [int(n) for n in prompts.split(",")])
-    print(json.dumps({**result, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    engine, path, threads, longest = sys.argv[1:]
+    kinds: dict[str, Callable[[str, int, int], Peer]] = {"llama-cpp": LlamaCpp, "onnxruntime-genai": OnnxRuntimeGenai}
+    peer = kinds[engine](path, int(threads), int(longest))
+    print(json.dumps(peer.version), flush=True)
+    for line in sys.stdin:
+        what, *counts = line.split()
+        answer: Any
+        if what == "decode":
+            answer = peer.decode(*(int(count) for count in counts))
+        elif what == "prefill":
+            answer = peer.prefill(*(int(count) for count in counts))
+        else:
+            answer = [resident_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

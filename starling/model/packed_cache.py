@@ -21,6 +21,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -187,7 +188,7 @@ def _unfinished(path: Path) -> Iterator[BinaryIO]:
 def _write(file: BinaryIO, key: str, weights: Iterable[tuple[str, Packed]]) -> None:
     index: dict[str, dict[str, tuple[str, list[int], int, int]]] = {}
     offset = 0
-    for name, weight in weights:
+    for name, weight in _one_ahead(weights):
         index[name] = {}
         for part, tensor in weight.items():
             content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -202,6 +203,16 @@ def _write(file: BinaryIO, key: str, weights: Iterable[tuple[str, Packed]]) -> N
     file.write(encoded)
     file.write(FOOTER.pack(MAGIC, offset, len(encoded), hashlib.sha256(encoded).digest()))
     file.flush()
+
+
+def _one_ahead(weights: Iterable[tuple[str, Packed]]) -> Iterator[tuple[str, Packed]]:
+    """The same, each repacked by another thread while the one before it is written."""
+    source = iter(weights)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, source, None)
+        while (found := coming.result()) is not None:
+            coming = thread.submit(next, source, None)
+            yield found
 
 
 def _checksum(data: memoryview) -> int:

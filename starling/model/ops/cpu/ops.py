@@ -91,7 +91,7 @@ class CpuOps:
         self.threads = threads or usable_cores()
         self.precision: Precision = precision
         self._head_bits = 16 if precision in ("float32", "int16") else 8
-        self.layout: str | None = f"cpu-1-head{self._head_bits}"
+        self.layout: str | None = f"cpu-2-head{self._head_bits}"
         self._precision = PRECISIONS[precision]
         self._lib = library.load()
         self._context: int | None = self._lib.starling_open(self.threads, isa.encode())

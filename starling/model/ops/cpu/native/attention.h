@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kRowTile = 4;
+constexpr int kAhead = 24;  // positions between asking memory for a key or value and reading it
 constexpr int kPositionTile = kLanes / kRowTile;  // kRowTile * kPositionTile dot products fill one register
 
 struct Rows {  // up to 4 query rows
@@ -16,14 +17,17 @@ struct Rows {  // up to 4 query rows
   int64_t low[kRowTile], high[kRowTile];  // visible positions [low, high)
 };
 
-// scores[r][p] for positions [0, count) of the tile, count a multiple of 16; `keys` point at each position's key.
+// scores[r][p] for positions [0, count) of the tile, count a multiple of 16; `keys` point at each position's key, and
+// `values` at what is read next.
 template <class T>
-STARLING_INLINE void score(const Rows& rows, const T* const* keys, int64_t count, int64_t dim, float (*scores)[kKvSplit]) {
+STARLING_INLINE void score(const Rows& rows, const T* const* keys, const T* const* values, int64_t count, int64_t dim,
+                           float (*scores)[kKvSplit]) {
   for (int64_t p = 0; p < count; p += kPositionTile) {
     V acc[kRowTile * kPositionTile];
     for (int i = 0; i < kRowTile * kPositionTile; i++) acc[i] = v_zero();
-    for (int i = 0; i < kPositionTile; i++) {  // 8 positions ahead
-      const T* next = keys[p + i + 8 < count ? p + i + 8 : p];
+    for (int i = 0; i < kPositionTile; i++) {
+      const int64_t soon = p + i + kAhead;
+      const T* next = soon < count ? keys[soon] : values[soon - count < count ? soon - count : 0];
       for (int64_t b = 0; b < dim * (int64_t)sizeof(T); b += 64) __builtin_prefetch((const char*)next + b);
     }
     for (int64_t d = 0; d < dim; d += kLanes) {
@@ -52,8 +56,9 @@ STARLING_INLINE void weigh(const T* const* values, int64_t first, int64_t count,
   for (int r = 0; r < kRowTile; r++)
     for (int i = 0; i < Depth; i++) acc[r][i] = v_zero();
   for (int64_t p = 0; p < count; p++) {
-    if (p + 8 < count)
-      for (int b = 0; b < Depth * kLanes * (int)sizeof(T); b += 64) __builtin_prefetch((const char*)(values[p + 8] + first) + b);
+    if (p + kAhead < count)
+      for (int b = 0; b < Depth * kLanes * (int)sizeof(T); b += 64)
+        __builtin_prefetch((const char*)(values[p + kAhead] + first) + b);
     V v[Depth];
 #pragma GCC unroll 4
     for (int i = 0; i < Depth; i++) v[i] = v_load(values[p] + first + i * kLanes);
@@ -106,7 +111,7 @@ template <class T>
 inline void split_rows(const Rows& rows, const T* const* keys, const T* const* values, int64_t base, int64_t count,
                        int64_t dim, State* states, float (*sums)[kMaxHeadDim]) {
   alignas(64) float scores[kRowTile][kKvSplit];
-  score(rows, keys, count, dim, scores);
+  score(rows, keys, values, count, dim, scores);
   for (int r = 0; r < kRowTile; r++) {
     const int64_t low = rows.low[r] - base, high = rows.high[r] - base;
     if (r >= rows.count || low >= count || high <= 0) {

@@ -77,8 +77,9 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
       pool_.run(a.tiles, tile);
   }
   const int64_t blocks = ceil_div(w.rows, kBlockRows);
-  // Chunks small enough to even out a busy core, large enough to stream: 8 per thread, 8 blocks at most.
-  const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(8, blocks / (8 * pool_.threads())));
+  // Chunks small enough to even out a busy core, large enough to stream: a stripe, or a half, a quarter... of one.
+  int64_t chunk = kStripeBlocks;
+  while (chunk > 1 && chunk * 8 * pool_.threads() > blocks) chunk /= 2;
   pool_.run(ceil_div(blocks, chunk), [&](int64_t i) {
     kernels_->linear(&w, &a, precision, y, i * chunk, std::min(blocks, (i + 1) * chunk));
   });
@@ -214,6 +215,6 @@ void Context::pack_half(const uint16_t* matrix, const Linear& out) {
       repack_half_to_8(matrix, out.rows, out.columns, out.group, (uint8_t*)out.weight, (uint16_t*)out.scales, first,
                        last, kernels_);
     else
-      repack_half(matrix, out.rows, out.columns, (uint16_t*)out.weight, first, last);
+      repack_half(matrix, out.rows, out.columns, out.group, (uint16_t*)out.weight, first, last);
   });
 }

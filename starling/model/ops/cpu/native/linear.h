@@ -7,8 +7,8 @@
 
 namespace {
 
-constexpr int kPanelColumns = 512;          // columns unpacked to L1 at a time: 16 rows * 512 bytes
-constexpr int64_t kTileBytes = 512 * 1024;  // activations that blocks of weights pass by
+constexpr int kUnpackColumns = 512;        // columns unpacked to L1 at a time: 16 rows * 512 bytes
+constexpr int64_t kTileBytes = 512 * 1024; // activations that blocks of weights pass by
 
 inline float tile_limit(const Tile& tile) { return tile.planes == 1 ? 127.0f : 32639.0f; }  // 127 * 256 + 127
 
@@ -76,37 +76,73 @@ inline void store_rows(float* y, F sum, int64_t rows) {
   }
 }
 
-struct Block {  // one block of 16 rows of an integer weight
+struct Units {  // a block's groups, from one on to the end of its panel
   const uint8_t* weight;
   const uint16_t* scales;
   const uint8_t* zeros;  // null: 128
-  int64_t group_bytes;
-  inline I zero(int64_t g) const { return zeros ? i_load_nibbles(zeros + g * 8) : i_set(128); }
+  int64_t bytes;         // of one group's weights
+  inline F scale(int64_t i) const { return f_load_half(scales + i * kBlockRows); }
+  inline I zero(int64_t i) const { return zeros ? i_load_nibbles(zeros + i * 8) : i_set(128); }
+  inline Units after(int64_t i) const {  // those that lie i units on
+    return Units{weight + i * bytes, scales + i * kBlockRows, zeros ? zeros + i * 8 : nullptr, bytes};
+  }
 };
 
-// All groups of one tile, weights straight from memory: for a step of few tokens.
+inline Units units_at(const Linear* w, int64_t b, int64_t g) {
+  const int64_t blocks = (w->rows + kBlockRows - 1) / kBlockRows, bytes = w->group * kBlockRows * w->bits / 8;
+  const int64_t unit = unit_index(blocks, w->columns / w->group, w->group, b, g);
+  return Units{w->weight + unit * bytes, w->scales ? w->scales + unit * kBlockRows : nullptr,
+               w->zeros ? w->zeros + unit * 8 : nullptr, bytes};
+}
+
+STARLING_INLINE void prefetch_scales(const Units& units, int64_t count) {
+  for (int64_t i = 0; i < count; i += 2) __builtin_prefetch(units.scales + i * kBlockRows);
+  for (int64_t i = 0; units.zeros && i < count; i += 8) __builtin_prefetch(units.zeros + i * 8);
+}
+
+// Blocks [first_block, last_block), all of one stripe, times one tile, weights straight from memory: for a step of few
+// tokens. A panel's activations stay in L1 while the blocks' weights pass by.
 template <int R, int P, class Weights>
-void stream_tile(const Block& block, const Activations* a, const Tile& tile, float* y, int64_t ldy, int64_t rows) {
+void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float* y, int64_t first_block,
+                 int64_t last_block) {
+  alignas(64) float kept[kStripeBlocks][R * 16];
   const int64_t groups = a->columns / a->group;
   const int group = (int)a->group;
   const int8_t* planes = a->planes + tile.offset;
   const int32_t* minus_sums = a->minus_sums + tile.offset / group;
   const float* scales = a->scales + tile.first * groups;
-  F sums[R];
-  for (int r = 0; r < R; r++) sums[r] = f_zero();
-  for (int64_t g = 0; g < groups; g++) {
-    __builtin_prefetch(block.scales + g * 16 + 256);
-    if (block.zeros) __builtin_prefetch(block.zeros + g * 8 + 128);
-    Weights weights{block.weight + g * block.group_bytes};
-    integer_group<R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R,
-                        f_load_half(block.scales + g * 16), block.zero(g), sums, group);
+  const int64_t step = kPanelColumns / group;
+  const int64_t ahead = kPrefetchBytes / (group * kBlockRows * w->bits / 8);
+  Units start = units_at(w, first_block, 0);
+  for (int64_t first = 0; first < groups; first += step) {
+    const int64_t last = first + step < groups ? first + step : groups;
+    const Units next_start = units_at(w, first_block, last < groups ? last : 0);
+    Units units = start;
+    for (int64_t b = first_block; b < last_block; b++) {
+      const Units next = b + 1 < last_block ? units.after(last - first) : next_start;
+      prefetch_scales(next, step);
+      F sums[R];
+      for (int r = 0; r < R; r++) sums[r] = first ? f_load(kept[b - first_block] + r * 16) : f_zero();
+      for (int64_t g = first; g < last; g++) {
+        const int64_t i = g - first, soon = g + ahead - last;
+        const Weights weights{units.weight + i * units.bytes,
+                              soon < 0 ? units.weight + (i + ahead) * units.bytes : next.weight + soon * units.bytes};
+        integer_group<R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R,
+                            units.scale(i), units.zero(i), sums, group);
+      }
+      for (int r = 0; r < R; r++) {
+        if (last < groups) f_store(kept[b - first_block] + r * 16, sums[r]);
+        else store_rows(y + a->order[tile.first + r] * w->rows + b * kBlockRows, sums[r], w->rows - b * kBlockRows);
+      }
+      units = next;
+    }
+    start = next_start;
   }
-  for (int r = 0; r < R; r++) store_rows(y + a->order[tile.first + r] * ldy, sums[r], rows);
 }
 
 // Groups [first, last) of one tile; `bytes` holds their weights, one to a byte. Sums are kept between calls.
 template <int R, int P, class Weights>
-void panel_tile(const Block& block, const uint8_t* bytes, int64_t first, int64_t last, const Activations* a,
+void panel_tile(const Units& units, const uint8_t* bytes, int64_t first, int64_t last, const Activations* a,
                 const Tile& tile, float* kept) {
   const int64_t groups = a->columns / a->group;
   const int group = (int)a->group;
@@ -116,10 +152,10 @@ void panel_tile(const Block& block, const uint8_t* bytes, int64_t first, int64_t
   F sums[R];
   for (int r = 0; r < R; r++) sums[r] = f_load(kept + (tile.first + r) * 16);
   for (int64_t g = first; g < last; g++) {
-    Weights weights;
-    weights.at = bytes + (g - first) * group * 16;
-    integer_group<R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R,
-                        f_load_half(block.scales + g * 16), block.zero(g), sums, group);
+    const int64_t i = g - first;
+    const uint8_t* at = bytes + i * group * kBlockRows;
+    integer_group<R, P>(Weights{at, at + kPrefetchBytes}, planes + g * R * P * group, minus_sums + g * R * P,
+                        scales + g * R, units.scale(i), units.zero(i), sums, group);
   }
   for (int r = 0; r < R; r++) f_store(kept + (tile.first + r) * 16, sums[r]);
 }
@@ -148,38 +184,37 @@ template <class Run> inline void for_shape(const Tile& tile, const Run& run) {
 }
 
 template <class Weights> struct Stream {
-  const Block& block;
+  const Linear* w;
   const Activations* a;
   const Tile& tile;
   float* y;
-  int64_t ldy, rows;
-  template <int R, int P> void call() const { stream_tile<R, P, Weights>(block, a, tile, y, ldy, rows); }
+  int64_t first, last;
+  template <int R, int P> void call() const { stream_tile<R, P, Weights>(w, a, tile, y, first, last); }
 };
 
 template <class Weights> struct Panel {
-  const Block& block;
+  const Units& units;
   const uint8_t* bytes;
   int64_t first, last;
   const Activations* a;
   const Tile& tile;
   float* kept;
-  template <int R, int P> void call() const { panel_tile<R, P, Weights>(block, bytes, first, last, a, tile, kept); }
+  template <int R, int P> void call() const { panel_tile<R, P, Weights>(units, bytes, first, last, a, tile, kept); }
 };
 
-// Tiles [first, last) of one block, weights unpacked to L1 a panel of columns at a time.
-void panel_block(const Linear* w, const Block& block, const Activations* a, int first_tile, int last_tile, float* y,
-                 int64_t rows) {
+// Tiles [first, last) of block b, weights unpacked to L1 a few columns at a time.
+void panel_block(const Linear* w, int64_t b, const Activations* a, int first_tile, int last_tile, float* y) {
   alignas(64) float kept[kMaxTokens * 16];  // of packed row i at 16 * i
-  alignas(64) uint8_t bytes[kPanelColumns * 16];
-  const int64_t group = w->group, groups = w->columns / group, panel = kPanelColumns / group;
+  alignas(64) uint8_t bytes[kUnpackColumns * kBlockRows];
+  const int64_t group = w->group, groups = w->columns / group, step = kUnpackColumns / group;
   const int from_row = a->tile[first_tile].first;
   const int to_row = a->tile[last_tile - 1].first + a->tile[last_tile - 1].rows;
   for (int i = from_row; i < to_row; i++) f_store(kept + i * 16, f_zero());
-  for (int64_t first = 0; first < groups; first += panel) {
-    const int64_t last = first + panel < groups ? first + panel : groups;
-    const uint8_t* from = block.weight + first * block.group_bytes;
+  for (int64_t first = 0; first < groups; first += step) {
+    const int64_t last = first + step < groups ? first + step : groups;
+    const Units units = units_at(w, b, first);
     if (w->bits == 4) {
-      const Nibbles nibbles{from};
+      const Nibbles nibbles{units.weight, units_at(w, b, last < groups ? last : first).weight};
       for (int64_t pair = 0; pair < (last - first) * group / 8; pair++) {
         I low, high;
         nibbles.steps((int)pair, low, high);
@@ -188,13 +223,15 @@ void panel_block(const Linear* w, const Block& block, const Activations* a, int 
         i_store(bytes + pair * 128 + 64, high);
       }
       for (int t = first_tile; t < last_tile; t++)
-        for_shape(a->tile[t], Panel<Bytes>{block, bytes, first, last, a, a->tile[t], kept});
+        for_shape(a->tile[t], Panel<Bytes>{units, bytes, first, last, a, a->tile[t], kept});
     } else {
       for (int t = first_tile; t < last_tile; t++)
-        for_shape(a->tile[t], Panel<EightBits>{block, from, first, last, a, a->tile[t], kept});
+        for_shape(a->tile[t], Panel<EightBits>{units, units.weight, first, last, a, a->tile[t], kept});
     }
   }
-  for (int i = from_row; i < to_row; i++) store_rows(y + a->order[i] * w->rows, f_load(kept + i * 16), rows);
+  float* at = y + b * kBlockRows;
+  for (int i = from_row; i < to_row; i++)
+    store_rows(at + a->order[i] * w->rows, f_load(kept + i * 16), w->rows - b * kBlockRows);
 }
 
 // R rows of float32 activations times `columns` columns; `weights` [columns][16] as floats or as fp16.
@@ -243,54 +280,40 @@ struct LoadHalf {
 };
 
 // Exact float32 activations. Weights are (q - zero) as floats, scaled group by group, or fp16 as they are.
-void float_block(const Linear* w, const Block& block, const Activations* a, float* y, int64_t rows) {
+void float_block(const Linear* w, int64_t b, const Activations* a, float* y) {
   alignas(64) float kept[kMaxTokens * 16];
   alignas(64) float floats[128 * 16];
   const int64_t group = w->group;
   for (int i = 0; i < a->rows; i++) f_store(kept + i * 16, f_zero());
   for (int64_t g = 0; g < w->columns / group; g++) {
+    const Units units = units_at(w, b, g);
     if (w->bits == 16) {
-      const LoadHalf load{(const uint16_t*)block.weight + g * group * 16};
-      float_rows(load, a, g * group, group, f_set(1.0f), kept);
+      float_rows(LoadHalf{(const uint16_t*)units.weight}, a, g * group, group, f_set(1.0f), kept);
       continue;
     }
-    const uint8_t* from = block.weight + g * block.group_bytes;
-    const F zero = f_from(block.zero(g));
+    const F zero = f_from(units.zero(0));
     const I mask = i_set(w->bits == 4 ? 15 : 255);
     for (int64_t k = 0; k < group; k += 4) {
       const int64_t word = w->bits == 4 ? k / 8 : k / 4;
-      const I bytes = i_load(from + word * 64);
+      const I bytes = i_load(units.weight + word * 64);
       const int nibble = w->bits == 4 && k % 8 ? 4 : 0;
       for (int j = 0; j < 4; j++)
         f_store(floats + (k + j) * 16, f_sub(f_from(i_and(i_right_by(bytes, 8 * j + nibble), mask)), zero));
     }
-    float_rows(LoadFloat{floats}, a, g * group, group, f_load_half(block.scales + g * 16), kept);
+    float_rows(LoadFloat{floats}, a, g * group, group, units.scale(0), kept);
   }
-  for (int i = 0; i < a->rows; i++) store_rows(y + i * w->rows, f_load(kept + i * 16), rows);
+  float* at = y + b * kBlockRows;
+  for (int i = 0; i < a->rows; i++) store_rows(at + i * w->rows, f_load(kept + i * 16), w->rows - b * kBlockRows);
 }
 
-inline Block block_of(const Linear* w, int64_t b) {
-  const int64_t groups = w->columns / w->group, group_bytes = w->group * 16 * w->bits / 8;
-  Block block;
-  block.weight = w->weight + b * groups * group_bytes;
-  block.scales = w->scales ? w->scales + b * groups * 16 : nullptr;
-  block.zeros = w->zeros ? w->zeros + b * groups * 8 : nullptr;
-  block.group_bytes = group_bytes;
-  return block;
-}
-
+// Blocks [first, last), all of one stripe.
 void linear(const Linear* w, const Activations* a, Precision precision, float* y, int64_t first, int64_t last) {
-  auto rows = [&](int64_t b) { return w->rows - b * kBlockRows; };
   if (precision == kFloat32 || w->bits == 16) {
-    for (int64_t b = first; b < last; b++) float_block(w, block_of(w, b), a, y + b * kBlockRows, rows(b));
+    for (int64_t b = first; b < last; b++) float_block(w, b, a, y);
   } else if (a->tiles == 1) {
     const Tile& tile = a->tile[0];
-    for (int64_t b = first; b < last; b++) {
-      const Block block = block_of(w, b);
-      float* at = y + b * kBlockRows;
-      if (w->bits == 4) for_shape(tile, Stream<Nibbles>{block, a, tile, at, w->rows, rows(b)});
-      else for_shape(tile, Stream<EightBits>{block, a, tile, at, w->rows, rows(b)});
-    }
+    if (w->bits == 4) for_shape(tile, Stream<Nibbles>{w, a, tile, y, first, last});
+    else for_shape(tile, Stream<EightBits>{w, a, tile, y, first, last});
   } else {
     // As many tiles at a time as stay in L2 while the chunk's blocks pass by.
     for (int t = 0; t < a->tiles;) {
@@ -300,8 +323,7 @@ void linear(const Linear* w, const Activations* a, Precision precision, float* y
         bytes += a->tile[end].rows * a->tile[end].planes * w->columns;
         end++;
       } while (end < a->tiles && bytes < kTileBytes);
-      for (int64_t b = first; b < last; b++)
-        panel_block(w, block_of(w, b), a, t, end, y + b * kBlockRows, rows(b));
+      for (int64_t b = first; b < last; b++) panel_block(w, b, a, t, end, y);
       t = end;
     }
   }

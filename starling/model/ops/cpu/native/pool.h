@@ -3,6 +3,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -11,11 +12,12 @@ class Pool {
  public:
   explicit Pool(int threads);  // the caller is one of them
   ~Pool();
-  int threads() const { return (int)workers_.size() + 1; }
+  int threads() const { return (int)threads_; }
 
-  // Calls work(i) for every i in [0, count), on whichever threads are free; returns when all are done.
+  // Calls work(i) for every i in [0, count); returns when all are done. Each thread has a run of neighbouring chunks, so
+  // that it reads memory end to end, and helps with the others' when its own is done.
   template <class Work> void run(int64_t count, const Work& work) {
-    if (count <= 1 || workers_.empty()) {
+    if (count <= 1 || threads_ == 1) {
       for (int64_t i = 0; i < count; i++) work(i);
       return;
     }
@@ -25,12 +27,17 @@ class Pool {
  private:
   using Call = void (*)(const void* work, int64_t i);
   void start(uint32_t count, Call call, const void* work);
-  void take_chunks(uint64_t ticket);
-  void serve();
+  void take_chunks(uint32_t job, int thread);
+  void serve(int thread);
 
-  // High half: the job's number; low half: its next chunk. A chunk is taken by a compare-and-swap of both, so a thread
-  // that slept through a job's end cannot touch the next one by mistake.
-  alignas(64) std::atomic<uint64_t> ticket_{0};
+  // High half: the job's number; low half: the run's next chunk. A chunk is taken by a compare-and-swap of both, so a
+  // thread that slept through a job's end cannot touch the next one by mistake.
+  struct alignas(64) Run {
+    std::atomic<uint64_t> ticket{0};
+  };
+  const uint32_t threads_;
+  std::unique_ptr<Run[]> runs_;  // one per thread
+  alignas(64) std::atomic<uint32_t> job_{0};
   alignas(64) std::atomic<uint32_t> done_{0};
   std::atomic<uint32_t> count_{0};
   std::atomic<Call> call_{nullptr};

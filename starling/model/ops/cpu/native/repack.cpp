@@ -31,10 +31,11 @@ inline uint16_t half_of(float x) {  // x >= 0, below fp16's largest: to nearest,
 
 void repack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, int64_t rows, int64_t columns,
                 int64_t group, uint8_t* weight, uint16_t* packed_scales, uint8_t* zeros, int64_t first, int64_t last) {
-  const int64_t words = rows / 8, groups = columns / group;
+  const int64_t words = rows / 8, groups = columns / group, blocks = (rows + kBlockRows - 1) / kBlockRows;
   for (int64_t chunk = 0; chunk < columns / 8; chunk++) {  // every block of a cache line of words, then the next line
     for (int64_t b = first; b < last; b++) {
-      uint8_t* out = weight + (b * (columns / 8) + chunk) * 64;
+      const int64_t unit = unit_index(blocks, groups, group, b, chunk * 8 / group);
+      uint8_t* out = weight + (unit * (group / 8) + chunk % (group / 8)) * 64;
       for (int64_t half = 0; half < 2; half++) {
         const int64_t word = b * 2 + half;
         if (word >= words) {
@@ -52,7 +53,8 @@ void repack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t*
   }
   for (int64_t b = first; b < last; b++) {
     for (int64_t g = 0; g < groups; g++) {
-      uint16_t* scale = packed_scales + (b * groups + g) * 16;
+      const int64_t unit = unit_index(blocks, groups, group, b, g);
+      uint16_t* scale = packed_scales + unit * kBlockRows;
       uint8_t zero[16] = {};
       for (int64_t half = 0; half < 2; half++) {
         const int64_t word = b * 2 + half;
@@ -61,24 +63,25 @@ void repack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t*
         const uint64_t bytes = nibbles_to_bytes(qzeros[g * words + word]);
         for (int i = 0; i < 8; i++) zero[half * 8 + kColumnOfNibble[i]] = (uint8_t)(bytes >> (8 * i));
       }
-      for (int i = 0; i < 8; i++) zeros[(b * groups + g) * 8 + i] = (uint8_t)(zero[2 * i] | zero[2 * i + 1] << 4);
+      for (int i = 0; i < 8; i++) zeros[unit * 8 + i] = (uint8_t)(zero[2 * i] | zero[2 * i + 1] << 4);
     }
   }
 }
 
 void repack_half_to_8(const uint16_t* matrix, int64_t rows, int64_t columns, int64_t group, uint8_t* weight,
                       uint16_t* scales, int64_t first, int64_t last, const Kernels* kernels) {
-  const int64_t groups = columns / group;
+  const int64_t groups = columns / group, blocks = (rows + kBlockRows - 1) / kBlockRows;
   std::vector<float> row(columns);
   for (int64_t b = first; b < last; b++) {
     for (int64_t r = 0; r < kBlockRows; r++) {
       const int64_t n = b * kBlockRows + r;
       if (n < rows) kernels->widen(matrix + n * columns, row.data(), columns);
       for (int64_t g = 0; g < groups; g++) {
+        const int64_t unit = unit_index(blocks, groups, group, b, g);
         float largest = 0;
         for (int64_t k = 0; n < rows && k < group; k++) largest = std::fmax(largest, std::fabs(row[g * group + k]));
         const uint16_t scale = half_of(largest / 127);
-        scales[(b * groups + g) * 16 + r] = scale;
+        scales[unit * kBlockRows + r] = scale;
         float exact;
         uint16_t wide[16] = {scale};
         float floats[16];
@@ -87,18 +90,22 @@ void repack_half_to_8(const uint16_t* matrix, int64_t rows, int64_t columns, int
         for (int64_t k = 0; k < group; k++) {
           float q = n < rows && exact > 0 ? std::nearbyint(row[g * group + k] / exact) : 0;
           q = q > 127 ? 127 : q < -128 ? -128 : q;
-          const int64_t column = g * group + k;
-          weight[(b * (columns / 4) + column / 4) * 64 + r * 4 + column % 4] = (uint8_t)((int)q + 128);
+          weight[(unit * (group / 4) + k / 4) * 64 + r * 4 + k % 4] = (uint8_t)((int)q + 128);
         }
       }
     }
   }
 }
 
-void repack_half(const uint16_t* matrix, int64_t rows, int64_t columns, uint16_t* weight, int64_t first, int64_t last) {
+void repack_half(const uint16_t* matrix, int64_t rows, int64_t columns, int64_t group, uint16_t* weight, int64_t first,
+                 int64_t last) {
+  const int64_t groups = columns / group, blocks = (rows + kBlockRows - 1) / kBlockRows;
   for (int64_t b = first; b < last; b++)
     for (int64_t r = 0; r < kBlockRows; r++) {
       const int64_t n = b * kBlockRows + r;
-      for (int64_t k = 0; k < columns; k++) weight[(b * columns + k) * 16 + r] = n < rows ? matrix[n * columns + k] : 0;
+      for (int64_t g = 0; g < groups; g++) {
+        uint16_t* out = weight + unit_index(blocks, groups, group, b, g) * group * kBlockRows + r;
+        for (int64_t k = 0; k < group; k++) out[k * kBlockRows] = n < rows ? matrix[n * columns + g * group + k] : 0;
+      }
     }
 }

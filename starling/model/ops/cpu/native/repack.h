@@ -9,4 +9,5 @@ void repack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t*
 // An fp16 matrix [rows][columns], to 8 bits per weight with a scale per group, or as it is.
 void repack_half_to_8(const uint16_t* matrix, int64_t rows, int64_t columns, int64_t group, uint8_t* weight,
                       uint16_t* scales, int64_t first, int64_t last, const Kernels* kernels);
-void repack_half(const uint16_t* matrix, int64_t rows, int64_t columns, uint16_t* weight, int64_t first, int64_t last);
+void repack_half(const uint16_t* matrix, int64_t rows, int64_t columns, int64_t group, uint16_t* weight, int64_t first,
+                 int64_t last);

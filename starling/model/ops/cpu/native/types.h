@@ -5,7 +5,8 @@
 #include <cstring>
 
 constexpr int kBlockRows = 16;         // output rows in a block of weights
-constexpr int kPrefetchBytes = 2048;   // how far ahead of its use a weight is asked for
+constexpr int kStripeBlocks = 16;      // blocks whose panels lie together
+constexpr int kPanelColumns = 1024;    // input features in a panel
 constexpr int kMaxTokens = 512;        // activation rows that one pass over the weights serves
 constexpr int kKvSplit = 256;          // positions whose attention is summed before it is merged: absolute, aligned
 constexpr int kMaxHeadDim = 256;
@@ -14,11 +15,14 @@ constexpr int kAttentionRows = 64;     // query rows (tokens times heads of one 
 enum Precision : int32_t { kFloat32 = 0, kInt16 = 1, kInt8 = 2, kAuto = 3 };
 
 // One linear layer. Rows are output features, cut into blocks of 16 (the last one padded with zero scales); columns
-// are input features, cut into groups that share a scale and a zero point.
-//   bits 4:  weight [blocks][columns / 8][16 rows][4 bytes]: byte j holds column 8c + j in its low nibble and column
-//            8c + 4 + j in its high one; scales fp16 [blocks][groups][16]; zeros [blocks][groups][8], two to a byte.
-//   bits 8:  weight [blocks][columns / 4][16 rows][4 columns], stored + 128; scales as above; no zeros.
-//   bits 16: weight fp16 [blocks][columns][16 rows]; no scales, no zeros.
+// are input features, cut into groups that share a scale and a zero point. A group of a block is the unit of storage:
+//   bits 4:  weight [group / 8][16 rows][4 bytes]: byte j holds column 8c + j in its low nibble and column 8c + 4 + j
+//            in its high one; scales fp16 [16]; zeros [8], two to a byte.
+//   bits 8:  weight [group / 4][16 rows][4 columns], stored + 128; scales as above; no zeros.
+//   bits 16: weight fp16 [group][16 rows]; no scales, no zeros.
+// Units lie in the order in which a step of few tokens reads them: stripe by stripe of 16 blocks, in a stripe panel by
+// panel of 1,024 columns, in a panel block by block, in a block group by group. So memory is read end to end, while the
+// panel's activations stay in L1.
 struct Linear {
   const uint8_t* weight;
   const uint16_t* scales;
@@ -28,6 +32,15 @@ struct Linear {
   int64_t group;
   int64_t bits;
 };
+
+// The number of group g's unit of block b among all units. Static: each instruction set keeps its own copy.
+static inline int64_t unit_index(int64_t blocks, int64_t groups, int64_t group, int64_t b, int64_t g) {
+  const int64_t per_panel = kPanelColumns / group, panel = g / per_panel, stripe = b / kStripeBlocks;
+  const int64_t stripe_first = stripe * kStripeBlocks, panel_first = panel * per_panel;
+  const int64_t stripe_blocks = blocks - stripe_first < kStripeBlocks ? blocks - stripe_first : kStripeBlocks;
+  const int64_t panel_groups = groups - panel_first < per_panel ? groups - panel_first : per_panel;
+  return stripe_first * groups + panel_first * stripe_blocks + (b - stripe_first) * panel_groups + (g - panel_first);
+}
 
 // A run of activation rows that one kernel call takes together.
 struct Tile {

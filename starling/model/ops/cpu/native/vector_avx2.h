@@ -11,6 +11,7 @@ constexpr int kLanes = 8;
 constexpr int kDepth = 2;
 constexpr int kPlanes = 4;
 constexpr int kFloatRows = 2;
+constexpr int kPrefetchBytes = 2048;
 
 using V = __m256;
 inline V v_zero() { return _mm256_setzero_ps(); }
@@ -112,27 +113,29 @@ inline I i_times_int16(I x, int32_t low16) {
 struct Nibbles {
   static constexpr bool kEight = false;
   const uint8_t* at;
+  const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
     I bytes = i_load(at + pair * 64), mask = {_mm256_set1_epi8(15), _mm256_set1_epi8(15)};
     first = i_and(bytes, mask);
     second = i_and({_mm256_srli_epi16(bytes.a, 4), _mm256_srli_epi16(bytes.b, 4)}, mask);
   }
-  inline void prefetch(int pair) const { _mm_prefetch((const char*)at + pair * 64 + kPrefetchBytes, _MM_HINT_T0); }
+  STARLING_INLINE void prefetch(int pair) const { _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T0); }
 };
 struct Bytes {
   static constexpr bool kEight = false;
   const uint8_t* at;
+  const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
     first = i_load(at + pair * 128);
     second = i_load(at + pair * 128 + 64);
   }
-  inline void prefetch(int) const {}
+  STARLING_INLINE void prefetch(int) const {}
 };
 struct EightBits : Bytes {
   static constexpr bool kEight = true;
-  inline void prefetch(int pair) const {
-    _mm_prefetch((const char*)at + pair * 128 + kPrefetchBytes, _MM_HINT_T0);
-    _mm_prefetch((const char*)at + pair * 128 + 64 + kPrefetchBytes, _MM_HINT_T0);
+  STARLING_INLINE void prefetch(int pair) const {
+    _mm_prefetch((const char*)ahead + pair * 128, _MM_HINT_T0);
+    _mm_prefetch((const char*)ahead + pair * 128 + 64, _MM_HINT_T0);
   }
 };
 

@@ -10,6 +10,10 @@ using I = __m512i;  // 16 int32
 constexpr int kLanes = 16;      // floats in one machine register
 constexpr int kDepth = 4;       // registers of head_dim that attention sums at once
 constexpr int kFloatRows = 4;   // activation rows in one tile of the float32 kernel
+// How far ahead of its use a weight is asked for: into L2, where memory's answer (200 ns) holds up nothing, and from
+// there into L1.
+constexpr int kPrefetchBytes = 8192;
+constexpr int kNearBytes = 1024;
 #if defined(__AVX512VNNI__)
 constexpr int kPlanes = 16;     // int8 activation planes in one tile
 #else
@@ -93,27 +97,35 @@ inline I i_times_int16(I a, int32_t low16) { return _mm512_madd_epi16(a, _mm512_
 struct Nibbles {  // 64 bytes: 16 rows x 8 columns of 4 bits
   static constexpr bool kEight = false;
   const uint8_t* at;
+  const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
     I bytes = _mm512_loadu_si512(at + pair * 64), mask = _mm512_set1_epi8(15);
     first = _mm512_and_si512(bytes, mask);
     second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
   }
-  inline void prefetch(int pair) const { _mm_prefetch((const char*)at + pair * 64 + kPrefetchBytes, _MM_HINT_T0); }
+  STARLING_INLINE void prefetch(int pair) const {
+    _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T1);
+    _mm_prefetch((const char*)at + kNearBytes + pair * 64, _MM_HINT_T0);
+  }
 };
 struct Bytes {  // 64 bytes: 16 rows x 4 columns of 8 bits, of which nibbles unpacked to L1 use 4
   static constexpr bool kEight = false;
   const uint8_t* at;
+  const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
     first = _mm512_loadu_si512(at + pair * 128);
     second = _mm512_loadu_si512(at + pair * 128 + 64);
   }
-  inline void prefetch(int) const {}
+  STARLING_INLINE void prefetch(int) const {}
 };
 struct EightBits : Bytes {
   static constexpr bool kEight = true;
-  inline void prefetch(int pair) const {
-    _mm_prefetch((const char*)at + pair * 128 + kPrefetchBytes, _MM_HINT_T0);
-    _mm_prefetch((const char*)at + pair * 128 + 64 + kPrefetchBytes, _MM_HINT_T0);
+  STARLING_INLINE void prefetch(int pair) const {
+#pragma GCC unroll 2
+    for (int line = 0; line < 128; line += 64) {
+      _mm_prefetch((const char*)ahead + pair * 128 + line, _MM_HINT_T1);
+      _mm_prefetch((const char*)at + kNearBytes + pair * 128 + line, _MM_HINT_T0);
+    }
   }
 };
 
@@ -127,25 +139,30 @@ inline I four_columns(const int8_t* a) {
 #if defined(__AVX512VNNI__)
 template <int P, class Weights>
 STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
-  constexpr int kChains = P <= 4 ? 2 : 1;  // enough independent sums to hide the latency of vpdpbusd
-  I extra[P];
-  if (kChains == 2)
-    for (int p = 0; p < P; p++) extra[p] = i_zero();
+  constexpr int kChains = P <= 2 ? 4 : P <= 4 ? 2 : 1;  // enough independent sums to hide the latency of vpdpbusd
+  I chains[kChains][P];
+  for (int p = 0; p < P; p++) chains[0][p] = sums[p];
+  for (int c = 1; c < kChains; c++)
+    for (int p = 0; p < P; p++) chains[c][p] = i_zero();
+  for (int span = 0; span < columns / 32; span++) {
 #pragma GCC unroll 4
-  for (int pair = 0; pair < columns / 8; pair++) {
-    I first, second;
-    weights.steps(pair, first, second);
-    weights.prefetch(pair);
+    for (int i = 0; i < 4; i++) {
+      I step[2];
+      weights.steps(span * 4 + i, step[0], step[1]);
+      weights.prefetch(span * 4 + i);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 16
-    for (int p = 0; p < P; p++) sums[p] = _mm512_dpbusd_epi32(sums[p], first, four_columns(a + p * stride + pair * 8));
-#pragma GCC unroll 16
-    for (int p = 0; p < P; p++) {
-      I& sum = kChains == 2 ? extra[p] : sums[p];
-      sum = _mm512_dpbusd_epi32(sum, second, four_columns(a + p * stride + pair * 8 + 4));
+        for (int p = 0; p < P; p++) {
+          I& sum = chains[(i * 2 + half) % kChains][p];
+          sum = _mm512_dpbusd_epi32(sum, step[half], four_columns(a + p * stride + span * 32 + i * 8 + half * 4));
+        }
+      }
     }
   }
-  if (kChains == 2)
-    for (int p = 0; p < P; p++) sums[p] = i_add(sums[p], extra[p]);
+  for (int c = 1; c < kChains; c++)
+    for (int p = 0; p < P; p++) chains[0][p] = i_add(chains[0][p], chains[c][p]);
+  for (int p = 0; p < P; p++) sums[p] = chains[0][p];
 }
 #else
 template <int P, class Weights>

@@ -17,6 +17,7 @@ constexpr int kLanes = 4;
 constexpr int kDepth = 4;
 constexpr int kPlanes = 4;
 constexpr int kFloatRows = 2;
+constexpr int kPrefetchBytes = 2048;
 
 inline float float_of_half(uint16_t h) {
 #if defined(__aarch64__)
@@ -174,21 +175,23 @@ inline I i_times_int16(I a, int32_t low16) { return a * (int32_t)(int16_t)low16;
 struct Nibbles {
   static constexpr bool kEight = false;
   const uint8_t* at;
+  const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
     I bytes = i_load(at + pair * 64);
     first = bytes & 0x0f0f0f0f;
     second = (I)((U)bytes >> 4) & 0x0f0f0f0f;
   }
-  inline void prefetch(int pair) const { __builtin_prefetch(at + pair * 64 + kPrefetchBytes); }
+  STARLING_INLINE void prefetch(int pair) const { __builtin_prefetch(ahead + pair * 64); }
 };
 struct Bytes {
   static constexpr bool kEight = false;
   const uint8_t* at;
+  const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
     first = i_load(at + pair * 128);
     second = i_load(at + pair * 128 + 64);
   }
-  inline void prefetch(int) const {}
+  STARLING_INLINE void prefetch(int) const {}
 };
 struct EightBits : Bytes {
   static constexpr bool kEight = true;
