@@ -1,6 +1,7 @@
-"""Other engines on the same shape, for bench.cpu: runs under a Python that has them, and imports nothing of Starling.
+"""Other engines on the same shape, for bench.cpu and bench.gpu. Runs under a Python that has them; nothing of ours.
 
     python peers.py llama-cpp model.gguf THREADS CONTEXTS PROMPTS
+    python peers.py llama-cpp-cuda model.gguf THREADS CONTEXTS PROMPTS
     python peers.py onnxruntime-genai ONNX_FOLDER THREADS CONTEXTS PROMPTS
 
 CONTEXTS and PROMPTS are comma-separated token counts. Prints one JSON object: seconds per token at each context, and
@@ -24,12 +25,17 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begun_s
 
 
-def llama_cpp(path: str, threads: int, contexts: list[int], prompts: list[int]) -> dict[str, Any]:
+def llama_cpp(path: str, threads: int, contexts: list[int], prompts: list[int], gpu_layers: int = 0) -> dict[str, Any]:
     from llama_cpp import Llama, __version__
 
     longest = max(contexts + prompts) + DECODED + 8
-    model = Llama(path, n_ctx=longest, n_threads=threads, n_threads_batch=threads, verbose=False, use_mmap=False)
+    model = Llama(
+        path, n_ctx=longest, n_batch=512, n_threads=threads, n_threads_batch=threads, n_gpu_layers=gpu_layers,
+        verbose=False, use_mmap=False,
+    )  # fmt: skip
     decode, prefill = {}, {}
+    if gpu_layers:
+        model.eval([300] * min(prompts))  # loads its kernels
     for length in prompts:
         model.reset()
         prefill[length] = timed(lambda n=length: model.eval([300] * n))  # type: ignore[misc]
@@ -38,6 +44,11 @@ def llama_cpp(path: str, threads: int, contexts: list[int], prompts: list[int]) 
         model.eval([300] * context)
         decode[context] = statistics.median(timed(lambda: model.eval([301])) for _ in range(DECODED))
     return {"version": f"llama-cpp-python {__version__}", "decode_s": decode, "prefill_s": prefill}
+
+
+def llama_cpp_cuda(path: str, threads: int, contexts: list[int], prompts: list[int]) -> dict[str, Any]:
+    """Every layer on the GPU, where llama-cpp-python was built with CUDA."""
+    return llama_cpp(path, threads, contexts, prompts, gpu_layers=-1)
 
 
 def onnxruntime_genai(folder: str, threads: int, contexts: list[int], prompts: list[int]) -> dict[str, Any]:
@@ -66,7 +77,8 @@ def onnxruntime_genai(folder: str, threads: int, contexts: list[int], prompts: l
 
 def main() -> None:
     engine, path, threads, contexts, prompts = sys.argv[1:]
-    measure = {"llama-cpp": llama_cpp, "onnxruntime-genai": onnxruntime_genai}[engine]
+    engines = {"llama-cpp": llama_cpp, "llama-cpp-cuda": llama_cpp_cuda, "onnxruntime-genai": onnxruntime_genai}
+    measure = engines[engine]
     result = measure(path, int(threads), [int(n) for n in contexts.split(",")], [int(n) for n in prompts.split(",")])
     print(json.dumps({**result, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
