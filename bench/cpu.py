@@ -9,7 +9,6 @@ that measurement. Peers take turns with it, round by round, each in a process of
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -26,6 +25,7 @@ import psutil
 import torch
 
 from bench import full_size, full_size_gguf
+from bench.peer import Peer
 from starling.model.batch import Batch
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
@@ -108,36 +108,6 @@ def weight_bytes(model: Mistral) -> int:
     return sum(tensor.nbytes for weight in (*packed, model.head) for tensor in weight.values())
 
 
-class Peer:
-    """Another engine in a process of its own (peers.py), loaded and waiting."""
-
-    def __init__(self, engine: str, python: Path, model: Path, threads: int) -> None:
-        longest = max(context for _, context in DECODES)
-        script = Path(__file__).parent / "peers.py"
-        self._process = subprocess.Popen(
-            [str(python), str(script), engine, str(model), str(threads), str(longest)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.name = engine
-        self.version = self._answer()
-
-    def ask(self, *question: object) -> Any:
-        assert self._process.stdin
-        self._process.stdin.write(" ".join(map(str, question)) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended with status {self._process.wait()}; its message stands above.")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
 def decode(model: Mistral, stream: Stream, peers: list[Peer], requests: int, context: int, steps: int) -> str:
     cache = filled_cache(model, requests, context)
     config = model.config
@@ -199,10 +169,12 @@ def filled_cache(model: Mistral, requests: int, context: int) -> KVCache:
 
 
 def open_peers(python: Path, checkpoint: Path, threads: int, skip_onnx: bool) -> list[Peer]:
-    found = [Peer("llama-cpp", python, full_size_gguf.make(checkpoint.parent / f"{checkpoint.name}.gguf"), threads)]
+    longest = max(context for _, context in DECODES)
+    gguf = full_size_gguf.make(checkpoint.parent / f"{checkpoint.name}.gguf")
+    found = [Peer("llama-cpp", python, gguf, threads, longest)]
     if not skip_onnx:
         folder = onnx_model(python, checkpoint, checkpoint.parent / f"{checkpoint.name}-onnx")
-        found.append(Peer("onnxruntime-genai", python, folder, threads))
+        found.append(Peer("onnxruntime-genai", python, folder, threads, longest))
     return found
 
 

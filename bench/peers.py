@@ -1,6 +1,7 @@
-"""Other engines on the same shape, for bench.cpu: runs under a Python that has them, and imports nothing of Starling.
+"""Other engines on the same shape, for bench.cpu and bench.gpu. Runs under a Python that has them; nothing of ours.
 
     python peers.py llama-cpp model.gguf THREADS LONGEST
+    python peers.py llama-cpp-cuda model.gguf THREADS LONGEST
     python peers.py onnxruntime-genai ONNX_FOLDER THREADS LONGEST
 
 LONGEST is the most tokens of context asked for. Once loaded it prints one JSON line, its version; then answers each
@@ -37,6 +38,8 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 class LlamaCpp:
+    gpu_layers = 0
+
     def __init__(self, path: str, threads: int, longest: int) -> None:
         import llama_cpp
 
@@ -44,8 +47,9 @@ class LlamaCpp:
         self.version = f"llama-cpp-python {llama_cpp.__version__}"
         self._threads, self._path = threads, path
         self._llama = llama_cpp.Llama(
-            path, n_ctx=longest + STEPS + 8, n_threads=threads, n_threads_batch=threads, verbose=False, use_mmap=False
-        )
+            path, n_ctx=longest + STEPS + 8, n_batch=512, n_threads=threads, n_threads_batch=threads,
+            n_gpu_layers=self.gpu_layers, verbose=False, use_mmap=False,
+        )  # fmt: skip
 
     def decode(self, batch: int, context: int) -> float:
         llama = self._llama
@@ -98,6 +102,12 @@ class LlamaCpp:
         return timed(lambda: self._llama.eval([300] * tokens))
 
 
+class LlamaCppCuda(LlamaCpp):
+    """Every layer on the GPU, where llama-cpp-python was built with CUDA."""
+
+    gpu_layers = -1
+
+
 class OnnxRuntimeGenai:
     def __init__(self, folder: str, threads: int, longest: int) -> None:
         import onnxruntime_genai as og
@@ -140,7 +150,11 @@ def resident_bytes() -> int:
 
 def main() -> None:
     engine, path, threads, longest = sys.argv[1:]
-    kinds: dict[str, Callable[[str, int, int], Peer]] = {"llama-cpp": LlamaCpp, "onnxruntime-genai": OnnxRuntimeGenai}
+    kinds: dict[str, Callable[[str, int, int], Peer]] = {
+        "llama-cpp": LlamaCpp,
+        "llama-cpp-cuda": LlamaCppCuda,
+        "onnxruntime-genai": OnnxRuntimeGenai,
+    }
     peer = kinds[engine](path, int(threads), int(longest))
     print(json.dumps(peer.version), flush=True)
     for line in sys.stdin:

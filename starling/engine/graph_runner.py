@@ -102,17 +102,29 @@ class GraphRunner:
                     decodes.graph = self._capture(decodes)
             return self._receive(plan, len(inputs.logit_rows))
 
+    @torch.inference_mode()
+    def replay(self, works: int) -> None:
+        """Queue the latest step of `works` decodes once more, on the current stream, for what measures it alone."""
+        decodes = self._decodes[self._padded(works)]
+        if decodes.graph:
+            decodes.graph.replay()
+        else:
+            self._compute(decodes.frame, decodes.batch)
+
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _decodes_for(self, plan: list[Work], inputs: StepInputs) -> Decodes | None:
         """Where every work is one token that something is drawn after: the padded step; None for any other."""
         if not len(plan) == len(inputs.token_ids) == len(inputs.logit_rows):
             return None
-        size = next(size for size in self._sizes if size >= len(plan))
+        size = self._padded(len(plan))
         if size not in self._decodes:
             frame = Frame(Shape(size, size, self._books.tables.shape[1], size), self._inputs)
             self._decodes[size] = Decodes(frame, frame.batch(self._prompt_tokens))
         return self._decodes[size]
+
+    def _padded(self, works: int) -> int:
+        return next(size for size in self._sizes if size >= works)
 
     def _frame_for(self, inputs: StepInputs) -> Frame:
         works, blocks = inputs.block_tables.shape

@@ -1,0 +1,138 @@
+"""Decoding as the engine does it, the host one step behind, over a KV cache that counts as computed."""
+
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+
+from bench.gpu.clock import Clock
+from starling.engine.cache import BlockCache
+from starling.engine.graph_runner import GraphRunner
+from starling.engine.runner import Step
+from starling.engine.scheduler import Limits, Scheduler, Work
+from starling.engine.sequence import SamplingParams, Sequence
+from starling.model.kv_cache import KVCache
+from starling.model.mistral import Mistral
+
+PREFILL_TOKENS = 512
+WARM_UP = 4  # steps: the first is captured
+LOWEST_ID = 3  # ids below are the tokenizer's own
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    device_s: float  # of a step that is replayed again and again
+    wall_s: float  # from result to result
+    host_s: float  # of that, what the host did beside waiting
+    first_s: float  # of the first step of this size, which is captured
+
+
+class Decoding:
+    """Up to `most` sequences over `cache`, whose content is random."""
+
+    def __init__(self, model: Mistral, cache: KVCache, most: int, seed: int = 0) -> None:
+        config = model.config
+        self.model, self.cache = model, cache
+        self._clock = Clock(model.ops.device)
+        self._random = random.Random(seed)
+        limits = Limits(max_running=most, prefill_tokens=PREFILL_TOKENS, speculative_rows=0)
+        books = BlockCache(cache.blocks, cache.block_size, most, config.max_position_embeddings, config.sliding_window)
+        self.runner = GraphRunner(model, cache, books, limits)
+        self.scheduler = Scheduler(books, limits, self.runner.device_counts)
+        self._flight: tuple[list[Work], Step] | None = None
+        self._arrivals = 0
+        self.waited_s = 0.0
+
+    def add(self, requests: int, computed: int) -> None:
+        """Sequences of which `computed` tokens count as computed: they decode from the next step on."""
+        books = self.scheduler.cache
+        for _ in range(requests):
+            sequence = self._sequence(computed + 1)
+            books.admit(sequence)
+            assert books.grow(sequence, computed + 1), "the KV cache is too small for this measurement"
+            sequence.computed = sequence.settled = computed
+            books.advance(sequence)  # gives back what the window has passed
+            self.scheduler.running.append(sequence)
+
+    def add_prompt(self, tokens: int) -> None:
+        """A sequence that is all prompt yet."""
+        self.scheduler.add(self._sequence(tokens))
+
+    def step(self) -> None:
+        """Start the next step, then take the result of the one before, as the engine's loop does."""
+        plan = self.scheduler.plan()
+        assert plan
+        flight = (plan, self.runner.start(plan))
+        self.land()
+        self._flight = flight
+
+    def land(self) -> None:
+        """Take the result of the step in flight, if there is one."""
+        if self._flight is not None:
+            plan, step = self._flight
+            self._flight = None
+            began_s = time.perf_counter()
+            result = step.result()
+            self.waited_s += time.perf_counter() - began_s
+            self.scheduler.complete(plan, result)
+
+    def clear(self) -> None:
+        self.land()
+        for sequence in list(self.scheduler.running):
+            self.scheduler.remove(sequence)
+
+    def measure(self, requests: int, context: int, steps: int = 64) -> StepTimes:
+        """Of steps that lead up to `context` tokens in the cache of each of `requests` sequences."""
+        steps = min(steps, context - WARM_UP - 1)
+        assert steps > 0
+        self.add(requests, context - steps - WARM_UP)
+        began_s = time.perf_counter()
+        self.step()
+        self.land()
+        first_s = time.perf_counter() - began_s
+        for _ in range(WARM_UP - 1):
+            self.step()
+        self._clock.wait()
+        self.waited_s = 0.0
+        began_s = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        wall_s = (time.perf_counter() - began_s) / steps
+        host_s = wall_s - self.waited_s / steps
+        self.land()
+        device_s = self._clock.median(lambda: self.runner.replay(requests))
+        self.clear()
+        return StepTimes(device_s, wall_s, host_s, first_s)
+
+    def _sequence(self, tokens: int) -> Sequence:
+        self._arrivals += 1
+        # Sampled as the service does by default: greedy decoding would leave half of sampling out.
+        params = SamplingParams(
+            max_tokens=self.model.config.max_position_embeddings - tokens,
+            stop_ids=frozenset(),
+            seed=self._arrivals,
+            temperature=0.7,
+            top_p=0.95,
+        )
+        return Sequence(self._arrivals, random_tokens(self._random, self.model.config.vocab_size, tokens), params)
+
+
+def random_tokens(source: random.Random, vocabulary: int, count: int) -> list[int]:
+    return [source.randrange(LOWEST_ID, vocabulary) for _ in range(count)]
+
+
+def filled_cache(model: Mistral, blocks: int, block_size: int = 16) -> KVCache:
+    """Random keys and values: zeros would make attention look at nothing, and can be faster."""
+    cache = model.allocate_cache(blocks, block_size)
+    with torch.inference_mode():
+        for storage in (*cache.keys, *cache.values):
+            storage.normal_()
+    return cache
+
+
+def step_bytes(model: Mistral, weights: int, requests: int, context: int) -> int:
+    """The least that a decode step reads: `weights` bytes once, and each sequence's keys and values."""
+    config = model.config
+    seen = min(context, config.sliding_window or context)
+    return weights + requests * seen * KVCache.bytes_per_block(config, 1, model.ops.kv_dtype)

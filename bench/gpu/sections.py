@@ -1,0 +1,384 @@
+"""What `python -m bench.gpu` prints, a function per section: each measures, and says its rows as it has them."""
+
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from bench import full_size
+from bench.cpu import weight_bytes
+from bench.gpu import card, loading, products, serving, trace
+from bench.gpu.card import Ceilings
+from bench.gpu.clock import Clock
+from bench.gpu.decode import PREFILL_TOKENS, Decoding, filled_cache, step_bytes
+from bench.gpu.peers import PEERS
+from starling.engine.graph_runner import SIZES
+from starling.model.kv_cache import KVCache
+from starling.model.mistral import Mistral
+from starling.model.ops import Ops
+from starling.model.ops.cuda import nvrtc
+
+BLOCK = 16
+CONTEXTS = (128, 1024, 4096)
+BATCHES = ((1, 128), (2, 128), (4, 128), (8, 128), (16, 128), (32, 128), (64, 128), (32, 1024))
+PROMPTS = (32, 128, 512, 2048)
+CONCURRENCIES = (1, 8, 32)
+PROMPT_TOKENS, ANSWER_TOKENS = 128, 128
+PROFILED_STEPS = 8
+SHOWN_KERNELS = 14
+PEER_TIMEOUT_S = 75
+MODEL_TIMEOUT_S = 150
+
+
+@dataclass
+class Bench:
+    """What the sections share; made when the first of them asks. `quick` leaves long contexts and repeats out."""
+
+    folder: Path
+    ops: Ops
+    quick: bool = False
+    blocks: int = 2400  # of the KV cache: 32 sequences of 1,024 tokens and 64 of 128 must fit
+
+    @property
+    def device(self) -> torch.device:
+        return self.ops.device
+
+    @cached_property
+    def clock(self) -> Clock:
+        return Clock(self.device)
+
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        return card.measure(self.clock)
+
+    @cached_property
+    def model(self) -> Mistral:
+        return Mistral.load(self.folder, self.ops, cache_folders=())
+
+    @cached_property
+    def cache(self) -> KVCache:
+        return filled_cache(self.model, self.blocks, BLOCK)
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        return Decoding(self.model, self.cache, max(requests for requests, _ in BATCHES))
+
+    def floor_s(self, requests: int, context: int) -> float:
+        """Of a decode step: the bytes that it must read, at the bandwidth that was measured."""
+        return step_bytes(self.model, weight_bytes(self.model), requests, context) / self.ceilings.bandwidth
+
+    def forget(self) -> None:
+        """Give the model's memory back."""
+        for name in ("decoding", "cache", "model"):
+            self.__dict__.pop(name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def say(*lines: str) -> None:
+    print("\n".join(lines), flush=True)
+
+
+def head(*columns: str) -> None:
+    say("", "| " + " | ".join(columns) + " |", "|" + "--:|" * len(columns))
+
+
+def row(*cells: object) -> None:
+    say("| " + " | ".join(map(str, cells)) + " |")
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"
+
+
+def us(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f}"
+
+
+def machine(bench: Bench) -> None:
+    say(card.description(bench.device) + ".")
+    found = bench.ceilings
+    say(
+        f"Measured: copy {found.copy / 1e9:.0f} GB/s (read + written), read {found.read / 1e9:.0f} GB/s, "
+        f"fp16 product of {card.MATRIX}³ {found.tensor / 1e12:.0f} TFLOP/s. Floors take "
+        f"{found.bandwidth / 1e9:.0f} GB/s."
+    )
+
+
+def start(bench: Bench) -> None:
+    """The parts of loading, and the whole."""
+    checkpoint = bench.folder / "model.safetensors"
+    size = checkpoint.stat().st_size
+    pinned = bench.device.type == "cuda"
+    rates = {threads: loading.read_rate(checkpoint, threads, pinned) for threads in (1, 2, 4, 8)}
+    say(f"Checkpoint: {size / 1e9:.2f} GB in the page cache. Read into {'pinned' if pinned else 'plain'} buffers: ")
+    say(", ".join(f"{threads} threads {rate / 1e9:.1f} GB/s" for threads, rate in rates.items()) + ".")
+    if pinned:
+        with tempfile.TemporaryDirectory() as cache:
+            major, minor = torch.cuda.get_device_capability(bench.device)
+            began_s = time.perf_counter()
+            for source in nvrtc.SOURCES:
+                nvrtc.cubin(source, major * 10 + minor, Path(cache))
+            say(f"All kernels compiled by NVRTC, one after the other: {time.perf_counter() - began_s:.2f} s.")
+    config = bench.model.config  # loads it: what is compiled once is compiled
+    copy_rate, pack_s = loading.copy_rate(bench.clock), loading.pack_seconds(config, bench.ops, bench.clock)
+    bench.forget()
+    began_s = time.perf_counter()
+    assert bench.model is not None
+    bench.clock.wait()
+    load_s = time.perf_counter() - began_s
+    say(
+        f"Copies from pinned memory {copy_rate / 1e9:.1f} GB/s. Estimates: reading {size / rates[1]:.2f} s, "
+        f"copying {size / copy_rate:.2f} s, packing {pack_s:.2f} s. The whole, measured: {load_s:.2f} s."
+    )
+
+
+def decode(bench: Bench) -> None:
+    """Batch 1 by context."""
+    head("context", "floor ms", "device ms", "of the floor", "step ms", "tok/s", "of the floor", "host ms", "first ms")
+    for context in CONTEXTS:
+        if not bench.quick or context <= 1024:
+            found = bench.decoding.measure(1, context)
+            floor_s = bench.floor_s(1, context)
+            row(
+                context, ms(floor_s), ms(found.device_s), f"{floor_s / found.device_s:.0%}", ms(found.wall_s),
+                f"**{1 / found.wall_s:.0f}**", f"{floor_s / found.wall_s:.0%}", ms(found.host_s), ms(found.first_s),
+            )  # fmt: skip
+    say(
+        "", "Device: a captured step, replayed. Step: from result to result with the host one step behind; host: what "
+        "it does of that beside waiting. First: a size's first step, which is computed and then captured.",
+    )  # fmt: skip
+
+
+def batches(bench: Bench) -> None:
+    """Throughput by batch, the KV cache taken as computed."""
+    head(
+        "batch",
+        "context",
+        "floor ms",
+        "device ms",
+        "step ms",
+        "tok/s",
+        "against 1",
+        "of the floor",
+        "host ms",
+        "first ms",
+    )
+    single: float | None = None
+    for requests, context in BATCHES:
+        if bench.quick and requests not in (1, 8, 32):
+            continue
+        found = bench.decoding.measure(requests, context, 32)
+        floor_s = bench.floor_s(requests, context)
+        rate = requests / found.wall_s
+        single = single or rate
+        row(
+            requests, context, ms(floor_s), ms(found.device_s), ms(found.wall_s), f"**{rate:.0f}**",
+            f"{rate / single:.1f}x", f"{floor_s / found.wall_s:.0%}", ms(found.host_s), ms(found.first_s),
+        )  # fmt: skip
+
+
+def first_token(bench: Bench) -> None:
+    """Through the engine: from submitting to the first delivery."""
+    engine = serving.own_engine(bench.model, bench.cache, 1)
+    try:
+        callers = serving.Callers(engine, bench.model.config.vocab_size)
+        head("prompt", "first token ms", "tok/s of prompt")
+        for tokens in PROMPTS:
+            seconds = callers.first_token_s(tokens, 3 if bench.quick else 5)
+            row(tokens, f"**{ms(seconds)}**", f"{tokens / seconds:.0f}")
+    finally:
+        engine.close()
+
+
+def concurrency(bench: Bench) -> None:
+    """Whole answers through the engine."""
+    engine = serving.own_engine(bench.model, bench.cache, max(CONCURRENCIES))
+    try:
+        callers = serving.Callers(engine, bench.model.config.vocab_size)
+        say(f"Prompts of {PROMPT_TOKENS} tokens, answers of {ANSWER_TOKENS}, sampled at 0.7 and top-p 0.95.")
+        head("concurrency", "tok/s", "against 1", "s in all")
+        single: float | None = None
+        for requests in CONCURRENCIES:
+            callers.throughput(requests, PROMPT_TOKENS, 8)  # captures what it needs
+            rate, seconds = callers.throughput(requests, PROMPT_TOKENS, ANSWER_TOKENS)
+            single = single or rate
+            row(requests, f"**{rate:.0f}**", f"{rate / single:.1f}x", f"{seconds:.2f}")
+    finally:
+        engine.close()
+
+
+def kernels(bench: Bench) -> None:
+    """Device time by kernel of a decode step and of a prompt's chunk."""
+    decoding = bench.decoding
+    for requests, context in ((1, 1024), (32, 1024)):
+        if bench.quick and requests > 1:
+            continue
+        decoding.add(requests, context - PROFILED_STEPS - 5)
+        for _ in range(4):
+            decoding.step()
+        bench.clock.wait()
+        found = trace.recorded(lambda: _repeat(decoding.step, PROFILED_STEPS), bench.clock)
+        decoding.clear()
+        _kernels(f"decode of {requests} at {context}", found, PROFILED_STEPS)
+
+    def prompt() -> None:
+        decoding.add_prompt(PREFILL_TOKENS)
+        decoding.step()
+        decoding.clear()
+
+    prompt()
+    found = trace.recorded(lambda: _repeat(prompt, 3), bench.clock)
+    _kernels(f"prompt of {PREFILL_TOKENS}", found, 3)
+
+
+def _repeat(work: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+def _kernels(title: str, found: list[trace.Activity], steps: int) -> None:
+    rows = trace.by_kernel(found, steps)
+    total = sum(each[2] for each in rows)
+    say("", f"| {title} | launches | µs | share |", "|:--|--:|--:|--:|")
+    for name, launches, spent in rows[:SHOWN_KERNELS]:
+        row(name, f"{launches:.0f}", f"{spent:.1f}", f"{spent / total:.1%}")
+    if len(rows) > SHOWN_KERNELS:
+        rest = sum(each[2] for each in rows[SHOWN_KERNELS:])
+        row(f"{len(rows) - SHOWN_KERNELS} others", "", f"{rest:.1f}", f"{rest / total:.1%}")
+    row("all", f"{sum(each[1] for each in rows):.0f}", f"{total:.1f}", "")
+    idle = trace.idle(found)
+    say("", f"Idle within a step {idle.within:.1f} µs, between steps {idle.between:.1f} µs, the profiler watching.")
+
+
+def memory(bench: Bench) -> None:
+    model, cache = bench.model, bench.cache
+    embedding = model.embedding.nbytes + model.rotary.nbytes
+    say(
+        f"Weights {weight_bytes(model) / 1e9:.3f} GB, embedding and rotary table {embedding / 1e9:.3f} GB, KV cache "
+        f"{(cache.keys.nbytes + cache.values.nbytes) / 1e9:.2f} GB ({cache.blocks} blocks of {cache.block_size})."
+    )
+    if bench.device.type != "cuda":
+        return
+    free = torch.cuda.mem_get_info(bench.device)[0]
+    runner = Decoding(model, cache, 64)
+    made = free - torch.cuda.mem_get_info(bench.device)[0]
+    for size in (size for size in SIZES if size <= 64):
+        runner.measure(size, 64, 8)
+    captured = free - torch.cuda.mem_get_info(bench.device)[0]
+    free, total = torch.cuda.mem_get_info(bench.device)
+    say(
+        f"A runner of 64: {made / 1e6:.0f} MB; with graphs for 1 to 64: {captured / 1e6:.0f} MB. Peak of tensors "
+        f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB, held by the allocator "
+        f"{torch.cuda.memory_reserved() / 1e9:.2f} GB, of the card in use {(total - free) / 1e9:.2f} GB of "
+        f"{total / 1e9:.1f}."
+    )
+
+
+def own_products(bench: Bench) -> None:
+    """The model's matrices, ours: µs, and share of the floor."""
+    say("µs (share of the floor) of x [M, K] times a weight [N, K], weights cold; floor: bytes or arithmetic.")
+    head("M", *(f"{shape.name} {shape.rows}x{shape.columns}" for shape in products.SHAPES))
+    floor = bench.ceilings
+    found: dict[int, list[str]] = {m: [] for m in products.TOKENS}
+    for shape in products.SHAPES:
+        for m, (seconds,) in products.measured(shape, [products.ours(bench.ops)], products.TOKENS, bench.clock):
+            share = "" if isinstance(seconds, str) else f" ({shape.floor_s(m, floor) / seconds:.0%})"
+            found[m].append(seconds if isinstance(seconds, str) else us(seconds) + share)
+    for m, cells in found.items():
+        row(m, *cells)
+    step = [shape.floor_s(1, floor) * (1 if shape.dense else 32) for shape in products.SHAPES]
+    say("", f"Floors at M = 1, 32 layers and the head: {math.fsum(step) * 1e3:.2f} ms.")
+
+
+def peer_products(bench: Bench, name: str) -> None:
+    """The same, one other library beside ours."""
+    try:
+        peer = PEERS[name]()
+    except ImportError as error:
+        say(f"{name}: not installed ({error}).")
+        return
+    say(f"{peer.name}: µs, and how many times as long as ours in the same run.")
+    shapes = [shape for shape in products.SHAPES if not shape.dense or peer.make_dense is not None]
+    head("M", *(f"{shape.name} {shape.rows}x{shape.columns}" for shape in shapes))
+    contenders = [products.ours(bench.ops), peer]
+    for m in products.TOKENS[:: 2 if bench.quick else 1]:
+        cells = []
+        for shape in shapes:
+            for _, (own, its) in products.measured(shape, contenders, [m], bench.clock):
+                if isinstance(own, str) or isinstance(its, str):
+                    cells.append(str(its if isinstance(its, str) else own))
+                else:
+                    cells.append(f"{us(its)} ({its / own:.2f}x)")
+        row(m, *cells)
+
+
+def peers(bench: Bench) -> None:
+    """Each in a process of its own, with a time limit: some compile for minutes, and a fault ends one of them only."""
+    for name in PEERS:
+        say("")
+        _child(["--peer", name, *(["--quick"] if bench.quick else [])], PEER_TIMEOUT_S, name)
+
+
+def models(bench: Bench) -> None:
+    """Whole models by other engines: batch 1."""
+    for name in ("autoawq", "llama-cpp"):
+        _child(["--model", name, "--folder", str(bench.folder)], MODEL_TIMEOUT_S, name)
+
+
+def _child(arguments: list[str], timeout_s: float, name: str) -> None:
+    command = [sys.executable, "-m", "bench.gpu", *arguments]
+    try:
+        code = subprocess.run(command, timeout=timeout_s, check=False).returncode
+    except subprocess.TimeoutExpired:
+        say(f"{name}: stopped after {timeout_s} s.")
+    else:
+        if code:
+            say(f"{name}: its process ended with {code}.")
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Bench], None]]] = {
+    "machine": ("The machine", machine),
+    "start": ("Loading the weights", start),
+    "decode": ("Decoding one stream", decode),
+    "batches": ("Decoding side by side", batches),
+    "first": ("First token, through the engine", first_token),
+    "concurrency": ("Throughput, through the engine", concurrency),
+    "kernels": ("Time by kernel", kernels),
+    "memory": ("Memory", memory),
+    "products": ("Matrix products", own_products),
+    "peers": ("Matrix products, beside other libraries", peers),
+    "models": ("Whole models, by other engines", models),
+}
+AFTER_MODEL = ("products", "peers", "models")  # what does not need it, and wants its memory
+
+
+def run(bench: Bench, names: list[str]) -> None:
+    """Every section by itself: one that fails says so, and the next begins."""
+    began_s = time.perf_counter()
+    for name in names:
+        title, section = SECTIONS[name]
+        if name in AFTER_MODEL:
+            bench.forget()
+        say("", f"## {title}", "")
+        section_began_s = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                section(bench)
+        except Exception as error:  # noqa: BLE001 - what one section meets must not cost the others
+            say("", f"Failed: {type(error).__name__}: {error}")
+        say("", f"({time.perf_counter() - section_began_s:.0f} s)")
+    say("", f"In all: {time.perf_counter() - began_s:.0f} s.")
+
+
+def make_checkpoint(folder: Path) -> None:
+    began_s = time.perf_counter()
+    full_size.make(folder)
+    say(f"Random weights of the full size, made or found in {time.perf_counter() - began_s:.0f} s.")
