@@ -207,11 +207,10 @@ def check_head(kernels: Guarded, matrix: torch.Tensor, w: PackedLinear, tokens: 
 @pytest.mark.parametrize(("inputs", "half", "group"), [(4096, 16, 128), (576, 48, 64), (96, 8, 32)])
 def test_fused_norm(kernels: Guarded, rng: random.Random, inputs: int, half: int, group: int) -> None:
     w = packed(kernels, random_awq(inputs, 2 * half, group), paired=True)
-    head = PackedLinear(linear.pack_head(torch.randn(40, inputs).half()), kernels.device)
-    check_fused_norm(kernels, w, head)
+    check_fused_norm(kernels, w)
 
 
-def check_fused_norm(kernels: Guarded, w: PackedLinear, head: PackedLinear) -> None:
+def check_fused_norm(kernels: Guarded, w: PackedLinear) -> None:
     """Against the norm in a kernel of its own, to the bit; also for more tokens than are ever asked of it."""
     norm = torch.randn(w.columns).half().to(kernels.device)
     for tokens in (1, 2, 3, 8):
@@ -220,7 +219,6 @@ def check_fused_norm(kernels: Guarded, w: PackedLinear, head: PackedLinear) -> N
         for fused, plain in (
             (kernels.norm_linear(residual, norm, EPS, w), kernels.linear(x, w)),
             (kernels.norm_linear_silu_mul(residual, norm, EPS, w), kernels.linear_silu_mul(x, w)),
-            (kernels.norm_head(residual, norm, EPS, head), kernels.head(x, head)),
         ):
             assert not plain.isnan().any() and torch.equal(fused, plain)
         out = kernels.poisoned(tokens, w.rows, torch.float16)
@@ -231,11 +229,11 @@ def check_fused_norm(kernels: Guarded, w: PackedLinear, head: PackedLinear) -> N
 
 
 @pytest.mark.parametrize("hidden", [4096, 576, 40, 8])
-def test_norms_and_activation(kernels: Guarded, rng: random.Random, hidden: int) -> None:
-    check_norms_and_activation(kernels, rng.choice([1, 2, 9]), hidden)
+def test_norms(kernels: Guarded, rng: random.Random, hidden: int) -> None:
+    check_norms(kernels, rng.choice([1, 2, 9]), hidden)
 
 
-def check_norms_and_activation(kernels: Guarded, tokens: int, hidden: int) -> None:
+def check_norms(kernels: Guarded, tokens: int, hidden: int) -> None:
     """Where float32 errs by some units of 2^-23, the rounding to fp16 may go the other way: a unit of 2^-10 of fp16
     twice, before the multiplication and after it.
     """
@@ -250,9 +248,6 @@ def check_norms_and_activation(kernels: Guarded, tokens: int, hidden: int) -> No
     found = kernels.add_rms_norm(x.to(device), own, norm.to(device), EPS)
     check(found, exact.double(), exact.double().abs() * 2**-9.9 + 2**-24)
     assert torch.equal(own.cpu(), total)
-    gate_up = (torch.randn(tokens, 2 * hidden) * 20).half()
-    product = REFERENCE.silu_and_mul(gate_up.double())
-    check(kernels.silu_and_mul(gate_up.to(device)), product, rounded(product, product.abs() * 200 * 2**-22))
     kernels.check_guards()
 
 
@@ -262,7 +257,6 @@ def test_nothing_to_do(kernels: Guarded) -> None:
     assert kernels.linear(none.half(), w).shape == (0, 16)
     assert kernels.norm_linear_silu_mul(none, norm, EPS, w).shape == (0, 8)
     assert kernels.rms_norm(none, norm, EPS).shape == kernels.add_rms_norm(none.half(), none, norm, EPS).shape
-    assert kernels.silu_and_mul(none.half()).shape == (0, 64)
 
 
 def test_packed_weights_come_back(kernels: Guarded) -> None:
@@ -342,6 +336,5 @@ def test_head_of_starling(gpu_kernels: Guarded, rng: random.Random, vocabulary: 
 @pytest.mark.gpu
 def test_norms_of_starling(gpu_kernels: Guarded, rng: random.Random) -> None:
     w = packed(gpu_kernels, random_awq(4096, 28672, 128), paired=True)
-    head = PackedLinear(linear.pack_head(torch.randn(32002, 4096).half()), gpu_kernels.device)
-    check_fused_norm(gpu_kernels, w, head)
-    check_norms_and_activation(gpu_kernels, rng.randint(1, 3000), 4096)
+    check_fused_norm(gpu_kernels, w)
+    check_norms(gpu_kernels, rng.randint(1, 3000), 4096)

@@ -137,11 +137,6 @@ class LinearKernels:
         out = self._empty(residual, weight.rows // 2, torch.float16)
         return self._norm_multiply(residual, norm, eps, weight, SILU_MUL, out)
 
-    def norm_head(self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: PackedLinear) -> torch.Tensor:
-        """head(rms_norm(residual, norm, eps), weight), to the bit."""
-        out = self._empty(residual, weight.rows, torch.float32)
-        return self._norm_multiply(residual, norm, eps, weight, LOGITS, out)
-
     def rms_norm(self, x: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
         """float32 [T, H] → fp16 [T, H]: normalised in float32, rounded, multiplied by `norm` fp16 [H] in fp16."""
         assert x.dtype == torch.float32 and norm.dtype == torch.float16 and x.shape[1] % 4 == 0
@@ -158,16 +153,6 @@ class LinearKernels:
         if x.shape[0]:
             arguments = (x, residual, norm, out, x.shape[1], eps)
             self._module("norm").launch("add_rms_norm", (x.shape[0], 1, 1), THREADS, WARPS * 4, *arguments)
-        return out
-
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """fp16 [T, 2 * I] → silu(first half) * second half, fp16 [T, I]."""
-        tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-        assert gate_up.dtype == torch.float16 and width % 4 == 0
-        out = self._empty(gate_up, width, torch.float16)
-        if tokens:
-            grid = (-(-width // (4 * THREADS)), tokens, 1)
-            self._module("norm").launch("silu_and_mul", grid, THREADS, 0, gate_up, out, width)
         return out
 
     def _norm_multiply(

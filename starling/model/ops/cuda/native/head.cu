@@ -2,7 +2,6 @@
 #include "linear.h"
 
 KERNEL(256, 2) narrow(LINEAR_PARAMETERS) { linear_narrow<Half, 4, false>(LINEAR); }
-KERNEL(256, 2) narrow_norm(LINEAR_PARAMETERS) { linear_narrow<Half, 4, true>(LINEAR); }
 KERNEL(256, 2) wide_8(LINEAR_PARAMETERS) { linear_wide<Half, 1, 1, 1, 3>(LINEAR); }
 KERNEL(256, 2) wide_16(LINEAR_PARAMETERS) { linear_wide<Half, 2, 1, 1, 3>(LINEAR); }
 KERNEL(256, 2) wide_32(LINEAR_PARAMETERS) { linear_wide<Half, 4, 1, 1, 3>(LINEAR); }

@@ -28,14 +28,3 @@ KERNEL(256) add_rms_norm(const half_t* x, float* residual, const half_t* weight,
   }
   norm_row(residual + row, weight, out + row, width, eps);
 }
-
-// gate_up fp16 [tokens][2 * width] → silu(first half) * second half, fp16 [tokens][width]; 4 of them for each thread
-KERNEL(256) silu_and_mul(const half_t* gate_up, half_t* out, int width) {
-  const int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= width) return;
-  const half_t* row = gate_up + (i64)blockIdx.y * 2 * width + i;
-  const uint2 gate = *(const uint2*)row, up = *(const uint2*)(row + width);
-  *(uint2*)(out + (i64)blockIdx.y * width + i) = make_uint2(
-      pack_halves(silu(low_half(gate.x)) * low_half(up.x), silu(high_half(gate.x)) * high_half(up.x)),
-      pack_halves(silu(low_half(gate.y)) * low_half(up.y), silu(high_half(gate.y)) * high_half(up.y)));
-}
