@@ -56,12 +56,20 @@ def emulated(shape: Shape, ranges: int) -> AttentionKernels:
 
 
 def random_cache(
-    pieces: list[Piece], blocks: int, kv_heads: int, block_size: int, dim: int, device: str = "cpu"
+    pieces: list[Piece],
+    blocks: int,
+    kv_heads: int,
+    block_size: int,
+    dim: int,
+    device: str = "cpu",
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values where positions before the step's were written, NaN in everything else."""
+    """Keys and values at the positions before the step's that it can see, NaN in everything else."""
     cache = torch.full((2, blocks, kv_heads, block_size, dim), torch.nan, dtype=torch.float16, device=device)
     for piece in pieces:
-        slots = torch.tensor([piece.table[p // block_size] * block_size + p % block_size for p in range(piece.start)])
+        first = 0 if window is None else max(0, piece.start - window + 1)
+        seen = range(first, piece.start)
+        slots = torch.tensor([piece.table[p // block_size] * block_size + p % block_size for p in seen])
         if len(slots):
             written = torch.randn(2, len(slots), kv_heads, dim, device=device).half()
             cache[:, slots // block_size, :, slots % block_size] = written.transpose(0, 1)
@@ -112,7 +120,7 @@ def test_a_mixed_step(rng: random.Random, guards: None, shape: Shape, window: in
     spans.append((rng.randint(30, 150), rng.randint(17, 25)))
     pieces = mixed_pieces(rng, spans, block_size, blocks)
     batch = without_passed_blocks(step(pieces, block_size), window, block_size)
-    keys, values = random_cache(pieces, blocks, kv_heads, block_size, dim)
+    keys, values = random_cache(pieces, blocks, kv_heads, block_size, dim, window=window)
     qkv = (torch.randn(batch.positions.numel(), (heads + 2 * kv_heads) * dim) * rng.choice([0.1, 1, 3])).half()
     rotary = torch.randn(1024, dim).clamp(-1, 1)
 
@@ -288,7 +296,7 @@ def test_rotating_within_attention(rng: random.Random, guards: None, shape: Shap
         pieces = mixed_pieces(rng, spans, block_size, blocks)
         batch = without_passed_blocks(step(pieces, block_size), window, block_size)
         kernels = emulated(shape, ranges=rng.choice([1, 3, 40]))
-        caches = [random_cache(pieces, blocks, kv_heads, block_size, dim)]
+        caches = [random_cache(pieces, blocks, kv_heads, block_size, dim, window=window)]
         caches.append((caches[0][0].clone(), caches[0][1].clone()))
         qkv = torch.randn(batch.positions.numel(), (heads + 2 * kv_heads) * dim).half()
         rotary = torch.randn(512, dim).clamp(-1, 1)
@@ -340,7 +348,7 @@ def test_full_shapes(rng: random.Random, shape: Shape, block_size: int, window: 
         pieces = mixed_pieces(rng, spans, block_size, blocks)
         batch = without_passed_blocks(step(pieces, block_size), window, block_size)
         batch = on(batch, "cuda")
-        keys, values = random_cache(pieces, blocks, kv_heads, block_size, dim, "cuda")
+        keys, values = random_cache(pieces, blocks, kv_heads, block_size, dim, "cuda", window)
         qkv = torch.randn(batch.positions.numel(), (heads + 2 * kv_heads) * dim, device="cuda").half()
         rotary = torch.randn(8192, dim, device="cuda").clamp(-1, 1)
         oracle_keys, oracle_values = keys.float(), values.float()

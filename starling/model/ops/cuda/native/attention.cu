@@ -10,29 +10,35 @@
 // Who computes which part is then free:
 //   few rows (a request with at most 16 tokens in this step): a tile is 16 rows (token, head of the group) of one
 //   request; the list of its (tile, KV head, split) items is cut into as many equal ranges as blocks are resident. A
-//   block's four warps take one unit each, and fetch the next item's keys as soon as they have read this one's. A (tile,
-//   head) within one range is folded in registers and written out; for one that is cut, the block with its first
+//   block's four warps take one unit each, and fetch the next item's keys as soon as they have read this one's. A
+//   (tile, head) within one range is folded in registers and written out; for one that is cut, the block with its first
 //   split leaves what it folded in scratch, the others leave each split, and the last block to arrive folds them.
+//   Given q|k|v as projected, these blocks rotate queries and keys themselves and take this step's own keys and values
+//   from there (every tile of the request does, so that none waits for another); a token's own tile writes them.
 //   many rows (prompts): a block takes 64 rows of one KV head, 16 a warp, through all their keys, two units at a time.
 //
-// Keys outside of what the tile may see are zeros in shared memory, and their blocks are not read: masked weights are 0,
-// and 0 times whatever an unused block holds must not be NaN.
+// Keys outside of what the tile may see are zeros in shared memory, and their blocks are not read: masked weights are
+// 0, and 0 times whatever an unused block holds must not be NaN.
 //
 // Few rows, D = 128: a KV head's position is 512 bytes, read once, by 16-byte asynchronous copies of whole 256-byte
 // rows. 64 KiB a block are in flight at the start and at least 32 KiB always, one block per multiprocessor on an A40,
-// two on an H100: 2.7 MB and 8.6 MB, of which 0.4 and 2.4 MB fill the memory. Tensor work per 128 keys is 64 products
-// of 16 x 8 x 16 per warp: 1,024 cycles on GA102, 0.6 us, where the memory of an A40 needs 7.9 us per multiprocessor for
-// the same 64 KiB. So at 4,096 positions a layer should take its 16.8 MB / bandwidth (24 us on an A40) and 3 to 4 us of
-// start, first latency and last fold. Of 128 positions it takes only those: 8 blocks fetch 64 KiB each, once.
+// two on an H100: 2.7 MB and 8.6 MB, of which 0.4 and 2.4 MB fill the memory. 128 keys are 64 products of 16 x 8 x 16
+// and about 1,000 other instructions per warp: 1.2 us on GA102, where the memory of an A40 needs 7.9 us for each
+// multiprocessor's 64 KiB (H100: 2.9 us, and two blocks to hide it). So a layer's decode at 4,096 positions should take
+// its 16.8 MB / bandwidth (24 us on an A40) and 3 to 4 us of start, first latency and last fold; at 128 positions only
+// those, 8 blocks fetching 64 KiB each, once.
+//
+// Many rows: 64 products and about 450 other instructions per unit and warp, 1,024 cycles of tensor cores on GA102: 60
+// to 70% of them, with a warp on each scheduler. That is 4% of the work of a prompt of 2,048 tokens.
 #include "rotary.h"
 
 constexpr int kThreads = 128;
-constexpr int kUnit = 32;               // keys
-constexpr int kSplit = 4 * kUnit;       // a unit for each warp
-constexpr int kStage = 2 * kUnit;       // keys that a prompt's block fetches at once
-constexpr int kFewRows = 16;            // of a tile
+constexpr int kUnit = 32;          // keys
+constexpr int kSplit = 4 * kUnit;  // a unit for each warp
+constexpr int kStage = 2 * kUnit;  // keys that a prompt's block fetches at once
+constexpr int kFewRows = 16;       // of a tile
 constexpr int kManyRows = 64;
-constexpr int kFewTokens = 16;          // a request with more of them in a step is a prompt
+constexpr int kFewTokens = 16;  // a request with more of them in a step is a prompt
 
 DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
@@ -147,7 +153,8 @@ DEVICE Rows load_queries(u32 (&q)[D / 16][4], const Step& step, const Tile& tile
     for (int j = 0; j < D / 32; j++) {
 #pragma unroll
       for (int i = half; i < 4; i += 2) {
-        const float2 c = *(const float2*)(cos + 16 * j + i / 2 * 8), s = *(const float2*)(cos + D / 2 + 16 * j + i / 2 * 8);
+        const int at = 16 * j + i / 2 * 8;
+        const float2 c = *(const float2*)(cos + at), s = *(const float2*)(cos + D / 2 + at);
         const u32 first = q[j][i], second = q[j + D / 32][i];
         q[j][i] = turn(first, second, c, s, false);
         q[j + D / 32][i] = turn(second, first, c, s, true);
@@ -244,8 +251,8 @@ DEVICE Scales fold(float& top, float& sum, float fresh_top, float fresh_sum) {
 }
 
 // Shared memory: keys and values of four units each, then either a prompt's sums, or of few rows each warp's weighted
-// values [16][D + 8] float32 (8 more, so that a fragment's rows lie in different banks), its largest
-// scores and sums [16][2], and a word.
+// values [16][D + 8] float32 (8 more, so that a fragment's rows lie in different banks), its largest scores and sums
+// [16][2], and a word.
 template <int D> constexpr int kPartStride = D + 8;
 template <int D> constexpr int kPartsAt = 8 * kUnitBytes<D>;
 template <int D> constexpr int kStatsAt = kPartsAt<D> + 4 * kFewRows * kPartStride<D> * 4;
@@ -273,10 +280,12 @@ template <int D> DEVICE void attend_many(const Step& step, const Tile& tile, int
   const int last_seen = tile.position + last_token;
   const int first_seen = max(0, tile.position + first_token - step.window + 1);
 
-  float top[2], sum[2], a[D / 8][4];  // of this split
-  float all_top[2] = {minus_infinity(), minus_infinity()}, all_sum[2] = {};  // of the splits before; their values, which
-  float4* all = (float4*)(shared + kPartsAt<D>) + threadIdx.x;               // would take 64 more registers, are at
-#pragma unroll                                                               // all[kThreads * n]
+  // Of this split, then of the splits before: their values would take 64 more registers, so they are at
+  // all[kThreads * n] in shared memory.
+  float top[2], sum[2], a[D / 8][4];
+  float all_top[2] = {minus_infinity(), minus_infinity()}, all_sum[2] = {};
+  float4* all = (float4*)(shared + kPartsAt<D>) + threadIdx.x;
+#pragma unroll
   for (int n = 0; n < D / 8; n++) all[kThreads * n] = make_float4(0, 0, 0, 0);
   const auto clear = [&] {
     top[0] = top[1] = minus_infinity();
@@ -315,8 +324,8 @@ template <int D> DEVICE void attend_many(const Step& step, const Tile& tile, int
 #pragma unroll
       for (int n = 0; n < D / 8; n++) {
         const float4 old = all[kThreads * n];
-        all[kThreads * n] = make_float4(join(old.x, a[n][0], low), join(old.y, a[n][1], low), join(old.z, a[n][2], high),
-                                        join(old.w, a[n][3], high));
+        all[kThreads * n] = make_float4(join(old.x, a[n][0], low), join(old.y, a[n][1], low),
+                                        join(old.z, a[n][2], high), join(old.w, a[n][3], high));
       }
       clear();
     }
@@ -591,7 +600,8 @@ DEVICE void attend(const Step& step, const int* counts, const Tile* tiles, const
       const int *tiles, const int *prompt_tiles, const int *ranges, int max_ranges, u32 *counters, float *scratch,  \
       int slots
 #define STEP {q, rotary, keys, values, out, tables, table_width, heads, kv_heads, dim, block_size, window, scale}
-#define LISTS counts, (const Tile*)tiles, (const Tile*)prompt_tiles, (const Range*)ranges, max_ranges, counters, scratch, slots
+#define LISTS                                                                                                    \
+  counts, (const Tile*)tiles, (const Tile*)prompt_tiles, (const Range*)ranges, max_ranges, counters, scratch, slots
 
 KERNEL(kThreads) attention_64(PARAMETERS) { attend<64>(STEP, LISTS); }    // heads of up to 64 dimensions
 KERNEL(kThreads) attention_128(PARAMETERS) { attend<128>(STEP, LISTS); }  // and up to 128

@@ -3,11 +3,12 @@
 #define STARLING_ROTARY_H
 #include "device.h"
 
-// Two elements turned, `other` being the two that they are paired with, half a head away; `second`: these are the pair's
-// second halves.
+// Two elements turned; `other` are the two that they are paired with, half a head away; `second`: these are the second
+// halves of their pairs.
 DEVICE u32 turn(u32 own, u32 other, float2 cos, float2 sin, bool second) {
   const float low = low_half(other) * sin.x, high = high_half(other) * sin.y;
-  return pack_halves(fmaf(low_half(own), cos.x, second ? low : -low), fmaf(high_half(own), cos.y, second ? high : -high));
+  return pack_halves(fmaf(low_half(own), cos.x, second ? low : -low),
+                     fmaf(high_half(own), cos.y, second ? high : -high));
 }
 
 // Eight of them; cosines and sines are float32 and lie on 16 bytes.
