@@ -1,5 +1,6 @@
 """What `python -m bench.gpu` prints, a function per section: each measures, and says its rows as it has them."""
 
+import gc
 import math
 import subprocess
 import sys
@@ -78,6 +79,7 @@ class Bench:
         """Give the model's memory back."""
         for name in ("decoding", "cache", "model"):
             self.__dict__.pop(name, None)
+        gc.collect()  # a runner is part of a cycle, and holds them all
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
