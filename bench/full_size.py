@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from starling import tokenizer_json
 from starling.errors import WeightsError
@@ -92,7 +93,11 @@ def _values(name: str, shape: tuple[int, ...], random: np.random.Generator) -> n
         return random.integers(-(2**31), 2**31, shape, dtype=np.int32)
 
     def normal(mean: float, deviation: float) -> Callable[[], np.ndarray]:
-        return lambda: (mean + deviation * random.standard_normal(shape, dtype=np.float32)).astype(np.float16)
+        def values() -> np.ndarray:  # by torch, whose rounding to halves is ten times as fast
+            generator = torch.Generator().manual_seed(int(random.integers(2**31)))
+            return torch.empty(shape).normal_(mean, deviation, generator=generator).half().numpy()
+
+        return values
 
     makers: dict[str, Callable[[], np.ndarray]] = {
         "qweight": words,

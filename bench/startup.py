@@ -3,32 +3,35 @@
     python -m bench.startup --weights weights/demo
 
 Cog's own server is started: first with nothing prepared (kernels to compile, weights to repack), then as every later
-start is, `--rounds` times. The parts inside setup are those that the service logs itself (starling/startup.py).
+start is, `--rounds` times. The parts inside setup are those that the service logs itself (starling/startup.py). With
+`--alone` no server is started, only the service in a process of its own, which needs no Cog.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from starling.client import Client
-from starling.local_server import LocalServer
 from starling.weights import LOCK_PATH
 
 PARTS = {
     "server": "Cog's server starts, and its worker",
     "imports": "the worker imports cog, predict.py, torch, starling",
     "weights": "weights are found, and verified where a lock names them",
-    "operations": "kernels are loaded (the first time: compiled)",
-    "model": "the model is mapped into memory (the first time: repacked)",
+    "operations": "kernels are loaded (the first time: compiled); on a GPU its context is made first",
+    "model": "the model is mapped into memory (the first time: repacked); onto a GPU it is read, and repacked there",
     "tokenizer": "tokenizer.json is read",
     "kv_cache": "the KV cache is allocated",
+    "runner": "what steps share is allocated: on a GPU pinned memory, and tables for sampling",
     "grammars": "the tables for schemas and regular expressions are built",
-    "warm_up": "one real prediction",
+    "warm_up": "one real prediction; on a GPU its decode step is captured",
     "ready": "until the health check says READY",
     "first token": "the first request's first text",
 }
@@ -46,6 +49,9 @@ def start_line(log: str) -> dict[str, Any]:
 
 def one_start(environ: dict[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
     """Seconds per part, and the service's own line."""
+    from starling.client import Client  # what they import is not installed everywhere
+    from starling.local_server import LocalServer
+
     server = LocalServer(environ=environ)
     began_s = time.time()
     with server:
@@ -58,6 +64,37 @@ def one_start(environ: dict[str, str]) -> tuple[dict[str, float], dict[str, Any]
         line = start_line(server.log)
     seconds = {"server": line["process_began"] - began_s, **line["seconds"]}
     return seconds | {"ready": ready_s - began_s - sum(seconds.values()), "first token": first_s - ready_s}, line
+
+
+ALONE = """
+import json, os, time
+from starling.logs import configure
+configure()
+from starling.request import Request
+from starling.service import Service
+from starling.settings import Settings
+service = Service.load(Settings.from_env(os.environ))
+began_s = time.time()
+answer = service.generate(Request(prompt="What is the capital of France?", temperature=0, max_tokens=16))
+next(iter(answer))
+print(json.dumps({"ready": began_s, "first token": time.time() - began_s}))
+service.close()
+"""
+
+
+def one_load(environ: dict[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The same, of the service without a server."""
+    began_s = time.time()
+    command = [sys.executable, "-c", ALONE]
+    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    end = json.loads(done.stdout.splitlines()[-1])
+    line = start_line(done.stderr)
+    seconds = {"server": 0.0, **line["seconds"]}
+    seconds["imports"] += line["process_began"] - began_s
+    ready_s = end["ready"] - began_s - sum(seconds.values())
+    return seconds | {"ready": ready_s, "first token": end["first token"]}, line
 
 
 def copy_of(weights: Path, folder: Path) -> Path:
@@ -74,19 +111,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.startup", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--weights", type=Path, default=LOCK_PATH.parent / "demo")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="the service without Cog's server")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         environ = {"STARLING_WEIGHTS": str(copy_of(options.weights.resolve(), folder)), "HOME": str(folder)}
-        first, line = one_start(environ)
-        later = [one_start(environ)[0] for _ in range(options.rounds)]
-    median = {part: statistics.median(start[part] for start in later) for part in first}
+        start = one_load if options.alone else one_start
+        first, line = start(environ)
+        later = [start(environ)[0] for _ in range(options.rounds)]
+    median = {part: statistics.median(each[part] for each in later) for part in first}
     print(f"{options.weights.name}: {line['operations']}, {line['processor']}, torch {line['versions']['torch']}")
     print(f"seconds     first start   later (median of {options.rounds})")
     for part, meaning in PARTS.items():
         print(f"{part:11s} {first[part]:11.2f} {median[part]:8.2f}   {meaning}")
     for name, parts in (("READY", list(PARTS)[:-1]), ("first token", list(PARTS))):
-        first_s, later_s = (sum(start[part] for part in parts) for start in (first, median))
+        first_s, later_s = (sum(each[part] for part in parts) for each in (first, median))
         print(f"from nothing to {name}: {first_s:.2f} s the first time, {later_s:.2f} s later")
 
 

@@ -18,7 +18,7 @@ from starling.generation import Generation, GenerationResult
 from starling.grammar import Grammars
 from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
-from starling.model.memory import kv_cache_budget
+from starling.model.memory import kv_cache_budget, settle
 from starling.model.mistral import Mistral
 from starling.model.ops import Ops, choose_ops
 from starling.request import MAX_SEED, Request
@@ -170,6 +170,7 @@ def _load_own(folder: Path, settings: Settings, startup: Startup) -> TokenEngine
         startup.operations = f"{ops.name} on {ops.device}"
     with startup.lap("model"):
         model = Mistral.load(folder, ops)
+        settle(ops.device)
     config = model.config
     limits = Limits(
         max_running=settings.max_concurrency,
@@ -185,7 +186,8 @@ def _load_own(folder: Path, settings: Settings, startup: Startup) -> TokenEngine
             max_positions=config.max_position_embeddings,
             window=config.sliding_window,
         )
-    runner = _runner(model, cache, books, limits)
+    with startup.lap("runner"):
+        runner = _runner(model, cache, books, limits)
     return Engine(
         Scheduler(books, limits, runner.device_counts),
         runner,

@@ -13,6 +13,18 @@ settings.register_profile("starling", deadline=None, print_blob=True)
 settings.load_profile("starling")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Asked for the GPU's tests alone, import no file that holds none: a machine with a GPU may lack what others need.
+
+    The GPU's tests need torch, transformers, safetensors, pydantic, huggingface_hub, psutil, tqdm, filelock and
+    hypothesis; neither Cog nor anything of its server, the tokenizer or the grammars.
+    """
+    if config.option.markexpr != "gpu":
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any("mark.gpu" in file.read_text(encoding="utf-8") for file in files) else True
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")

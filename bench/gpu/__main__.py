@@ -16,6 +16,7 @@ import torch
 from bench import full_size
 from bench.gpu import models, sections
 from bench.gpu.peers import PEERS
+from starling.errors import DeviceError
 from starling.model.ops.cuda import CudaOps
 
 
@@ -30,7 +31,11 @@ def main() -> None:
     if options.model:
         sections.say(models.report(options.model, options.folder))
         return
-    bench = sections.Bench(options.folder, CudaOps.on_gpu(), options.quick)
+    try:
+        ops = CudaOps.on_gpu()
+    except DeviceError as error:
+        raise SystemExit(str(error)) from error
+    bench = sections.Bench(options.folder, ops, options.quick)
     if options.peer:
         with torch.inference_mode():
             sections.peer_products(bench, options.peer)

@@ -1,13 +1,13 @@
 """What this machine can do at best: its memory's speed and its tensor cores', measured, and what it is."""
 
 import ctypes
-import os
 from dataclasses import dataclass
 
 import torch
 
 from bench.gpu.clock import Clock
 from starling.model.ops.cuda import nvrtc
+from starling.startup import processor
 
 BANDWIDTH_BYTES = 2 << 30
 MATRIX = 8192
@@ -45,7 +45,7 @@ def _tensor_rate(clock: Clock, matrix: int) -> float:
 
 def description(device: torch.device) -> str:
     """The card and the versions that matter, on one line."""
-    found = [f"torch {torch.__version__}", f"NVRTC {_nvrtc_version()}", f"{os.cpu_count()} CPU cores"]
+    found = [f"torch {torch.__version__}", f"NVRTC {_nvrtc_version()}", processor()]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found = [

@@ -6,6 +6,7 @@ from pathlib import Path
 from bench import full_size_gguf
 from bench.gpu.serving import Callers
 from bench.peer import Peer
+from starling.errors import StarlingError
 from starling.model.config import ModelConfig
 
 PROMPT_TOKENS = 128
@@ -48,5 +49,5 @@ def report(name: str, folder: Path) -> str:
     """One line; where an engine is not there, that."""
     try:
         return f"- {name}: {MODELS[name](folder)}."
-    except ImportError as error:
-        return f"- {name}: not installed ({error})."
+    except (ImportError, StarlingError) as error:
+        return f"- {name}: not to be had here ({error})."

@@ -1,5 +1,6 @@
 """What `python -m bench.gpu` prints, a function per section: each measures, and says its rows as it has them."""
 
+import gc
 import math
 import subprocess
 import sys
@@ -34,7 +35,7 @@ PROMPT_TOKENS, ANSWER_TOKENS = 128, 128
 PROFILED_STEPS = 8
 SHOWN_KERNELS = 14
 PEER_TIMEOUT_S = 75
-MODEL_TIMEOUT_S = 150
+MODEL_TIMEOUT_S = 90
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Bench:
         """Give the model's memory back."""
         for name in ("decoding", "cache", "model"):
             self.__dict__.pop(name, None)
+        gc.collect()  # a runner is part of a cycle, and holds them all
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -124,9 +126,8 @@ def start(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as cache:
             major, minor = torch.cuda.get_device_capability(bench.device)
             began_s = time.perf_counter()
-            for source in nvrtc.SOURCES:
-                nvrtc.cubin(source, major * 10 + minor, Path(cache))
-            say(f"All kernels compiled by NVRTC, one after the other: {time.perf_counter() - began_s:.2f} s.")
+            nvrtc.compile_ahead((major * 10 + minor,), Path(cache))
+            say(f"All kernels compiled by NVRTC, side by side: {time.perf_counter() - began_s:.2f} s.")
     config = bench.model.config  # loads it: what is compiled once is compiled
     copy_rate, pack_s = loading.copy_rate(bench.clock), loading.pack_seconds(config, bench.ops, bench.clock)
     bench.forget()
@@ -309,14 +310,15 @@ def peer_products(bench: Bench, name: str) -> None:
     shapes = [shape for shape in products.SHAPES if not shape.dense or peer.make_dense is not None]
     head("M", *(f"{shape.name} {shape.rows}x{shape.columns}" for shape in shapes))
     contenders = [products.ours(bench.ops), peer]
-    for m in products.TOKENS[:: 2 if bench.quick else 1]:
+    tokens = products.TOKENS[:: 2 if bench.quick else 1]
+    found = [products.measured(shape, contenders, tokens, bench.clock) for shape in shapes]
+    for m in tokens:  # so that all matrices at few tokens are measured, if time runs out
         cells = []
-        for shape in shapes:
-            for _, (own, its) in products.measured(shape, contenders, [m], bench.clock):
-                if isinstance(own, str) or isinstance(its, str):
-                    cells.append(str(its if isinstance(its, str) else own))
-                else:
-                    cells.append(f"{us(its)} ({its / own:.2f}x)")
+        for _, (own, its) in map(next, found):
+            if isinstance(own, str) or isinstance(its, str):
+                cells.append(str(its if isinstance(its, str) else own))
+            else:
+                cells.append(f"{us(its)} ({its / own:.2f}x)")
         row(m, *cells)
 
 

@@ -28,6 +28,13 @@ def kv_cache_budget(device: torch.device) -> int:
     return max(0, free - GPU_RESERVE_BYTES) if device.type == "cuda" else int(free * CPU_SHARE)
 
 
+def settle(device: torch.device) -> None:
+    """Wait for what loading gave a GPU to do, and give back the memory that only loading needed: some GB."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 def check_fits(free: int, weights: int, cache: int) -> None:
     """All in bytes, of a GPU. Raises DeviceError when `free` holds less than these and what steps need."""
     needed = weights + cache + GPU_RESERVE_BYTES

@@ -15,7 +15,7 @@ import torch
 from starling.model.ops.build_cache import locked, user_cache
 from starling.model.ops.cpu.compiler import find_compiler
 from starling.model.ops.cuda import CudaOps
-from starling.model.ops.cuda.driver import packed
+from starling.model.ops.cuda.driver import Arguments
 from starling.model.ops.cuda.module import Argument, Grid
 from starling.model.ops.cuda.nvrtc import NATIVE
 
@@ -39,7 +39,7 @@ class EmulatedModule:
         run = self._library[f"run_{kernel}"]
         run.restype = ctypes.c_char_p
         seed = ctypes.c_uint64(self._random.getrandbits(64))
-        fault = run(*map(ctypes.c_uint, (*grid, threads, shared_bytes)), seed, packed(arguments))
+        fault = run(*map(ctypes.c_uint, (*grid, threads, shared_bytes)), seed, Arguments(arguments))
         assert fault is None, f"{kernel}: {fault.decode()}"
 
 

@@ -1,5 +1,7 @@
 """The GPU benchmark's way of measuring, on emulated kernels and a tiny model: that it measures, not what."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,20 @@ def test_products_are_compared_with_float32_before_they_are_timed() -> None:
     head = Shape("head", 67, 64, dense=True)
     ((_, (seconds,)),) = products.measured(head, [products.ours(emulated_ops())], (2,), CPU)
     assert isinstance(seconds, float)
+
+
+def test_a_peer_stands_beside_ours_or_is_named_as_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(products, "SHAPES", (SMALL,))
+    monkeypatch.setattr(products, "TOKENS", (1, 2))
+    monkeypatch.setitem(sys.modules, "gemlite", None)
+    bench = sections.Bench(Path(), emulated_ops())
+    sections.peer_products(bench, "gemlite")
+    assert capsys.readouterr().out.startswith("gemlite: not installed")
+    sections.peer_products(bench, "cublas")
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert all(re.fullmatch(rf"\| {m} \| [\d.]+ \([\d.]+x\) \|", row) for m, row in zip((1, 2), rows, strict=True))
 
 
 def test_the_floor_of_a_product_is_bytes_then_arithmetic() -> None:

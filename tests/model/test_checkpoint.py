@@ -37,10 +37,10 @@ def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("buffer_bytes", [1000, 1 << 20])
-def test_staged_tensors_are_the_mapped_ones(folder: Path, device: str, buffer_bytes: int) -> None:
+@pytest.mark.parametrize(("buffer_bytes", "part_bytes"), [(1000, 999), (1000, 250), (1 << 20, 1 << 19)])
+def test_staged_tensors_are_the_mapped_ones(folder: Path, device: str, buffer_bytes: int, part_bytes: int) -> None:
     config = ModelConfig.from_folder(folder)
-    staging = Staging(torch.device(device), buffer_bytes)
+    staging = Staging(torch.device(device), buffer_bytes, part_bytes)
     with open_checkpoint(folder, config) as mapped, open_checkpoint(folder, config, staging) as staged:
         for name in expected_tensors(config):
             assert torch.equal(staged.tensor(name).cpu(), mapped.tensor(name))
@@ -49,8 +49,9 @@ def test_staged_tensors_are_the_mapped_ones(folder: Path, device: str, buffer_by
 def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "short"
     path.write_bytes(bytes(100))
-    with pytest.raises(OSError, match="ends at byte 100"):
-        Staging(torch.device("cpu")).tensor(path, 60, torch.float16, (30,))
+    for part_bytes in (7, 1000):
+        with pytest.raises(OSError, match="ends at byte 100"):
+            Staging(torch.device("cpu"), part_bytes=part_bytes).tensor(path, 60, torch.float16, (21,))
 
 
 def test_the_real_checkpoints_tensors() -> None:

@@ -1,6 +1,8 @@
 """The CUDA driver: machine code → kernels that can be launched on torch's stream."""
 
 import ctypes
+import struct
+from array import array
 from functools import lru_cache
 
 import torch
@@ -10,6 +12,7 @@ from starling.model.ops.cuda import nvrtc
 from starling.model.ops.cuda.module import Argument, Grid
 
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_UINT32, _FLOAT32 = struct.Struct("<I"), struct.Struct("<f")
 DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may use without being asked about it
 
 
@@ -37,7 +40,7 @@ class DriverModule:
             self._shared_bytes[kernel] = shared_bytes
         stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
         self._check(
-            self._cuda.cuLaunchKernel(function, *grid, threads, 1, 1, shared_bytes, stream, packed(arguments), None)
+            self._cuda.cuLaunchKernel(function, *grid, threads, 1, 1, shared_bytes, stream, Arguments(arguments), None)
         )
 
     def _find(self, kernel: str) -> ctypes.c_void_p:
@@ -54,21 +57,35 @@ class DriverModule:
             raise DeviceError(f"The CUDA driver failed: {(text.value or b'unknown error').decode()} ({result}).")
 
 
-def packed(arguments: tuple[Argument, ...]) -> "ctypes.Array[ctypes.c_void_p]":
-    """Kernel arguments as cuLaunchKernel reads them: addresses of values, which live as long as the array does."""
-    values = [_value(argument) for argument in arguments]
-    addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    addresses.values = values  # type: ignore[attr-defined]
-    return addresses
+class Arguments:
+    """Kernel arguments as cuLaunchKernel reads them: the addresses of values, which live as long as this does.
+
+    A prompt's step launches hundreds of kernels, and the host is soon slower than the device: arrays take a third of
+    the time that an object of ctypes for each value does.
+    """
+
+    __slots__ = ("_addresses", "_as_parameter_", "_values")
+
+    def __init__(self, arguments: tuple[Argument, ...]) -> None:
+        self._values = array("Q", map(_word, arguments))
+        begin, size = self._values.buffer_info()[0], self._values.itemsize
+        self._addresses = array("Q", range(begin, begin + size * len(arguments), size))
+        self._as_parameter_ = ctypes.c_void_p(self._addresses.buffer_info()[0])
 
 
-def _value(argument: Argument) -> "ctypes.c_void_p | ctypes.c_int32 | ctypes.c_float":
-    if isinstance(argument, torch.Tensor):
-        assert argument.is_contiguous()
-        return ctypes.c_void_p(argument.data_ptr())
+def _word(argument: Argument) -> int:
+    """Eight bytes of which a kernel reads as many as its parameter has."""
+    kind = type(argument)
+    if kind is torch.Tensor:
+        assert argument.is_contiguous()  # type: ignore[union-attr]
+        return argument.data_ptr()  # type: ignore[union-attr]
     if argument is None:
-        return ctypes.c_void_p(None)
-    return ctypes.c_int32(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+        return 0
+    if kind is int:
+        return argument & 0xFFFFFFFF  # type: ignore[operator, return-value]
+    assert kind is float, kind
+    (word,) = _UINT32.unpack(_FLOAT32.pack(argument))
+    return int(word)
 
 
 @lru_cache(maxsize=1)

@@ -7,11 +7,14 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 from starling.errors import DeviceError
 from starling.model.ops.build_cache import locked, user_cache
+from starling.model.ops.cpu.cores import usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +43,11 @@ def cubin(source: str, arch: int, cache: Path | None = None) -> bytes:
     return path.read_bytes()
 
 
-def compile_ahead(cache: Path | None = None) -> None:
-    """Put every kernel for every one of ARCHS into the cache, as when an image is built. Raises DeviceError."""
-    for arch in ARCHS:
-        for source in SOURCES:
-            cubin(source, arch, cache)
+def compile_ahead(archs: Iterable[int] = ARCHS, cache: Path | None = None) -> None:
+    """Put every kernel into the cache for every one of `archs`, as when an image is built. Raises DeviceError."""
+    wanted = [(source, arch) for source in SOURCES for arch in archs]
+    with ThreadPoolExecutor(usable_cores()) as pool:  # NVRTC compiles side by side, and without Python's lock
+        list(pool.map(lambda pair: cubin(pair[0], pair[1], cache), wanted))
 
 
 def compile_source(source: str, arch: int, ptx: bool = False) -> tuple[bytes, str]:

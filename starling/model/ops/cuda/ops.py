@@ -8,6 +8,7 @@ import torch
 
 from starling.model.awq import AwqWeight
 from starling.model.batch import Batch
+from starling.model.ops.cuda import nvrtc
 from starling.model.ops.cuda.attention import AttentionKernels
 from starling.model.ops.cuda.device import usable_gpu
 from starling.model.ops.cuda.driver import DriverModule
@@ -46,6 +47,8 @@ class CudaOps:
     def on_gpu(cls) -> "CudaOps":
         """Raises DeviceError where there is no usable GPU."""
         device = usable_gpu()
+        major, minor = torch.cuda.get_device_capability(device)
+        nvrtc.compile_ahead((major * 10 + minor,))  # here, side by side, and not in the first step one by one
         return cls(device, cache(lambda source: DriverModule(source, device)))
 
     def sampling(self, rows: int, vocabulary: int, sequences: int) -> SamplingKernels:
