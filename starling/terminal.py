@@ -86,7 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     where.add_argument(
         "--weights", type=Path, help="a checkpoint folder: start a server for it, and stop it at the end"
     )
+    parser.add_argument("--engine", choices=("engine", "reference"), help="with --weights; default: STARLING_ENGINE")
     options = parser.parse_args(arguments)
+    if options.engine and options.url:
+        parser.error("--engine goes with --weights: a running server has its engine already")
     inputs: dict[str, object] = {"mode": "code" if options.code else "chat"}
     if options.temperature is not None:
         inputs["temperature"] = options.temperature
@@ -94,7 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             url = options.url
             if url is None:
-                server = LocalServer(environ={"STARLING_WEIGHTS": str(options.weights.resolve())})
+                environ = {"STARLING_WEIGHTS": str(options.weights.resolve())}
+                environ |= {"STARLING_ENGINE": options.engine} if options.engine else {}
+                server = LocalServer(environ=environ)
                 cleanup.callback(server.stop)
                 start(server)
                 url = server.url

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from starling import demo
 from starling.chat import Chat
 from starling.errors import WeightsError
+from starling.evaluate.text import evaluate_text
 from starling.model import awq
 from starling.model.checkpoint import open_checkpoint
 from starling.model.config import ModelConfig
@@ -48,20 +50,73 @@ def test_the_tokenizer_spells_any_text(folder: Path) -> None:
     assert not {tokenizer.token_id("<|end_of_turn|>"), tokenizer.token_id("<|im_start|>")} & set(ids)
 
 
-def test_rounding_moves_no_weight_further_than_one_step(folder: Path) -> None:
+def test_rounding_moves_no_scaled_weight_further_than_one_step(folder: Path) -> None:
     from gguf import GGUFReader, dequantize
 
     source = {tensor.name: tensor for tensor in GGUFReader(demo._find_gguf()).tensors}
+    weights = {}
+    for name, target in (demo.NORMS | demo.LINEARS).items():
+        tensor = source[f"blk.7.{name}.weight"]
+        weights[target] = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        if name in ("attn_q", "attn_k"):
+            weights[target] = demo.half_split(weights[target], {"attn_q": 9, "attn_k": 3}[name])
+    unscaled = dict(weights)
+    scales = demo.read_scales(demo.SCALES, 30)
+    demo.scale_channels(weights, {name: scales[f"model.layers.7.{name}"] for name in demo.READERS})
     with open_checkpoint(folder, ModelConfig.from_folder(folder)) as checkpoint:
-        for name, target in demo.LINEARS.items():
-            tensor = source[f"blk.7.{name}.weight"]
-            matrix = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-            matrix = (
-                demo.half_split(matrix, {"attn_q": 9, "attn_k": 3}[name]) if name in ("attn_q", "attn_k") else matrix
-            )
+        for target in demo.NORMS.values():
+            stored = checkpoint.tensor(f"model.layers.7.{target}.weight").float()
+            torch.testing.assert_close(stored, weights[target], rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(stored, unscaled[target], rtol=0.1)
+        for target in demo.LINEARS.values():
             weight: awq.AwqWeight = checkpoint.linear(f"model.layers.7.{target}")
             step = weight.scales.float().t().repeat_interleave(weight.group_size, dim=1)
-            assert ((weight.dequantize() - matrix).abs() / step).max() < 1.05
+            assert ((weight.dequantize() - weights[target]).abs() / step).max() < 1.05
+
+
+def test_scaling_changes_nothing_that_a_layer_computes() -> None:
+    torch.manual_seed(torch.seed() % 2**32)
+    shapes = {
+        "input_layernorm": (8,), "post_attention_layernorm": (8,),
+        "self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8), "self_attn.o_proj": (8, 8),
+        "mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12),
+    }  # fmt: skip
+    weights = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    before = dict(weights)
+    demo.scale_channels(weights, {name: torch.rand(shapes[name][0]).double() + 0.1 for name in demo.READERS})
+    x = torch.randn(5, 8, dtype=torch.float64)
+
+    def computed(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        inputs, between = x * weights["input_layernorm"], x * weights["post_attention_layernorm"]
+        attention = [inputs @ weights[f"self_attn.{name}_proj"].t() for name in "qkv"]
+        gate, up = between @ weights["mlp.gate_proj"].t(), between @ weights["mlp.up_proj"].t()
+        return [*attention, (torch.nn.functional.silu(gate) * up) @ weights["mlp.down_proj"].t()]
+
+    for new, old in zip(computed(weights), computed(before), strict=True):
+        torch.testing.assert_close(new, old)
+    assert all(not torch.equal(weights[name], before[name]) for name in shapes if name != "self_attn.o_proj")
+
+
+def test_scaled_it_is_closer_to_the_full_model_than_rounded_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = demo.prepare(tmp_path / "full", full_precision=True)
+    monkeypatch.setattr(demo, "scale_channels", lambda weights, scales: None)
+    rounded = demo.prepare(tmp_path / "rounded")
+    text = "The river was wide, and the bridge had been built long before anybody now alive was born. " * 2
+    with_scales, without = evaluate_text(folder, text, full), evaluate_text(rounded, text, full)
+    assert with_scales.kl_divergence is not None and without.kl_divergence is not None
+    assert with_scales.kl_divergence < 0.7 * without.kl_divergence
+
+
+def test_the_scales_of_another_model_are_refused(tmp_path: Path) -> None:
+    scales = load_file(demo.SCALES)
+    other = tmp_path / "scales.safetensors"
+    save_file(scales, other, metadata=demo.scales_metadata() | {"sha256_of_source": "0" * 64})
+    with pytest.raises(WeightsError, match="another model"):
+        demo.read_scales(other, 30)
+    with pytest.raises(WeightsError, match="another model"):
+        demo.read_scales(demo.SCALES, 29)
 
 
 def test_half_split_undoes_llama_cpps_order() -> None:

@@ -107,7 +107,8 @@ class ModelConfig(BaseModel):
             "num_key_value_heads": kv_heads,
             "head_dim": raw.get("head_dim") or (hidden // heads if heads else 0),
             "rope_theta": rope_theta,
-            "sliding_window": raw.get("sliding_window"),
+            # transformers' Llama knows no window, whatever its config.json says.
+            "sliding_window": None if architectures[0] == "LlamaForCausalLM" else raw.get("sliding_window"),
             "tie_word_embeddings": raw.get("tie_word_embeddings", False),
             "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
             "group_size": group_size,

@@ -38,6 +38,7 @@ class LayerwiseQuantizer(autoawq.AwqQuantizer):  # type: ignore[misc]
     def __init__(self, *args: Any, weights: DenseWeights, partial: PartialFolder, **kwargs: Any) -> None:
         self._weights = weights
         self._partial = partial
+        self._channel_scales: dict[str, torch.Tensor] = {}  # found so far in the layer at hand
         super().__init__(*args, **kwargs)
 
     def init_quant(self, n_samples: int = 128, max_seq_len: int = 512) -> Any:
@@ -55,9 +56,17 @@ class LayerwiseQuantizer(autoawq.AwqQuantizer):  # type: ignore[misc]
                 self._get_input_feat(layers[index].to(get_best_device()), {})
             else:
                 self.modules = [layers[index]]
+                self._channel_scales.clear()
                 super().quantize()
-                self._partial.save_layer(index, _stored(prefix, layers[index]))
+                found = {prefix + name: scales for name, scales in self._channel_scales.items()}
+                self._partial.save_layer(index, _stored(prefix, layers[index]), found)
             layers[index].to("meta")
+
+    def _search_best_scale(self, *args: Any, **kwargs: Any) -> Any:
+        """AutoAWQ's search, whose outcome is kept: what divides the outputs of a module."""
+        name, linears, scales = super()._search_best_scale(*args, **kwargs)
+        self._channel_scales[name] = scales
+        return name, linears, scales
 
     def _compute_best_scale(
         self, x: torch.Tensor, w_mean: torch.Tensor, x_mean: torch.Tensor, module2inspect: torch.nn.Module, *args: Any
@@ -109,10 +118,11 @@ class LayerwiseQuantizer(autoawq.AwqQuantizer):  # type: ignore[misc]
         return best
 
 
-def quantize(source: Path, out: Path, text: str, group_size: int, samples: int, length: int) -> None:
+def quantize(source: Path, out: Path, text: str, group_size: int, samples: int, length: int) -> dict[str, torch.Tensor]:
     """Quantize the checkpoint in `source` into the new folder `out`; run again after an interruption, it goes on.
 
-    Uses the first GPU if there is one. Raises StarlingError.
+    Returns the channel scales that the search chose: by a module's name, what its outputs were divided by and the
+    columns of the linears that read them multiplied with. Uses the first GPU if there is one. Raises StarlingError.
     """
     weights = DenseWeights(source, torch.float16 if torch.cuda.is_available() else torch.float32)
     if weights.quantized:
@@ -146,7 +156,7 @@ def quantize(source: Path, out: Path, text: str, group_size: int, samples: int, 
     )
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [] if config.tie_word_embeddings else ["lm_head.weight"]
-    partial.finish(source, raw_config, {name: weights[name].half() for name in names})
+    return partial.finish(source, raw_config, {name: weights[name].half() for name in names})
 
 
 def _awq_config(weights: DenseWeights, group_size: int) -> dict[str, Any]:

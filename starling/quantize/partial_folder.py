@@ -17,6 +17,7 @@ from starling.model.checkpoint import open_checkpoint
 from starling.model.config import ModelConfig
 
 PLAN_FILE = "plan.json"
+CHANNEL_SCALES = "channel_scales."  # begins the names of what a layer's file holds beside the checkpoint's tensors
 # Copied from the source if they are there.
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -46,16 +47,23 @@ class PartialFolder:
     def has_layer(self, index: int) -> bool:
         return self._layer_file(index).exists()
 
-    def save_layer(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        _save(tensors, self._layer_file(index))
+    def save_layer(self, index: int, tensors: dict[str, torch.Tensor], channel_scales: dict[str, torch.Tensor]) -> None:
+        """`channel_scales` are no part of the checkpoint; `finish` hands them back."""
+        _save(
+            tensors | {CHANNEL_SCALES + name: found for name, found in channel_scales.items()}, self._layer_file(index)
+        )
 
-    def finish(self, source: Path, config: dict[str, Any], others: dict[str, torch.Tensor]) -> None:
-        """Write the checkpoint (all layers and `others`), check it as it will be read, and give it its name."""
+    def finish(self, source: Path, config: dict[str, Any], others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Write the checkpoint (all layers and `others`), check it as it will be read, and give it its name.
+
+        Returns the channel scales of all layers.
+        """
         tensors = dict(others)
         for path in sorted(self.path.glob("layer-*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     tensors[name] = file.get_tensor(name)
+        found = {name: tensors.pop(name) for name in list(tensors) if name.startswith(CHANNEL_SCALES)}
         folder = self.path / "checkpoint"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -70,6 +78,7 @@ class PartialFolder:
             self._out.rmdir()  # empty, or it would have been refused
         folder.rename(self._out)
         shutil.rmtree(self.path)
+        return {name.removeprefix(CHANNEL_SCALES): scales for name, scales in found.items()}
 
     def _layer_file(self, index: int) -> Path:
         return self.path / f"layer-{index:03}.safetensors"

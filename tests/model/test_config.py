@@ -38,6 +38,10 @@ def test_starlings_own() -> None:
     assert (config.sliding_window, config.eos_token_ids, config.group_size) == (4096, (32000,), 128)
 
 
+def test_a_llama_has_no_window_whatever_its_file_says() -> None:
+    assert ModelConfig.from_dict(STARLING | {"architectures": ["LlamaForCausalLM"]}).sliding_window is None
+
+
 def test_transformers_5_writes_rope_parameters() -> None:
     raw = {k: v for k, v in STARLING.items() if k != "rope_theta"}
     rope = {"rope_type": "default", "rope_theta": 5e5}

@@ -21,7 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral, head_dim of its own, no grouping": {"head_dim": 32, "num_key_value_heads": 8, "sliding_window": None},
     "llama, tied": {
         "architectures": ["LlamaForCausalLM"],
-        "sliding_window": None,
+        "sliding_window": 24,  # transformers' Llama does not read it
         "tie_word_embeddings": True,
         "rope_theta": 100000.0,
         "quantization_config": {

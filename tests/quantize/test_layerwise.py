@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from starling import tokenizer_json
 from starling.dense import DenseWeights, loaded_model
@@ -30,20 +30,25 @@ pytest.importorskip(
 from starling.quantize.layerwise import LayerwiseQuantizer, autoawq, quantize
 
 TEXT = "The fox crossed the river at night, and nobody saw where it went. 12 + 30 = 42.\n" * 12
-SIZES = {"group_size": 32, "samples": 4, "length": 64}
+SIZES = {"group_size": 32, "samples": 10, "length": 64}  # more samples than run side by side
+SOURCES: dict[str, Any] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "mistral, window passed": (MistralForCausalLM, MistralConfig, {"sliding_window": 48}),
+}
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of four layers in full precision, a few inputs much louder than the others."""
+@pytest.fixture(scope="module", params=SOURCES)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of four layers in full precision, a few inputs much louder than the others."""
     folder = tmp_path_factory.mktemp("source")
     ids = {piece: i for i, piece in enumerate(["<s>", "<|end_of_turn|>", *byte_alphabet()])}
     tokenizer_json.write(tokenizer_json.byte_level(ids, [], {"<s>": 0, "<|end_of_turn|>": 1}), folder)
-    config = LlamaConfig(
+    model_class, config_class, changes = SOURCES[request.param]
+    config = config_class(
         hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=264, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+        vocab_size=264, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=None, **changes,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = model_class(config)
     for layer in model.model.layers:
         layer.input_layernorm.weight.data = torch.exp(torch.randn(128))
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
@@ -53,10 +58,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantized(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def searched(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The AWQ checkpoint and the channel scales that it was made with."""
     out = tmp_path_factory.mktemp("quantized") / "out"
-    quantize(source, out, TEXT, **SIZES)
-    return out
+    return out, quantize(source, out, TEXT, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def quantized(searched: tuple[Path, dict[str, torch.Tensor]]) -> Path:
+    return searched[0]
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -76,7 +86,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(source: Path, quantized: Path, t
     out = tmp_path / "out"
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    options = ["--group-size", "32", "--samples", "4", "--length", "64", "--calibration", str(text)]
+    options = ["--group-size", "32", "--samples", "10", "--length", "64", "--calibration", str(text)]
     program = (
         "import argparse, sys; from starling.quantize.command import add_quantize_command\n"
         "parser = argparse.ArgumentParser(); add_quantize_command(parser.add_subparsers())\n"
@@ -99,7 +109,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(source: Path, quantized: Path, t
 
 
 def test_another_plan_begins_anew(tmp_path: Path) -> None:
-    PartialFolder(tmp_path / "out", {"group_size": 64}).save_layer(0, {"x": torch.zeros(1)})
+    PartialFolder(tmp_path / "out", {"group_size": 64}).save_layer(0, {"x": torch.zeros(1)}, {})
     assert PartialFolder(tmp_path / "out", {"group_size": 64}).has_layer(0)
     assert not PartialFolder(tmp_path / "out", {"group_size": 32}).has_layer(0)
 
@@ -137,7 +147,7 @@ def test_the_files_load_in_the_engine_in_transformers_and_in_autoawq(
 def test_the_search_beats_rounding_on_what_it_searched(source: Path, quantized: Path) -> None:
     """Mean squared change of what the first layer puts out for the calibration text, against plain rounding."""
     text = Tokenizer.from_folder(source, 264).encode(TEXT)
-    ids = torch.tensor([[0, *text[: SIZES["samples"] * SIZES["length"] - 1]]])
+    ids = torch.tensor([[0, *text[:255]]])
 
     def first_layer(model: Any) -> torch.Tensor:
         with torch.inference_mode():
@@ -168,6 +178,21 @@ def test_scales_cancel(source: Path, quantized: Path) -> None:
                     for weights in (before, after)
                 )
                 assert (new - old).norm() < 0.2 * old.norm(), f"{prefix}.{linear}"
+
+
+def test_the_channel_scales_are_those_that_were_applied(
+    source: Path, searched: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    out, scales = searched
+    before, after = DenseWeights(source), DenseWeights(out)
+    scaled = ("input_layernorm", "post_attention_layernorm", "mlp.up_proj")
+    assert set(scales) == {f"model.layers.{layer}.{name}" for layer in range(4) for name in scaled}
+    for name, factors in scales.items():
+        if name.endswith("norm"):
+            torch.testing.assert_close(
+                after[f"{name}.weight"] * factors, before[f"{name}.weight"], rtol=2e-3, atol=1e-4
+            )
+    assert not any("channel_scales" in name for name in load_file(out / "model.safetensors"))
 
 
 def test_what_cannot_be_quantized_is_refused(source: Path, quantized: Path, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""Searches the demo model's channel scales again: what `starling/demo.py` applies before it rounds.
+
+    python -m starling.quantize.demo_scales
+
+Needs requirements-reference.txt, and minutes. Interrupted, the same command goes on.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from starling import demo
+from starling.quantize.calibration import BUILT_IN
+from starling.quantize.layerwise import quantize
+
+SAMPLES, LENGTH = 128, 256  # the whole of the built-in text, in blocks of 256 tokens
+
+
+def search(work: Path, out: Path) -> None:
+    """Write the scales to `out`; `work` gets the full-precision model and AutoAWQ's own files, to compare with."""
+    source = demo.prepare(work / "demo-full", full_precision=True)
+    quantized = work / "demo-awq"
+    if demo.is_demo(quantized):  # of a search before
+        shutil.rmtree(quantized)
+    scales = quantize(source, quantized, BUILT_IN.read_text(encoding="utf-8"), demo.GROUP_SIZE, SAMPLES, LENGTH)
+    unfinished = out.with_suffix(".unfinished")
+    save_file({name: found.half() for name, found in scales.items()}, unfinished, metadata=demo.scales_metadata())
+    unfinished.chmod(0o644)  # save_file leaves it readable to its owner alone
+    unfinished.replace(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m starling.quantize.demo_scales", description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("weights"), help="for the models (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=demo.SCALES, help="default: %(default)s")
+    options = parser.parse_args()
+    search(options.work, options.out)
+    print(f"{options.out}. Raise VERSION in {demo.__file__}, so that demo models made before are made again.")
+
+
+if __name__ == "__main__":
+    main()
