@@ -1,6 +1,7 @@
 """How much memory is really free: for this process, on this device."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
@@ -8,6 +9,7 @@ import torch
 from starling.errors import DeviceError
 
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 # Of the memory that is free once the weights are loaded, the KV cache takes at most this share on a CPU, where others
 # want some too; on a GPU, all but what steps and their captured graphs need.
 CPU_SHARE = 0.5
@@ -19,7 +21,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    return min(psutil.virtual_memory().available, _cgroup_free_bytes(CGROUP))
+    return min(psutil.virtual_memory().available, _cgroup_free_bytes(CGROUP, MEMBERSHIP))
 
 
 def kv_cache_budget(device: torch.device) -> int:
@@ -46,15 +48,30 @@ def check_fits(free: int, weights: int, cache: int) -> None:
         )
 
 
-def _cgroup_free_bytes(root: Path) -> int:
-    """What control groups leave: version 2's memory.max, else version 1's memory.limit_in_bytes."""
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+def _cgroup_free_bytes(root: Path, membership: Path) -> int:
+    """The least that this process's control group, and each one around it, leave; in version 2 and in version 1."""
+    found = [2**63]
+    for folder, limit_name, used_name in _groups(root, membership):
         try:
-            limit, used = (root / limit_name).read_text().strip(), (root / used_name).read_text().strip()
+            limit, used = (folder / limit_name).read_text().strip(), (folder / used_name).read_text().strip()
         except OSError:
             continue
-        return 2**63 if limit == "max" else max(0, int(limit) - int(used))
-    return 2**63
+        if limit != "max":
+            found.append(max(0, int(limit) - int(used)))
+    return min(found)
+
+
+def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, str, str]]:
+    """Folders of control groups that may limit memory, with the names of their limit and their use."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in ["0::/", "0:memory:/", *lines]:
+        _, controllers, path = line.split(":", 2)
+        own = PurePosixPath(path.lstrip("/"))
+        for group in (own, *own.parents):
+            if controllers == "":
+                yield root / group, "memory.max", "memory.current"
+            elif "memory" in controllers.split(","):
+                yield root / "memory" / group, "memory.limit_in_bytes", "memory.usage_in_bytes"
