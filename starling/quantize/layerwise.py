@@ -44,7 +44,10 @@ class LayerwiseQuantizer(autoawq.AwqQuantizer):  # type: ignore[misc]
     def init_quant(self, n_samples: int = 128, max_seq_len: int = 512) -> Any:
         load_module(self.model, "model.embed_tokens.", self._weights)
         load_module(self.model, "model.layers.0.", self._weights)
-        return super().init_quant(n_samples, max_seq_len)
+        modules, kwargs, inputs = super().init_quant(n_samples, max_seq_len)
+        if kwargs.get("attention_mask") is not None:  # past a sliding window; no block is padded, so all have the same
+            kwargs["attention_mask"] = kwargs["attention_mask"][:1]
+        return modules, kwargs, inputs
 
     def quantize(self) -> None:
         layers = self.modules
