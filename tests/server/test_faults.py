@@ -136,7 +136,7 @@ def test_a_start_is_logged_once_with_what_runs(broken: Breakable, tiny_folder: P
     assert start["weights"] == str(tiny_folder)
     assert start["settings"]["STARLING_HANG_AFTER_S"] == HANG_AFTER_S
     assert "cpu" in start["operations"]
-    laps = ["imports", "weights", "tokenizer", "operations", "model", "kv_cache", "grammars", "warm_up"]
+    laps = ["imports", "weights", "tokenizer", "operations", "model", "kv_cache", "runner", "grammars", "warm_up"]
     assert list(start["seconds"]) == laps
     assert all(seconds >= 0 for seconds in start["seconds"].values())
     assert [line["event"] for line in lines].count("request") == 2  # the warm-up's, and ours
