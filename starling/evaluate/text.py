@@ -1,7 +1,7 @@
 """How well a checkpoint predicts a text, and how far a quantized one is from its source.
 
 The text runs through transformers' own model in float32, its weights read and dequantized as the forward pass reaches
-them; so a 7B model and its source fit in a few GB, whatever serves them later.
+them; so two checkpoints of 7B stay resident with 12 GB at most, 8 of them their own files, mapped.
 """
 
 import math
