@@ -136,6 +136,8 @@ def _model_config(folder: Path, raw: dict[str, Any]) -> tuple[str, PretrainedCon
     config: PretrainedConfig = getattr(transformers, architectures[0]).config_class.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if architectures[0] == "LlamaForCausalLM" and getattr(config, "sliding_window", None) is not None:
+        del config.sliding_window  # its attention does not read it, but generate's cache would drop what lies before
     return architectures[0], config
 
 
