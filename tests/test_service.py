@@ -48,7 +48,8 @@ def test_the_readmes_examples_run(demo_folder: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "GenerationResult(" in done.stdout and len(done.stdout.splitlines()) >= 4
+    # Three prints end a line; the answers are sampled, so they may be empty or have lines of their own.
+    assert "GenerationResult(" in done.stdout and done.stdout.count("\n") >= 3
 
 
 def test_an_answer_and_its_metrics(service: Service) -> None:
