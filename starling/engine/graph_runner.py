@@ -8,6 +8,7 @@ step of a size is queued that way too, and captured behind.
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from starling.engine.cache import BlockCache
@@ -134,7 +135,7 @@ class GraphRunner:
         self._inputs.wait(self._turn)
         self._mask_upload.wait(self._turn)
         host = frame.host[self._turn]
-        masks = self._mask_upload.host[self._turn].view(torch.int32).view(self._masks.shape).numpy()
+        masks = self._mask_upload.host[self._turn].view(torch.int32).view(self._masks.shape).numpy().view(np.uint32)
         frame.write(self._turn, inputs)
         used = self._shaping.write(plan, inputs, host["settings"], host["tail"], masks)
         self._inputs.send(self._turn, frame.size)

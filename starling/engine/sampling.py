@@ -77,21 +77,28 @@ def rules(plan: list[Work]) -> list[RowRules]:
     for work in plan:
         if not work.samples:
             continue
-        sequence, params, constraint = work.sequence, work.sequence.params, work.sequence.constraint
+        params, constraint = work.sequence.params, work.sequence.constraint
         if params.penalized or params.min_tokens or constraint is not None:
-            size = work.start + work.count  # tokens before the one to be drawn, the one in flight included
-            # Where a grammar leaves nothing but the end, min_tokens cannot hold.
-            at_least = 0 if constraint is not None and constraint.finished else params.min_tokens
+            short = rows_too_short(work)
             assert work.source < 0 or not (params.penalized or constraint), "what is not known cannot be judged"
             for ahead in range(1 + len(work.drafts)):
-                few = size - sequence.prompt_length + ahead < at_least
                 prompt, generated = _history(work, ahead) if params.penalized else ([], [])
                 allowed = None if constraint is None else constraint.mask()
-                found.append(
-                    RowRules(row + ahead, params, prompt, generated, list(params.stop_ids) if few else [], allowed)
-                )
+                banned = list(params.stop_ids) if ahead < short else []
+                found.append(RowRules(row + ahead, params, prompt, generated, banned, allowed))
         row += 1 + len(work.drafts)
     return found
+
+
+def rows_too_short(work: Work) -> int:
+    """Of the work's logit rows, how many, from the first on, min_tokens keeps from ending the answer.
+
+    Where a grammar leaves nothing but the end, min_tokens cannot hold.
+    """
+    sequence, constraint = work.sequence, work.sequence.constraint
+    at_least = 0 if constraint is not None and constraint.finished else sequence.params.min_tokens
+    generated = work.start + work.count - sequence.prompt_length  # before the first row, the one in flight included
+    return max(0, min(1 + len(work.drafts), at_least - generated))
 
 
 def _history(work: Work, ahead: int) -> tuple[list[int], list[int]]:

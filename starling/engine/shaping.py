@@ -9,9 +9,12 @@ from collections.abc import Callable
 import numpy as np
 
 from starling.engine.inputs import StepInputs
+from starling.engine.sampling import rows_too_short
 from starling.engine.scheduler import Work
 from starling.engine.sequence import Sequence
 from starling.model.ops.cuda.sampling import SETTINGS, settings_of
+
+ALL = np.uint32(0xFFFFFFFF)  # a word of a mask that forbids nothing
 
 
 class Shaping:
@@ -24,7 +27,7 @@ class Shaping:
     def write(
         self, plan: list[Work], inputs: StepInputs, settings: np.ndarray, tail: np.ndarray, masks: np.ndarray
     ) -> int:
-        """Fill uint8 [rows, 64], int32 [tokens] and int32 [rows, words]; the number of masks that are used."""
+        """Fill uint8 [rows, 64], int32 [tokens] and uint32 [rows, words]; the number of masks that are used."""
         rules = settings.view(SETTINGS)[:, 0]
         rules[:] = 0
         rules[: len(inputs.logit_rows)] = settings_of(
@@ -34,18 +37,16 @@ class Shaping:
         for work in plan:
             if not work.samples:
                 continue
-            sequence, params, constraint = work.sequence, work.sequence.params, work.sequence.constraint
+            params, constraint = work.sequence.params, work.sequence.constraint
             own = rules[row : row + 1 + len(work.drafts)]
             if params.penalized:
                 end = self._penalize(work, own, tail, end)
-            # Where a grammar leaves nothing but the end, min_tokens cannot hold.
-            at_least = 0 if constraint is not None and constraint.finished else params.min_tokens
-            short = max(0, min(len(own), at_least - (work.start + work.count - sequence.prompt_length)))
+            short = rows_too_short(work)
             for first, last, banned in ((0, short, params.stop_ids), (short, len(own), frozenset[int]())):
                 if first < last and (banned or constraint is not None):
-                    masks[used] = -1 if constraint is None else constraint.mask().view(np.int32)
+                    masks[used] = ALL if constraint is None else constraint.mask().view(np.uint32)
                     for token in banned:
-                        masks[used, token // 32] &= ~np.int32(1 << token % 32)
+                        masks[used, token // 32] &= ~np.uint32(1 << token % 32)
                     used += 1
                     own["mask"][first:last] = used
             row += len(own)

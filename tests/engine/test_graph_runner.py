@@ -87,7 +87,7 @@ def sequences(seed: int, count: int, speculative: bool) -> list[Sequence]:
         penalized = dice.random() < 0.5
         params = SamplingParams(
             max_tokens=dice.randint(1, 12),
-            stop_ids=frozenset({2, 5}),
+            stop_ids=frozenset({2, 5, 31, 63}),
             seed=dice.randrange(2**32),
             min_tokens=dice.choice([0, 4]),
             temperature=dice.choice([0.0, 0.9]),
