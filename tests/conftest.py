@@ -1,5 +1,6 @@
 """What several rooms' tests share."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Fresh in every test; torch and the random module draw from the same seed."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")  # shown when the test fails
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops import Ops
 from starling.model.ops.cuda import nvrtc
+from starling.model.ops.cuda.device import architecture
 
 BLOCK = 16
 CONTEXTS = (128, 1024, 4096)
@@ -124,9 +125,8 @@ def start(bench: Bench) -> None:
     say(", ".join(f"{threads} threads {rate / 1e9:.1f} GB/s" for threads, rate in rates.items()) + ".")
     if pinned:
         with tempfile.TemporaryDirectory() as cache:
-            major, minor = torch.cuda.get_device_capability(bench.device)
             began_s = time.perf_counter()
-            nvrtc.compile_ahead((major * 10 + minor,), Path(cache))
+            nvrtc.compile_ahead((architecture(bench.device),), Path(cache))
             say(f"All kernels compiled by NVRTC, side by side: {time.perf_counter() - began_s:.2f} s.")
     config = bench.model.config  # loads it: what is compiled once is compiled
     copy_rate, pack_s = loading.copy_rate(bench.clock), loading.pack_seconds(config, bench.ops, bench.clock)

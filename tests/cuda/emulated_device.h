@@ -297,15 +297,6 @@ DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
 
 DEVICE float fast_exp2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 
-DEVICE float warp_sum(float x) {
-  for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
-  return x;
-}
-DEVICE float warp_max(float x) {
-  for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
-  return x;
-}
-
 DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   using namespace emulator;
   const int first = block.current / kWarp * kWarp, g = lane() / 4, t = lane() % 4;
@@ -371,18 +362,7 @@ template <int pending> DEVICE void copy_async_wait() {
   }
 }
 
-DEVICE bool last_to_arrive(u32* counter, u32 blocks, int* scratch) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const bool last = atomicAdd(counter, 1u) == blocks - 1;
-    if (last) *counter = 0;
-    *scratch = last;
-  }
-  __syncthreads();
-  const bool last = *scratch != 0;
-  __syncthreads();
-  return last;
-}
+#include "collectives.h"
 
 // Runs a kernel over a grid, blocks in random order. Returns what is wrong, null if nothing is.
 namespace emulator {

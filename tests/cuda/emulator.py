@@ -48,7 +48,7 @@ def _build(path: Path, extra_flags: Sequence[str] = ()) -> Path:
     compiler = find_compiler()
     assert compiler is not None
     digest = hashlib.sha256(repr((FLAGS, extra_flags)).encode())
-    for part in (HEADER, Path(__file__), path, *sorted(path.parent.glob("*.h"))):
+    for part in (HEADER, Path(__file__), path, *sorted(NATIVE.glob("*.h"))):
         digest.update(part.read_bytes())
     built = user_cache() / f"starling-emulated-{path.stem}-{digest.hexdigest()[:20]}.so"
     with locked(built.with_suffix(".lock")):

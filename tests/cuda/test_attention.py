@@ -22,16 +22,6 @@ GUARD = 4096  # bytes of 0xff on either side of what the kernels' class allocate
 Shape = tuple[int, int, int]  # heads, kv_heads, head_dim
 EMULATED = [(8, 2, 128), (9, 3, 64), (4, 4, 16), (8, 1, 80), (4, 1, 112)]
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")  # shown when the test fails
-    torch.manual_seed(seed)
-    return random.Random(seed)
-
 
 @pytest.fixture
 def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -334,7 +324,6 @@ FULL = [(32, 8, 128), (9, 3, 64)]  # Starling and the demo
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("window", [None, 4096])
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("shape", FULL)
@@ -363,7 +352,6 @@ def test_full_shapes(rng: random.Random, shape: Shape, block_size: int, window: 
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("window", [None, 4096])
 @pytest.mark.parametrize("shape", FULL)
 def test_invariance_at_full_shapes(rng: random.Random, shape: Shape, window: int | None) -> None:

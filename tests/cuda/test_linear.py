@@ -48,15 +48,6 @@ class Guarded(LinearKernels):
 
 
 @pytest.fixture
-def rng() -> random.Random:
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")  # shown when the test fails
-    random.seed(seed)
-    torch.manual_seed(seed)
-    return random.Random(seed)
-
-
-@pytest.fixture
 def kernels() -> Guarded:
     return Guarded(EmulatedModule, torch.device("cpu"))
 

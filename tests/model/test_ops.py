@@ -41,14 +41,6 @@ def candidate(request: pytest.FixtureRequest) -> Candidate:
     return CANDIDATES[request.param]
 
 
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")  # shown when the test fails
-    torch.manual_seed(seed)
-    return random.Random(seed)
-
-
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     assert found.shape == wanted.shape
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-9))

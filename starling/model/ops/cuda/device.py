@@ -24,6 +24,12 @@ def usable_gpu() -> torch.device:
     return device
 
 
+def architecture(device: torch.device) -> int:
+    """The compute capability of `device` as NVRTC counts it: 86 for 8.6."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
 def check_capability(name: str, capability: tuple[int, int]) -> None:
     """Raises DeviceError for a GPU that is too old for the kernels."""
     if capability < OLDEST:

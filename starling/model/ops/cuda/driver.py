@@ -9,6 +9,7 @@ import torch
 
 from starling.errors import DeviceError
 from starling.model.ops.cuda import nvrtc
+from starling.model.ops.cuda.device import architecture
 from starling.model.ops.cuda.module import Argument, Grid
 
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -22,14 +23,11 @@ class DriverModule:
     def __init__(self, source: str, device: torch.device) -> None:
         self._cuda = _library()
         self._device = device
-        major, minor = torch.cuda.get_device_capability(device)
-        torch.cuda.current_stream(device)  # makes torch create the context that the module is loaded into
+        code = nvrtc.cubin(source, architecture(device))
         with torch.cuda.device(device):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # makes torch create the context that the module is loaded into
             self._module = ctypes.c_void_p()
-            self._check(
-                self._cuda.cuModuleLoadData(ctypes.byref(self._module), nvrtc.cubin(source, major * 10 + minor))
-            )
+            self._check(self._cuda.cuModuleLoadData(ctypes.byref(self._module), code))
         self._kernels: dict[str, ctypes.c_void_p] = {}
         self._shared_bytes: dict[str, int] = {}
 

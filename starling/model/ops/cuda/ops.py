@@ -10,7 +10,7 @@ from starling.model.awq import AwqWeight
 from starling.model.batch import Batch
 from starling.model.ops.cuda import nvrtc
 from starling.model.ops.cuda.attention import AttentionKernels
-from starling.model.ops.cuda.device import usable_gpu
+from starling.model.ops.cuda.device import architecture, usable_gpu
 from starling.model.ops.cuda.driver import DriverModule
 from starling.model.ops.cuda.elementwise import ElementwiseKernels
 from starling.model.ops.cuda.linear import LinearKernels, PackedLinear, pack, pack_head
@@ -47,8 +47,7 @@ class CudaOps:
     def on_gpu(cls) -> "CudaOps":
         """Raises DeviceError where there is no usable GPU."""
         device = usable_gpu()
-        major, minor = torch.cuda.get_device_capability(device)
-        nvrtc.compile_ahead((major * 10 + minor,))  # here, side by side, and not in the first step one by one
+        nvrtc.compile_ahead((architecture(device),))  # here, side by side, and not in the first step one by one
         return cls(device, cache(lambda source: DriverModule(source, device)))
 
     def sampling(self, rows: int, vocabulary: int, sequences: int) -> SamplingKernels:

@@ -1,6 +1,6 @@
 // What the kernels use of the device beyond plain CUDA C++: fp16 as bits, tensor cores, asynchronous copies.
 //
-// It includes nothing, so that NVRTC compiles the kernels without CUDA's headers; and tests/cuda/emulated_device.h
+// It includes no header but ours, so that NVRTC compiles the kernels without CUDA's headers; and tests/cuda/emulated_device.h
 // offers the same names on a CPU. Kernels keep to these rules, which the emulation rests on:
 //   blocks have one dimension of threads, a multiple of 32, and every thread of a warp reaches each warp operation;
 //   all shared memory is dynamic, from shared_memory(); a thread's own index is threadIdx.x;
@@ -87,18 +87,6 @@ DEVICE float fast_exp2(float x) {
 
 // -- warps --------------------------------------------------------------------------------------------------------
 
-DEVICE float warp_sum(float x) {  // the same in every lane, and added in the same order
-#pragma unroll
-  for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
-  return x;
-}
-
-DEVICE float warp_max(float x) {
-#pragma unroll
-  for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
-  return x;
-}
-
 // c += a * b on tensor cores: a [16][16] and b [16][8] fp16, c [16][8] float32, spread over the warp. With g = lane / 4
 // and t = lane % 4, in rows and columns of the whole tile:
 //   a[0] = (g, 2t..2t+1), a[1] = (g + 8, 2t..), a[2] = (g, 2t+8..), a[3] = (g + 8, 2t+8..)
@@ -148,22 +136,6 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "m
 // Waits until at most `pending` of this thread's latest groups are under way. Other threads' copies need a barrier too.
 template <int pending> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory"); }
 
-// True in the last of `blocks` blocks to call it with this counter, which must be 0 before and is 0 again after. What
-// the others wrote to global memory before is visible then. Every thread of the block calls it; `scratch` is an int of
-// shared memory.
-DEVICE bool last_to_arrive(u32* counter, u32 blocks, int* scratch) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const bool last = atomicAdd(counter, 1u) == blocks - 1;
-    if (last) *counter = 0;
-    *scratch = last;
-  }
-  __syncthreads();
-  const bool last = *scratch != 0;
-  __threadfence();
-  __syncthreads();
-  return last;
-}
+#include "collectives.h"
 
 #endif
