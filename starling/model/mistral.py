@@ -100,7 +100,7 @@ class Mistral:
             )
         else:
             x = self.run_layers(x, batch, cache)
-        return ops.head(ops.rms_norm(x[batch.logit_rows], self.norm, config.rms_norm_eps), self.head)
+        return ops.head(ops.rms_norm(x, self.norm, config.rms_norm_eps, batch.logit_rows), self.head)
 
     def run_layers(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Embeddings → the residual stream behind the last layer. Defines what FusedLayers must equal."""

@@ -1,6 +1,7 @@
 // device.h on a CPU: a thread of the device is a fiber, and fibers run one at a time, in random order between barriers,
-// and some warps of a block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they are waited for, and not before; shared memory
-// holds NaN at first; addresses must be aligned as the device asks.
+// and some warps of a block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they
+// are waited for, and not before; shared memory holds NaN at first; addresses must be aligned as the device asks. Some
+// blocks of a kernel may begin before the kernel before it has run, as far as wait_for_kernel_before().
 #ifndef STARLING_DEVICE_H
 #define STARLING_DEVICE_H
 
@@ -51,6 +52,8 @@ struct Fiber {
   ucontext_t context;
   jmp_buf at;
   bool started = false, ended = false;
+  bool waited = false;  // for the kernel before; `held` until that has run
+  bool held = false;
   Barrier* barrier = nullptr;  // what it waits for, and until which generation has passed
   u32 generation = 0;
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
@@ -59,6 +62,8 @@ struct Fiber {
 
 struct Block {
   int threads = 0, alive = 0, current = 0;
+  Index index, grid;
+  bool early = false;  // the kernel before has not run yet
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
   Barrier all;
@@ -68,14 +73,15 @@ struct Block {
   u32 fragments[1024][10];
   void (*run)(void**) = nullptr;
   void** arguments = nullptr;
+  std::vector<std::unique_ptr<u8[]>> stacks;
 };
 
-inline Block block;
+inline Block* block;  // the one at work
 inline jmp_buf home;
 inline ucontext_t home_context;
 inline u64 random_state = 1;
 inline const char* failure = nullptr;  // ends the grid
-inline std::vector<std::unique_ptr<u8[]>> stacks;
+inline std::vector<std::unique_ptr<u8[]>> spare_stacks;
 
 inline u32 random_below(u32 n) {
   random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
@@ -95,7 +101,7 @@ namespace emulator {
 
 inline int alive_in(int warp) {
   int alive = 0;
-  for (int i = warp * kWarp; i < (warp + 1) * kWarp; i++) alive += !block.fibers[i].ended;
+  for (int i = warp * kWarp; i < (warp + 1) * kWarp; i++) alive += !block->fibers[i].ended;
   return alive;
 }
 
@@ -104,7 +110,7 @@ inline void pass_if_full(Barrier& barrier, int alive) {
 }
 
 inline void wait_at(Barrier& barrier, int alive) {
-  Fiber& fiber = block.fibers[block.current];
+  Fiber& fiber = block->fibers[block->current];
   fiber.barrier = &barrier;
   fiber.generation = barrier.generation;
   barrier.waiting++;
@@ -113,8 +119,8 @@ inline void wait_at(Barrier& barrier, int alive) {
 }
 
 inline void warp_barrier() {
-  const int warp = block.current / kWarp;
-  wait_at(block.warps[warp], alive_in(warp));
+  const int warp = block->current / kWarp;
+  wait_at(block->warps[warp], alive_in(warp));
 }
 
 inline void finish(std::vector<Copy>& copies) {
@@ -126,48 +132,65 @@ inline void finish(std::vector<Copy>& copies) {
 }
 
 inline void fiber_main() {
-  block.run(block.arguments);
-  Fiber& fiber = block.fibers[block.current];
+  block->run(block->arguments);
+  Fiber& fiber = block->fibers[block->current];
+  if (!fiber.waited) fail("a thread ends without having waited for the kernel before");
   for (auto& group : fiber.groups) finish(group);
   fiber.ended = true;
-  block.alive--;
-  const int warp = block.current / kWarp;
-  pass_if_full(block.warps[warp], alive_in(warp));
-  pass_if_full(block.all, block.alive);
+  block->alive--;
+  const int warp = block->current / kWarp;
+  pass_if_full(block->warps[warp], alive_in(warp));
+  pass_if_full(block->all, block->alive);
   _longjmp(home, 1);
 }
 
-inline void run_block(int threads, int shared_bytes) {
-  block.threads = block.alive = threads;
-  block.fibers.clear();
-  block.fibers.resize(threads);
-  block.warps.assign(threads / kWarp, Barrier{});
-  block.all = Barrier{};
-  block.shared.assign(shared_bytes + 128, 0xff);  // NaN, as fp16 and as float32
-  block.memory = (u8*)(((uintptr_t)block.shared.data() + 127) & ~(uintptr_t)127);
-  while ((int)stacks.size() < threads) stacks.emplace_back(new u8[kStackBytes]);
-  std::vector<int> ready(threads), held;
+inline std::unique_ptr<Block> make_block(Index index, Index grid, int threads, int shared_bytes) {
+  std::unique_ptr<Block> made(new Block);
+  made->index = index, made->grid = grid;
+  made->threads = made->alive = threads;
+  made->fibers.resize(threads);
+  made->warps.resize(threads / kWarp);
+  made->shared.assign(shared_bytes + 128, 0xff);  // NaN, as fp16 and as float32
+  made->memory = (u8*)(((uintptr_t)made->shared.data() + 127) & ~(uintptr_t)127);
+  for (int i = 0; i < threads; i++) {
+    if (spare_stacks.empty()) spare_stacks.emplace_back(new u8[kStackBytes]);
+    made->stacks.push_back(std::move(spare_stacks.back()));
+    spare_stacks.pop_back();
+  }
+  return made;
+}
+
+// To the end; one that is early until all of its threads wait for the kernel before.
+inline void run_block(Block& running) {
+  block = &running;
+  blockIdx = running.index, gridDim = running.grid, blockDim = {(u32)running.threads, 1, 1};
+  const int threads = running.threads;
+  std::vector<int> ready(threads), patient;
   std::vector<u32> patience(threads / kWarp);  // a warp runs in one of so many rounds, unless no other could
   for (u32& rounds : patience) rounds = 1u << 3 * random_below(4);
-  while (block.alive) {
-    ready.clear(), held.clear();
+  while (running.alive) {
+    ready.clear(), patient.clear();
+    bool any_held = false;
     for (int warp = 0; warp < threads / kWarp; warp++) {
-      std::vector<int>& list = random_below(patience[warp]) ? held : ready;
+      std::vector<int>& list = random_below(patience[warp]) ? patient : ready;
       for (int i = warp * kWarp; i < (warp + 1) * kWarp; i++) {
-        Fiber& fiber = block.fibers[i];
-        if (!fiber.ended && (!fiber.barrier || fiber.barrier->generation != fiber.generation)) list.push_back(i);
+        Fiber& fiber = running.fibers[i];
+        any_held |= fiber.held;
+        if (fiber.ended || fiber.held) continue;
+        if (!fiber.barrier || fiber.barrier->generation != fiber.generation) list.push_back(i);
       }
     }
-    if (ready.empty()) ready.swap(held);
+    if (ready.empty()) ready.swap(patient);
+    if (ready.empty() && any_held) return;
     if (ready.empty()) failure = "threads wait for each other at different barriers";
     if (failure) return;
     for (int left = (int)ready.size(); left > 0; left--) {
       const int pick = (int)random_below(left);
-      block.current = ready[pick];
+      running.current = ready[pick];
       ready[pick] = ready[left - 1];
-      Fiber& fiber = block.fibers[block.current];
+      Fiber& fiber = running.fibers[running.current];
       fiber.barrier = nullptr;
-      threadIdx = {(u32)block.current, 0, 0};
+      threadIdx = {(u32)running.current, 0, 0};
       if (_setjmp(home)) {
         if (failure) return;
         continue;
@@ -175,13 +198,14 @@ inline void run_block(int threads, int shared_bytes) {
       if (fiber.started) _longjmp(fiber.at, 1);
       fiber.started = true;
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stacks[block.current].get();
+      fiber.context.uc_stack.ss_sp = running.stacks[running.current].get();
       fiber.context.uc_stack.ss_size = kStackBytes;
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, (void (*)())fiber_main, 0);
       setcontext(&fiber.context);
     }
   }
+  for (auto& stack : running.stacks) spare_stacks.push_back(std::move(stack));
 }
 
 inline void check_aligned(const void* address, uintptr_t bytes) {
@@ -190,7 +214,7 @@ inline void check_aligned(const void* address, uintptr_t bytes) {
 
 inline void check_shared(const void* address, int bytes) {
   const u8* at = (const u8*)address;
-  if (at < block.memory || at + bytes > block.shared.data() + block.shared.size())
+  if (at < block->memory || at + bytes > block->shared.data() + block->shared.size())
     fail("an address lies outside the block's shared memory");
 }
 
@@ -198,15 +222,15 @@ template <class T> T exchange(T x, int from) {
   static_assert(sizeof(T) <= 8, "");
   u64 word = 0;
   std::memcpy(&word, &x, sizeof(T));
-  block.exchange[block.current] = word;
+  block->exchange[block->current] = word;
   warp_barrier();
-  word = block.exchange[block.current / kWarp * kWarp + from];
+  word = block->exchange[block->current / kWarp * kWarp + from];
   warp_barrier();
   std::memcpy(&x, &word, sizeof(T));
   return x;
 }
 
-inline int lane() { return block.current % kWarp; }
+inline int lane() { return block->current % kWarp; }
 
 template <class... Parameters, size_t... I>
 void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I...>) {
@@ -220,7 +244,7 @@ template <class... Parameters> void call(void (*kernel)(Parameters...), void** a
 
 // -- what CUDA C++ itself offers ----------------------------------------------------------------------------------
 
-inline void __syncthreads() { emulator::wait_at(emulator::block.all, emulator::block.alive); }
+inline void __syncthreads() { emulator::wait_at(emulator::block->all, emulator::block->alive); }
 inline void __syncwarp(u32 = 0xffffffffu) { emulator::warp_barrier(); }
 inline void __threadfence() {}
 template <class T> T __shfl_sync(u32, T x, int from) { return emulator::exchange(x, from & 31); }
@@ -233,10 +257,10 @@ template <class T> T __shfl_up_sync(u32, T x, int by) {
 }
 inline u32 __ballot_sync(u32, int x) {
   using namespace emulator;
-  block.exchange[block.current] = x != 0;
+  block->exchange[block->current] = x != 0;
   warp_barrier();
   u32 bits = 0;
-  for (int i = 0; i < kWarp; i++) bits |= (u32)block.exchange[block.current / kWarp * kWarp + i] << i;
+  for (int i = 0; i < kWarp; i++) bits |= (u32)block->exchange[block->current / kWarp * kWarp + i] << i;
   warp_barrier();
   return bits;
 }
@@ -273,7 +297,7 @@ using std::isnan, std::isinf;  // the others are in the global namespace, as <ma
 
 // -- device.h -----------------------------------------------------------------------------------------------------
 
-DEVICE u8* shared_memory() { return emulator::block.memory; }
+DEVICE u8* shared_memory() { return emulator::block->memory; }
 
 DEVICE float half_to_float(half_t x) { _Float16 h; std::memcpy(&h, &x, 2); return (float)h; }
 DEVICE half_t float_to_half(float x) { const _Float16 h = (_Float16)x; half_t y; std::memcpy(&y, &h, 2); return y; }
@@ -299,17 +323,17 @@ DEVICE float fast_exp2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 
 DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   using namespace emulator;
-  const int first = block.current / kWarp * kWarp, g = lane() / 4, t = lane() % 4;
-  std::memcpy(block.fragments[block.current], a, 16);
-  std::memcpy(block.fragments[block.current] + 4, b, 8);
+  const int first = block->current / kWarp * kWarp, g = lane() / 4, t = lane() % 4;
+  std::memcpy(block->fragments[block->current], a, 16);
+  std::memcpy(block->fragments[block->current] + 4, b, 8);
   warp_barrier();
   for (int i = 0; i < 4; i++) {
     const int row = g + (i / 2) * 8, column = 2 * t + i % 2;
     float sum = 0;
     for (int k = 0; k < 16; k++) {
       const int word = k / 8, owner = k % 8 / 2;
-      const u32 left = block.fragments[first + row % 8 * 4 + owner][word * 2 + row / 8];
-      const u32 right = block.fragments[first + column * 4 + owner][4 + word];
+      const u32 left = block->fragments[first + row % 8 * 4 + owner][word * 2 + row / 8];
+      const u32 right = block->fragments[first + column * 4 + owner][4 + word];
       sum += (k % 2 ? high_half(left) : low_half(left)) * (k % 2 ? high_half(right) : low_half(right));
     }
     c[i] += sum;
@@ -321,12 +345,12 @@ namespace emulator {
 inline void matrices(u32 (&m)[4], const void* row, bool transposed) {
   check_aligned(row, 16);
   check_shared(row, 16);
-  block.exchange[block.current] = (u64)(uintptr_t)row;
+  block->exchange[block->current] = (u64)(uintptr_t)row;
   warp_barrier();
-  const int first = block.current / kWarp * kWarp, g = lane() / 4, t = lane() % 4;
+  const int first = block->current / kWarp * kWarp, g = lane() / 4, t = lane() % 4;
   for (int i = 0; i < 4; i++) {
     const auto at = [&](int r, int column) {
-      return (u32)((const u16*)(uintptr_t)block.exchange[first + i * 8 + r])[column];
+      return (u32)((const u16*)(uintptr_t)block->exchange[first + i * 8 + r])[column];
     };
     m[i] = transposed ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
   }
@@ -347,44 +371,91 @@ DEVICE void copy_async(void* shared, const void* from, bool valid = true) {
   check_aligned(shared, 16);
   check_shared(shared, 16);
   if (valid) check_aligned(from, 16);
-  block.fibers[block.current].open.push_back({shared, from, valid});
+  block->fibers[block->current].open.push_back({shared, from, valid});
 }
 DEVICE void copy_async_commit() {
-  emulator::Fiber& fiber = emulator::block.fibers[emulator::block.current];
+  emulator::Fiber& fiber = emulator::block->fibers[emulator::block->current];
   fiber.groups.push_back(std::move(fiber.open));
   fiber.open.clear();
 }
 template <int pending> DEVICE void copy_async_wait() {
-  auto& groups = emulator::block.fibers[emulator::block.current].groups;
+  auto& groups = emulator::block->fibers[emulator::block->current].groups;
   while ((int)groups.size() > pending) {
     emulator::finish(groups.front());
     groups.erase(groups.begin());
   }
 }
 
+DEVICE void prefetch(const void* from, u32 bytes) {
+  emulator::check_aligned(from, 16);
+  emulator::check_aligned((const void*)(uintptr_t)bytes, 16);
+  for (u32 i = 0; i < bytes; i += 16) (void)((const volatile u8*)from)[i];  // must be there
+}
+
+DEVICE void wait_for_kernel_before() {
+  using namespace emulator;
+  Fiber& fiber = block->fibers[block->current];
+  fiber.waited = true;
+  fiber.held = block->early;
+  if (fiber.held && !_setjmp(fiber.at)) _longjmp(home, 1);
+}
+
 #include "collectives.h"
 
-// Runs a kernel over a grid, blocks in random order. Returns what is wrong, null if nothing is.
+// A kernel over a grid, its blocks in random order.
 namespace emulator {
-inline const char* run_grid(void (*kernel)(void**), u32 x, u32 y, u32 z, u32 threads, u32 shared_bytes, u64 seed, void** arguments) {
-  if (threads == 0 || threads % kWarp || threads > 1024) return "a block needs 32 to 1024 threads, in whole warps";
-  if (shared_bytes > 99u << 10) return "a block asks for more shared memory than sm_86 has (99 KiB)";
+struct Launch {
+  void (*kernel)(void**);
+  void** arguments;
+  Index grid;
+  u32 threads, shared_bytes;
+  std::vector<std::unique_ptr<Block>> early;
+  std::vector<u32> order;  // of the blocks that have not begun; the last comes next
+
+  std::unique_ptr<Block> next() {
+    const u32 i = order.back();
+    order.pop_back();
+    auto made = make_block({i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, grid, threads, shared_bytes);
+    made->run = kernel, made->arguments = arguments;
+    return made;
+  }
+};
+
+// Begins a launch: up to `early` blocks run as far as they can while the kernel before has not run.
+inline const char* begin(Launch& launch, u32 early, u64 seed) {
+  if (launch.threads == 0 || launch.threads % kWarp || launch.threads > 1024)
+    return "a block needs 32 to 1024 threads, in whole warps";
+  if (launch.shared_bytes > 99u << 10) return "a block asks for more shared memory than sm_86 has (99 KiB)";
   failure = nullptr;
   random_state = seed | 1;
-  block.run = kernel;
-  block.arguments = arguments;
-  blockDim = {threads, 1, 1};
-  gridDim = {x, y, z};
-  const u64 blocks = (u64)x * y * z;
-  std::vector<u32> order(blocks);
-  for (u64 i = 0; i < blocks; i++) order[i] = (u32)i;
-  for (u64 i = blocks; i > 1; i--) std::swap(order[i - 1], order[random_below((u32)i)]);
-  for (const u32 i : order) {
-    blockIdx = {i % x, i / x % y, i / x / y};
-    run_block((int)threads, (int)shared_bytes);
-    if (failure) return failure;
+  const u64 blocks = (u64)launch.grid.x * launch.grid.y * launch.grid.z;
+  launch.order.resize(blocks);
+  for (u64 i = 0; i < blocks; i++) launch.order[i] = (u32)i;
+  for (u64 i = blocks; i > 1; i--) std::swap(launch.order[i - 1], launch.order[random_below((u32)i)]);
+  while (launch.early.size() < early && !launch.order.empty() && !failure) {
+    launch.early.push_back(launch.next());
+    launch.early.back()->early = true;
+    run_block(*launch.early.back());
   }
-  return nullptr;
+  return failure;
+}
+
+// Runs what is left of a launch. Both return what is wrong, null if nothing is.
+inline const char* end(Launch& launch) {
+  failure = nullptr;
+  while (!failure && !(launch.early.empty() && launch.order.empty())) {
+    std::unique_ptr<Block> next;
+    if (launch.early.empty()) {
+      next = launch.next();
+    } else {
+      next = std::move(launch.early.back());
+      launch.early.pop_back();
+      next->early = false;
+      for (Fiber& fiber : next->fibers) fiber.held = false;
+    }
+    run_block(*next);
+  }
+  return failure;
 }
 }  // namespace emulator
 

@@ -2,6 +2,7 @@
 #include "device.h"
 
 KERNEL(64) reverse(const float* x, float* y) {  // through shared memory, by a copy that must be waited for
+  wait_for_kernel_before();
   float* shared = (float*)shared_memory();
   const int i = threadIdx.x;
   if (i < 16) copy_async(shared + 4 * i, x + 64 * blockIdx.x + 4 * i);
@@ -12,6 +13,7 @@ KERNEL(64) reverse(const float* x, float* y) {  // through shared memory, by a c
 }
 
 KERNEL(64) reverse_without_waiting(const float* x, float* y) {
+  wait_for_kernel_before();
   float* shared = (float*)shared_memory();
   const int i = threadIdx.x;
   if (i < 16) copy_async(shared + 4 * i, x + 4 * i);
@@ -21,12 +23,14 @@ KERNEL(64) reverse_without_waiting(const float* x, float* y) {
 }
 
 KERNEL(64) reverse_without_barrier(const float* x, float* y) {
+  wait_for_kernel_before();
   float* shared = (float*)shared_memory();
   shared[threadIdx.x] = x[threadIdx.x];
   y[threadIdx.x] = shared[63 - threadIdx.x];
 }
 
 KERNEL(64) divergent() {
+  wait_for_kernel_before();
   if (threadIdx.x < 16) __syncthreads();
   else __syncwarp();
   __syncthreads();
@@ -34,6 +38,7 @@ KERNEL(64) divergent() {
 
 // c [16][8] = a [16][16] * b [16][8]; b by way of ldmatrix, transposed.
 KERNEL(32) product(const half_t* a, const half_t* b, float* c) {
+  wait_for_kernel_before();
   half_t* shared = (half_t*)shared_memory();
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
   for (int i = lane; i < 128; i += 32) shared[i] = b[i];
@@ -50,6 +55,7 @@ KERNEL(32) product(const half_t* a, const half_t* b, float* c) {
 
 // The last block to arrive adds what all have written, in order.
 KERNEL(32) total(const float* x, float* parts, u32* counter, float* sum) {
+  wait_for_kernel_before();
   const float part = warp_sum(x[32 * blockIdx.x + threadIdx.x]);
   if (threadIdx.x == 0) parts[blockIdx.x] = part;
   if (!last_to_arrive(counter, gridDim.x, (int*)shared_memory())) return;
@@ -60,10 +66,14 @@ KERNEL(32) total(const float* x, float* parts, u32* counter, float* sum) {
   }
 }
 
-KERNEL(32) powers(const float* x, float* y) { y[threadIdx.x] = fast_exp2(x[threadIdx.x]); }
+KERNEL(32) powers(const float* x, float* y) {
+  wait_for_kernel_before();
+  y[threadIdx.x] = fast_exp2(x[threadIdx.x]);
+}
 
 // Warp 0 writes late what warp 1 reads early: without the barrier, that order is likely and not certain.
 KERNEL(64) overtake(float* y, int barrier) {
+  wait_for_kernel_before();
   float* shared = (float*)shared_memory();
   const int i = threadIdx.x;
   shared[i] = 1;
@@ -80,4 +90,26 @@ KERNEL(64) overtake(float* y, int barrier) {
   }
 }
 
-KERNEL(32, 2) merge(const u32* x, u32* y) { y[threadIdx.x] = and_or(x[threadIdx.x], 0x000f000f, 0x64006400); }
+KERNEL(32, 2) merge(const u32* x, u32* y) {
+  wait_for_kernel_before();
+  y[threadIdx.x] = and_or(x[threadIdx.x], 0x000f000f, 0x64006400);
+}
+
+// What to do before the kernel before has run, and what not.
+KERNEL(32) scale(const float* x, const float* factors, float* y) {
+  const float factor = factors[threadIdx.x];
+  wait_for_kernel_before();
+  y[threadIdx.x] = factor * x[threadIdx.x];
+}
+
+KERNEL(32) scale_too_early(const float* x, const float* factors, float* y) {
+  const float early = x[threadIdx.x];
+  wait_for_kernel_before();
+  y[threadIdx.x] = factors[threadIdx.x] * early;
+}
+
+KERNEL(64) scale_without_waiting(const float* x, const float* factors, float* y) {
+  if (threadIdx.x >= 32) return;
+  wait_for_kernel_before();
+  y[threadIdx.x] = factors[threadIdx.x] * x[threadIdx.x];
+}

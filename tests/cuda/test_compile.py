@@ -26,6 +26,13 @@ def test_compiles_without_spills(source: str, arch: int) -> None:
         assert stores == loads == 0, f"{name} spills registers on sm_{arch}"
 
 
+@pytest.mark.parametrize("source", nvrtc.SOURCES)
+def test_kernels_wait_for_the_one_before_where_they_may_begin_early(source: str) -> None:
+    _, *kernels = nvrtc.compile_source(source, 90, ptx=True)[0].decode().split(".entry ")
+    assert kernels and all("griddepcontrol.wait;" in kernel for kernel in kernels)
+    assert b"griddepcontrol" not in nvrtc.compile_source(source, 86, ptx=True)[0]
+
+
 def test_the_cache_keeps_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = nvrtc.SOURCES[0]
     made = nvrtc.cubin(source, 86, tmp_path)

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda.emulator import EmulatedModule
+from tests.cuda.emulator import EmulatedModule, EmulatedStream
+
+PROBE = Path(__file__).with_name("probe.cu")
 
 
 @pytest.fixture(scope="module")
 def probe() -> EmulatedModule:
-    return EmulatedModule(Path(__file__).with_name("probe.cu"))
+    return EmulatedModule(PROBE)
 
 
 def test_copies_and_barriers(probe: EmulatedModule) -> None:
@@ -83,3 +85,21 @@ def test_a_warp_may_be_far_ahead_of_another(probe: EmulatedModule) -> None:
         probe.launch("overtake", (1, 1, 1), 64, 256, y, 1)
         assert (y == 1).all()
     assert {(1, 1), (2, 2)} <= found
+
+
+@pytest.mark.parametrize("kernel", ["scale", "scale_too_early"])
+def test_a_kernel_begins_before_the_one_before_it_has_run(kernel: str) -> None:
+    stream = EmulatedStream()
+    module = EmulatedModule(PROBE, stream=stream)
+    x, factors, y = torch.ones(32), torch.full((32,), 3.0), torch.full((32,), torch.nan)
+    for _ in range(3):
+        module.launch(kernel, (1, 1, 1), 32, 0, x, factors, x)
+    module.launch(kernel, (1, 1, 1), 32, 0, x, factors, y)
+    assert y.isnan().all()  # it waits its turn
+    stream.synchronize()
+    assert (y == 81).all() == (kernel == "scale")
+
+
+def test_every_thread_waits_for_the_kernel_before(probe: EmulatedModule) -> None:
+    with pytest.raises(AssertionError, match="without having waited"):
+        probe.launch("scale_without_waiting", (1, 1, 1), 64, 0, torch.ones(64), torch.ones(64), torch.empty(64))

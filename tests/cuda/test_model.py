@@ -9,7 +9,7 @@ import torch
 
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
-from tests.cuda.emulator import emulated_ops
+from tests.cuda.emulator import EmulatedStream, emulated_ops
 from tests.model.sequences import Sequence, step
 from tests.model.tiny import transformers_model, write_checkpoint
 
@@ -72,6 +72,20 @@ def test_however_it_is_cut(model: Mistral) -> None:
     assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("prompt", [1, 2, 7, 33])
+def test_kernels_that_begin_early(folder: Path, prompt: int) -> None:
+    """As from sm_90 on: the same logits to the bit, of a prompt and then of single tokens."""
+    stream = EmulatedStream()
+    plain, early = Mistral.load(folder, emulated_ops()), Mistral.load(folder, emulated_ops(stream))
+    caches = [model.allocate_cache(8, BLOCK) for model in (plain, early)]
+    sequences = [Sequence([5, 0, 3]), Sequence([5, 0, 3])]
+    for tokens in (prompt_of(prompt), prompt_of(1), prompt_of(2)):
+        (wanted,) = step(plain, caches[0], [(sequences[0], tokens)])
+        (found,) = step(early, caches[1], [(sequences[1], tokens)])
+        stream.synchronize()
+        assert torch.equal(found, wanted)
+
+
 def test_all_layers_at_once_are_the_operations_one_by_one(model: Mistral) -> None:
     """But for what the fused ones keep in float32: the sums that enter the residual stream, and gate and up."""
     tokens = prompt_of(9)
@@ -82,7 +96,7 @@ def test_all_layers_at_once_are_the_operations_one_by_one(model: Mistral) -> Non
         def forward(self, batch: object, cache: object) -> torch.Tensor:
             ops = self.ops
             x = self.run_layers(ops.embed(batch.token_ids, self.embedding), batch, cache)  # type: ignore[attr-defined, arg-type]
-            return ops.head(ops.rms_norm(x, self.norm, self.config.rms_norm_eps), self.head)
+            return ops.head(ops.rms_norm(x, self.norm, self.config.rms_norm_eps, batch.logit_rows), self.head)  # type: ignore[attr-defined]
 
     (one_by_one,) = step(OneByOne(**model.__dict__), cache, [(Sequence([3]), tokens)])
     assert float((fused - one_by_one).norm() / fused.norm()) < 2**-11 * 20**0.5 * 2

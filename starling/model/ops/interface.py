@@ -91,8 +91,10 @@ class Ops(Protocol):
         """int64 [T], fp16 [V, H] → [T, H]."""
         ...
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """[T, H] → x / sqrt(mean(x²) + eps) * weight."""
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T, H] → x / sqrt(mean(x²) + eps) * weight, of all rows or of those in `rows` (int [any])."""
         ...
 
     def add_rms_norm(

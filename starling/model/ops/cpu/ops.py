@@ -151,8 +151,10 @@ class CpuOps:
         )
         return out
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._norm(None, _rows(x), weight, eps)
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._norm(None, _rows(x if rows is None else x[rows]), weight, eps)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float

@@ -13,17 +13,26 @@ from starling.model.ops.cuda.device import architecture
 from starling.model.ops.cuda.module import Argument, Grid
 
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_UINT32, _FLOAT32 = struct.Struct("<I"), struct.Struct("<f")
 DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may use without being asked about it
+OVERLAPPING = 90  # the first architecture whose kernels may begin before the one before has ended
+_UINT32, _FLOAT32 = struct.Struct("<I"), struct.Struct("<f")
+# CUlaunchConfig: the grid, the threads of a block [3], bytes of shared memory; stream, attributes, how many of them.
+_CONFIG = struct.Struct("@7IPPI0P")
+# CUlaunchAttribute: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and 64 bytes of value, which is 1.
+_OVERLAP = struct.pack("@i4xi60x", 6, 1)
 
 
 class DriverModule:
     """native/`source`.cu on one GPU. Raises DeviceError."""
 
-    def __init__(self, source: str, device: torch.device) -> None:
+    def __init__(self, source: str, device: torch.device, overlap: bool = True) -> None:
+        """`overlap`: kernels begin while the one before still runs, where the GPU knows how (see native/device.h)."""
         self._cuda = _library()
-        self._device = device
-        code = nvrtc.cubin(source, architecture(device))
+        arch = architecture(device)
+        code = nvrtc.cubin(source, arch)
+        self._attributes = ctypes.create_string_buffer(_OVERLAP, len(_OVERLAP))
+        self._attribute_count = int(overlap and arch >= OVERLAPPING)
+        self._device_index = device.index
         with torch.cuda.device(device):
             torch.cuda.synchronize()  # makes torch create the context that the module is loaded into
             self._module = ctypes.c_void_p()
@@ -36,10 +45,12 @@ class DriverModule:
         if shared_bytes > self._shared_bytes[kernel]:
             self._check(self._cuda.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_BYTES, shared_bytes))
             self._shared_bytes[kernel] = shared_bytes
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        self._check(
-            self._cuda.cuLaunchKernel(function, *grid, threads, 1, 1, shared_bytes, stream, Arguments(arguments), None)
+        # torch.cuda.current_stream takes longer than all the rest of a launch.
+        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        config = _CONFIG.pack(
+            *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(self._attributes), self._attribute_count
         )
+        self._check(self._cuda.cuLaunchKernelEx(config, function, Arguments(arguments), None))
 
     def _find(self, kernel: str) -> ctypes.c_void_p:
         function = ctypes.c_void_p()
@@ -92,8 +103,8 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise DeviceError(f"The NVIDIA driver (libcuda.so.1) cannot be loaded: {error}.") from error
-    pointer, unsigned = ctypes.c_void_p, ctypes.c_uint
-    library.cuLaunchKernel.argtypes = (pointer, *(unsigned,) * 7, pointer, pointer, pointer)
+    pointer = ctypes.c_void_p
+    library.cuLaunchKernelEx.argtypes = (ctypes.c_char_p, pointer, pointer, pointer)
     library.cuFuncSetAttribute.argtypes = (pointer, ctypes.c_int, ctypes.c_int)
     library.cuModuleGetFunction.argtypes = (pointer, pointer, ctypes.c_char_p)
     library.cuModuleLoadData.argtypes = (pointer, ctypes.c_char_p)

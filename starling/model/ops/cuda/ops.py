@@ -74,8 +74,10 @@ class CudaOps:
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return self._elementwise.embed(token_ids.to(torch.int32), self._sampled, table)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._linear.rms_norm(x, weight, eps)
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._linear.rms_norm(x, weight, eps, None if rows is None else rows.to(torch.int32))
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float

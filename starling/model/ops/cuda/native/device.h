@@ -5,7 +5,8 @@
 //   blocks have one dimension of threads, a multiple of 32, and every thread of a warp reaches each warp operation;
 //   all shared memory is dynamic, from shared_memory(); a thread's own index is threadIdx.x;
 //   parameters are pointers, int and float;
-//   no block waits for another one (the last to arrive at a counter may do what remains).
+//   no block waits for another one (the last to arrive at a counter may do what remains);
+//   every thread calls wait_for_kernel_before(), and until then touches nothing but what no kernel ever writes: weights.
 #ifndef STARLING_DEVICE_H
 #define STARLING_DEVICE_H
 
@@ -135,6 +136,27 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "m
 
 // Waits until at most `pending` of this thread's latest groups are under way. Other threads' copies need a barrier too.
 template <int pending> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory"); }
+
+// `bytes` of weights, a multiple of 16, are on their way to the second-level cache: for before the kernel before has ended.
+DEVICE void prefetch(const void* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// -- kernels after one another ------------------------------------------------------------------------------------
+
+// From sm_90 on, the blocks of a kernel begin as soon as all blocks of the one before it have passed this call and leave
+// room (programmatic dependent launch), so what a kernel does ahead of it hides what starting costs. When it returns, the
+// kernels before have ended, and all that they wrote is visible. That holds for all of them and not only for the latest
+// one because every thread of every kernel calls it. Older GPUs start a kernel when the one before it has ended.
+// Source: PTX ISA, "griddepcontrol".
+DEVICE void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
 
 #include "collectives.h"
 

@@ -4,6 +4,7 @@
 // table fp16 [V][hidden] at ids [tokens] → out float32 [tokens][hidden]. An id below 0 is -(1 + row) of `sampled`, what
 // the step before drew, which the host need not know yet.
 KERNEL(256) embed(const int* ids, const int* sampled, const half_t* table, float* out, int hidden) {
+  wait_for_kernel_before();
   const int id = ids[blockIdx.x] >= 0 ? ids[blockIdx.x] : sampled[-1 - ids[blockIdx.x]];
   for (int i = threadIdx.x; i < hidden; i += blockDim.x)
     out[(i64)blockIdx.x * hidden + i] = half_to_float(table[(i64)id * hidden + i]);
@@ -11,6 +12,7 @@ KERNEL(256) embed(const int* ids, const int* sampled, const half_t* table, float
 
 // gate_up fp16 [tokens][2][width] → silu(gate) * up, fp16 [tokens][width]; eight elements a thread, rounded once.
 KERNEL(256) silu_and_mul(const half_t* gate_up, half_t* out, int tokens, int width) {
+  wait_for_kernel_before();
   const int index = blockIdx.x * blockDim.x + threadIdx.x, pieces = width / 8, token = index / pieces;
   if (token >= tokens) return;
   const half_t* from = gate_up + (i64)token * 2 * width + index % pieces * 8;

@@ -17,7 +17,9 @@
 // order. A token's column of the tensor core's product does not depend on the other columns.
 //
 // Weights pass through shared memory by asynchronous copies, and each lane reads what it has copied itself: how much is
-// under way does not hang on the compiler's schedule, and takes no registers.
+// under way does not hang on the compiler's schedule, and takes no registers. The first of them are asked for before the
+// kernel before has ended, where it may still run: narrow copies them, wide, whose copies come with activations, has
+// them brought to the second-level cache.
 //
 // Two shapes of kernel:
 //   narrow  a block has 2 row tiles and 4 warps for each, one per range of K, which add up in shared memory. x is read
@@ -177,6 +179,14 @@ template <class W, int SLOTS, int SCALE_SLOTS> struct Stream {
     }
   }
 
+  // Brings `tiles` tiles from `first` on, which begins a chunk, nearer than they are.
+  METHOD void prefetch_tiles(u32 first, u32 tiles) const {
+    const u32 chunk = first / kChunkTiles;
+    if (threadIdx.x % 32 || first >= end) return;
+    prefetch(weight + (i64)first * W::kTileBytes, min(tiles, end - first) * W::kTileBytes);
+    if (W::kScaleBytes) prefetch(scales + (i64)chunk * W::kScaleBytes, W::kScaleBytes);
+  }
+
   METHOD void operands(u32 slot, u32 chunk, u32 tile, u32 (&a)[4][4], float (&scale)[W::kParts][2]) const {
     W::operands(shared + slot * W::kTileBytes, scales_of(chunk), tile, a, scale);
   }
@@ -239,10 +249,11 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
   const u32 begin = range_start(l, range), end = min(range_start(l, range + 1), tiles_of(l));
   const Weights weights(l, row_tile, end, shared_memory() + warp * Weights::kBytes);
 #pragma unroll
-  for (u32 i = 0; i < SLOTS - 1; i++) {  // before anything that the kernel before may still write is read
+  for (u32 i = 0; i < SLOTS - 1; i++) {
     weights.copy(i, begin / kChunkTiles, i);
     copy_async_commit();
   }
+  wait_for_kernel_before();
 
   const int row_bytes = tiles_of(l) * kPanelTileBytes;
   u8* const normed = shared_memory() + kWarps * Weights::kBytes + kNormBytes;
@@ -330,6 +341,9 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
 #pragma unroll
   for (int r = 0; r < ROW_TILES; r++)
     weights[r] = Weights(l, first_row_tile + r, end, streams + (warp * ROW_TILES + r) * Weights::kBytes);
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++) weights[r].prefetch_tiles(begin, (STAGES - 1) * PANEL);
+  wait_for_kernel_before();
 
   // Thread i copies 16 bytes of rows i / (8 * PANEL), and every so many after it; zeros beyond the last token and k.
   constexpr int kRowChunks = PANEL * 8, kRowStep = kThreads / kRowChunks;
@@ -370,7 +384,7 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
       u32 a[ROW_TILES][4][4];
       float scale[ROW_TILES][W::kParts][2];
 #pragma unroll
-      for (int r = 0; r < ROW_TILES; r++) 
+      for (int r = 0; r < ROW_TILES; r++)
         weights[r].operands(stage * PANEL + i, base / kChunkTiles, base % kChunkTiles + i, a[r], scale[r]);
       if (i == 0) {
         if (STAGES == 2) __syncwarp();
