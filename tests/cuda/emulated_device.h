@@ -373,6 +373,7 @@ DEVICE void copy_async(void* shared, const void* from, bool valid = true) {
   if (valid) check_aligned(from, 16);
   block->fibers[block->current].open.push_back({shared, from, valid});
 }
+DEVICE void copy_async_once(void* shared, const void* from, bool valid = true) { copy_async(shared, from, valid); }
 DEVICE void copy_async_commit() {
   emulator::Fiber& fiber = emulator::block->fibers[emulator::block->current];
   fiber.groups.push_back(std::move(fiber.open));

@@ -131,16 +131,29 @@ DEVICE void copy_async(void* shared, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
+// The same of what no block reads again soon: it leaves the second-level cache first, so that a step's weights do not
+// drive out the little that every layer reads: tables, norms, what the layer before has written.
+DEVICE void copy_async_once(void* shared, const void* from, bool valid = true) {
+  const u32 to = (u32)__cvta_generic_to_shared(shared);
+  asm volatile(
+      "{ .reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, once; }"
+      : : "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
 // What this thread has asked for since the last commit becomes a group.
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 
 // Waits until at most `pending` of this thread's latest groups are under way. Other threads' copies need a barrier too.
 template <int pending> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory"); }
 
-// `bytes` of weights, a multiple of 16, are on their way to the second-level cache: for before the kernel before has ended.
+// `bytes`, a multiple of 16, for copy_async_once come to the second-level cache: for before the kernel before has ended.
 DEVICE void prefetch(const void* from, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes) : "memory");
+  asm volatile(
+      "{ .reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+      "cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, once; }"
+      : : "l"(from), "r"(bytes) : "memory");
 #endif
 }
 

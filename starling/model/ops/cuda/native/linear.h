@@ -147,8 +147,8 @@ struct Half {
 
 // One row tile's weights on their way through shared memory, for one warp: SLOTS tiles, and the scales of SCALE_SLOTS
 // chunks. Each lane copies what it will read itself; only scales need the warp to be synchronised. Tiles from `end` on
-// are zeros.
-template <class W, int SLOTS, int SCALE_SLOTS> struct Stream {
+// are zeros. ONCE: no other block reads these weights.
+template <class W, int SLOTS, int SCALE_SLOTS, bool ONCE> struct Stream {
   static constexpr int kBytes = SLOTS * W::kTileBytes + SCALE_SLOTS * W::kScaleBytes;
 
   const u8 *weight, *scales;
@@ -171,13 +171,18 @@ template <class W, int SLOTS, int SCALE_SLOTS> struct Stream {
     const u8* const from = weight + (i64)chunk * (kChunkTiles * W::kTileBytes) + tile * W::kTileBytes;
 #pragma unroll
     for (int i = 0; i < W::kTileBytes; i += 512)
-      copy_async(shared + slot * W::kTileBytes + i + lane * 16, from + i, valid);
+      copy_16(shared + slot * W::kTileBytes + i + lane * 16, from + i, valid);
     if (W::kScaleBytes && tile == 0) {
 #pragma unroll
       for (int i = 0; i < W::kScaleBytes; i += 512)
         if (i + lane * 16 < W::kScaleBytes)
-          copy_async(scales_of(chunk) + i + lane * 16, scales + (i64)chunk * W::kScaleBytes + i, valid);
+          copy_16(scales_of(chunk) + i + lane * 16, scales + (i64)chunk * W::kScaleBytes + i, valid);
     }
+  }
+
+  static METHOD void copy_16(u8* to, const u8* from, bool valid) {
+    if (ONCE) copy_async_once(to, from, valid);
+    else copy_async(to, from, valid);
   }
 
   // The first kilobytes from tile `first` on, and their scales, on their way to the second-level cache.
@@ -245,11 +250,17 @@ DEVICE int swizzled(int row, int chunk) { return (chunk ^ ((row & 1) << 2)) * 16
 // Grid: row tiles / 2. Shared memory: the streams of 8 warps; with NORM also kNormBytes and the normalised activations,
 // tokens * tiles * 128. Tokens: 1 to kNarrowTokens.
 template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear& l) {
-  typedef Stream<W, SLOTS, 2> Weights;
+  typedef Stream<W, SLOTS, 2, true> Weights;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int range = warp % kSplits, row_tile = blockIdx.x * kNarrowRowTiles + warp / kSplits;
   const u32 begin = range_start(l, range), end = min(range_start(l, range + 1), tiles_of(l));
   const Weights weights(l, row_tile, end, shared_memory() + warp * Weights::kBytes);
+  const int row_bytes = tiles_of(l) * kPanelTileBytes;
+  u8* const normed = shared_memory() + kWarps * Weights::kBytes + kNormBytes;
+  if constexpr (NORM) {  // its weights, to where the first token will lie
+    for (int i = threadIdx.x; i < l.k / 8; i += kThreads) copy_async(normed + i * 16, l.norm_weight + i * 8);
+    copy_async_commit();
+  }
 #pragma unroll
   for (u32 i = 0; i < SLOTS - 1; i++) {
     weights.copy(i, begin / kChunkTiles, i);
@@ -258,22 +269,21 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
   weights.prefetch_from(begin + SLOTS - 1);
   wait_for_kernel_before();
 
-  const int row_bytes = tiles_of(l) * kPanelTileBytes;
-  u8* const normed = shared_memory() + kWarps * Weights::kBytes + kNormBytes;
   if constexpr (NORM) {
     float* const partials = (float*)(normed - kNormBytes);
     for (int token = 0; token < l.tokens; token++) {
       const float partial = norm_partial(l.residual + (i64)token * l.k, l.k);
       if (lane == 0) partials[token * kNormWarps + warp] = partial;
     }
+    copy_async_wait<SLOTS - 1>();
     __syncthreads();
-    for (int token = 0; token < l.tokens; token++) {
+    for (int token = l.tokens - 1; token >= 0; token--) {
       const float scale = norm_scale(partials + token * kNormWarps, l.k, l.eps);
       const float* const row = l.residual + (i64)token * l.k;
       for (int i = 4 * threadIdx.x; i < row_bytes / 2; i += 4 * kThreads) {
         const int at = i / kTileK * kPanelTileBytes + swizzled(token, i % kTileK / 8) + i % 8 * 2;
         uint2 y = make_uint2(0, 0);
-        if (i < l.k) y = normalized(*(const float4*)(row + i), scale, *(const uint2*)(l.norm_weight + i));
+        if (i < l.k) y = normalized(*(const float4*)(row + i), scale, *(const uint2*)(normed + i * 2));
         *(uint2*)(normed + token * row_bytes + at) = y;
       }
     }
@@ -328,7 +338,8 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
 // PANEL tiles for all tokens; 8 * ROW_TILES streams; ROW_TILES * TOKEN_TILES * 16 bytes of each thread.
 template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE void linear_wide(const Linear& l) {
   // With a single stage ahead, of a single tile, the scales of a chunk have been read when the next ones are asked for.
-  typedef Stream<W, STAGES * PANEL, (STAGES - 1) * PANEL == 1 ? 1 : 2> Weights;
+  // Up to 32 tokens are one block's, so its weights no other's.
+  typedef Stream<W, STAGES * PANEL, (STAGES - 1) * PANEL == 1 ? 1 : 2, TOKEN_TILES <= 4> Weights;
   static_assert((STAGES - 1) * PANEL <= kChunkTiles && kChunkTiles % PANEL == 0, "");
   constexpr int kTokens = 8 * TOKEN_TILES, kPanelBytes = kTokens * PANEL * kPanelTileBytes;
   constexpr int kSums = ROW_TILES * TOKEN_TILES;
