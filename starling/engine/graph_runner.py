@@ -151,10 +151,13 @@ class GraphRunner:
 
     def _capture(self, decodes: Decodes) -> torch.cuda.CUDAGraph:
         # torch.cuda.graph would wait for the device and collect garbage first, which running streams would notice.
+        # All sizes share a pool, and replay in any order: nothing in it outlives a step, and steps follow each other.
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        self._compute(decodes.frame, decodes.batch)
-        graph.capture_end()
+        try:
+            self._compute(decodes.frame, decodes.batch)
+        finally:
+            graph.capture_end()  # whatever happens: what is queued on a stream that records is never computed
         return graph
 
     def _receive(self, plan: list[Work], rows: int) -> InFlight:
@@ -167,8 +170,9 @@ class GraphRunner:
         return InFlight(plan, rows, results, arrived)
 
     def _recount(self, row: int, tokens: list[int], prompt_length: int) -> None:
-        ids = torch.tensor(tokens, dtype=torch.int32).to(self._sampling.results.device)
-        self._sampling.count(row, ids, prompt_length)
+        # From pinned memory, or the copy would wait for the step in flight. torch keeps it until it is copied.
+        ids = torch.tensor(tokens, dtype=torch.int32, pin_memory=self._cuda)
+        self._sampling.count(row, ids.to(self._sampling.results.device, non_blocking=True), prompt_length)
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._cuda else nullcontext()
