@@ -82,6 +82,7 @@ class GraphRunner:
         self._turn = 0
         self._cuda = ops.device.type == "cuda"  # not so in tests, whose kernels run on an emulated device
         self._results = [torch.empty(2, rows, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
+        self._arrived = [torch.cuda.Event() for _ in range(TURNS)] if self._cuda else []  # type: ignore[no-untyped-call]
         if self._cuda:
             self._stream = torch.cuda.Stream(ops.device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(ops.device))  # which has loaded the weights
@@ -163,10 +164,10 @@ class GraphRunner:
     def _receive(self, plan: list[Work], rows: int) -> InFlight:
         results = self._results[self._turn]
         results.copy_(self._sampling.results, non_blocking=True)
-        arrived = None
-        if self._cuda:
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
+        if not self._cuda:
+            return InFlight(plan, rows, results, None)
+        arrived = self._arrived[self._turn]
+        arrived.record()
         return InFlight(plan, rows, results, arrived)
 
     def _recount(self, row: int, tokens: list[int], prompt_length: int) -> None:
