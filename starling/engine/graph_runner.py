@@ -157,8 +157,11 @@ class GraphRunner:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             self._compute(decodes.frame, decodes.batch)
-        finally:
-            graph.capture_end()  # whatever happens: what is queued on a stream that records is never computed
+        except BaseException:
+            graph.capture_end()  # or what is queued from now on would be recorded, and never computed
+            self._pool = torch.cuda.graph_pool_handle()  # torch refuses one whose last graph is gone
+            raise
+        graph.capture_end()
         return graph
 
     def _receive(self, plan: list[Work], rows: int) -> InFlight:
