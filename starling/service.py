@@ -18,7 +18,7 @@ from starling.generation import Generation, GenerationResult
 from starling.grammar import Grammars
 from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
-from starling.model.memory import kv_cache_budget, settle
+from starling.model.memory import activation_bytes, kv_cache_budget, settle
 from starling.model.mistral import Mistral
 from starling.model.ops import Ops, choose_ops
 from starling.request import MAX_SEED, Request
@@ -222,7 +222,8 @@ def _plan_blocks(model: Mistral, ops: Ops, settings: Settings, limits: Limits) -
     per_block = KVCache.bytes_per_block(config, size, ops.kv_dtype)
     positions = config.max_position_embeddings
     most = limits.max_running * (-(-positions // size) + 1)
-    budget = settings.kv_cache_bytes or kv_cache_budget(ops.device)
+    step_tokens = limits.prefill_tokens + limits.max_running + limits.speculative_rows
+    budget = settings.kv_cache_bytes or kv_cache_budget(ops.device, activation_bytes(config, step_tokens))
     blocks = min(most, budget // per_block)
     if blocks < 1:
         raise DeviceError(

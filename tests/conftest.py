@@ -27,8 +27,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("gpu"):
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")
+        try:
+            torch.cuda.synchronize()
+        except torch.AcceleratorError:
+            pytest.skip("the GPU was lost to this process in a test before")
 
 
 @pytest.fixture

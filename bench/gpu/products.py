@@ -81,12 +81,12 @@ def measured(
     Every contender's result is compared with float32 first.
     """
     device = clock.device
-    count = max(LEAST_COPIES, -(-BEYOND_L2 * l2_bytes(device) // int(shape.weight_bytes)))
+    count = cold_copies(shape, device)
     x = torch.randn(max(tokens), shape.columns, dtype=torch.float16, device=device)
     weights = [random_weight(shape, device) for _ in range(count)]
     first = weights[0]
     wanted = x.float() @ (first.float() if isinstance(first, torch.Tensor) else first.dequantize()).T
-    made = [_attempt(partial(_make_all, contender, weights)) for contender in contenders]
+    made = [attempt(partial(_make_all, contender, weights)) for contender in contenders]
     del weights, first
     for m in tokens:
         works: list[Callable[[], object] | str] = []
@@ -94,9 +94,14 @@ def measured(
             if isinstance(multiplies, str):
                 works.append(multiplies)
             else:
-                works.append(_attempt(partial(_ready, multiplies, x[:m].to(contender.dtype), wanted[:m], device)))
+                works.append(attempt(partial(_ready, multiplies, x[:m].to(contender.dtype), wanted[:m], device)))
         seconds = iter(clock.medians([work for work in works if not isinstance(work, str)]))
         yield m, [work if isinstance(work, str) else next(seconds) / count for work in works]
+
+
+def cold_copies(shape: Shape, device: torch.device) -> int:
+    """How many weights, taken in turn, are never found in a cache."""
+    return max(LEAST_COPIES, -(-BEYOND_L2 * l2_bytes(device) // int(shape.weight_bytes)))
 
 
 def random_weight(shape: Shape, device: torch.device) -> AwqWeight | torch.Tensor:
@@ -135,7 +140,7 @@ def _ready(
     return captured([partial(multiply, x) for multiply in multiplies], device)
 
 
-def _attempt(work: Callable[[], Result]) -> Result | str:
+def attempt(work: Callable[[], Result]) -> Result | str:
     """What `work` gives, or its fault in a few words: others' code may raise anything."""
     try:
         return work()

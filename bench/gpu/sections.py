@@ -1,5 +1,6 @@
 """What `python -m bench.gpu` prints, a function per section: each measures, and says its rows as it has them."""
 
+import faulthandler
 import gc
 import math
 import subprocess
@@ -15,16 +16,17 @@ import torch
 
 from bench import full_size
 from bench.cpu import weight_bytes
-from bench.gpu import card, loading, products, serving, trace
+from bench.gpu import card, choices, loading, products, serving, trace
 from bench.gpu.card import Ceilings
 from bench.gpu.clock import Clock
 from bench.gpu.decode import PREFILL_TOKENS, Decoding, filled_cache, step_bytes
 from bench.gpu.peers import PEERS
 from starling.engine.graph_runner import SIZES
 from starling.model.kv_cache import KVCache
+from starling.model.memory import settle
 from starling.model.mistral import Mistral
 from starling.model.ops import Ops
-from starling.model.ops.cuda import nvrtc
+from starling.model.ops.cuda import CudaOps, linear, nvrtc
 from starling.model.ops.cuda.device import architecture
 
 BLOCK = 16
@@ -35,6 +37,9 @@ CONCURRENCIES = (1, 8, 32)
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 128
 PROFILED_STEPS = 8
 SHOWN_KERNELS = 14
+STDERR = 2  # the process's own, whatever stands in its place
+SECTION_TIMEOUT_S = 240
+REST_TIMEOUT_S = 1200
 PEER_TIMEOUT_S = 75
 MODEL_TIMEOUT_S = 90
 
@@ -131,6 +136,8 @@ def start(bench: Bench) -> None:
     config = bench.model.config  # loads it: what is compiled once is compiled
     copy_rate, pack_s = loading.copy_rate(bench.clock), loading.pack_seconds(config, bench.ops, bench.clock)
     bench.forget()
+    if pinned:
+        torch.cuda.reset_peak_memory_stats()
     began_s = time.perf_counter()
     assert bench.model is not None
     bench.clock.wait()
@@ -139,6 +146,10 @@ def start(bench: Bench) -> None:
         f"Copies from pinned memory {copy_rate / 1e9:.1f} GB/s. Estimates: reading {size / rates[1]:.2f} s, "
         f"copying {size / copy_rate:.2f} s, packing {pack_s:.2f} s. The whole, measured: {load_s:.2f} s."
     )
+    if pinned:
+        peak = torch.cuda.max_memory_reserved()
+        settle(bench.device)
+        say(f"Memory while loading: at most {peak / 1e9:.2f} GB, then {torch.cuda.memory_reserved() / 1e9:.2f} GB.")
 
 
 def decode(bench: Bench) -> None:
@@ -299,6 +310,46 @@ def own_products(bench: Bench) -> None:
     say("", f"Floors at M = 1, 32 layers and the head: {math.fsum(step) * 1e3:.2f} ms.")
 
 
+def kernel_choices(bench: Bench) -> None:
+    """Every kernel that could take so many tokens, and what linear.py should choose by that."""
+    assert isinstance(bench.ops, CudaOps)
+    kernels = choices.Kernels(bench.ops._load, bench.device)
+    say(
+        "µs, weights cold, with the norm before a matrix where there is one; * what is chosen now, bold the fastest. "
+        f"`/ {linear.SPLITS}`: a range of K in each block. Results are the same to the bit, or it says `differs`."
+    )
+    found: list[choices.Figures] = []
+    for site in choices.SITES:
+        of_site = list(
+            choices.measured(kernels, bench.ops, site, choices.TOKENS[:: 3 if bench.quick else 1], bench.clock)
+        )
+        ways = list(dict.fromkeys(way for figures in of_site for way in figures.seconds))
+        ways.sort(key=lambda way: way not in (choices.FUSED, choices.NARROW))
+        head(f"{site.shape.name}: M", *map(str, ways))
+        for figures in of_site:
+            row(figures.tokens, *(_choice(figures, way) for way in ways))
+        found += of_site
+    given = choices.advice(found)
+    say(
+        "",
+        f"- NORM_TOKENS is {linear.NORM_TOKENS}; by these figures {given.norm_tokens}.",
+        f"- NARROW_TOKENS is {linear.NARROW_TOKENS}; by these figures {given.narrow_tokens}.",
+        f"- K is split where a grid has fewer than {bench.ops._linear._processors} blocks, as many as there are "
+        f"multiprocessors; by these figures fewer than {given.split_below}.",
+    )
+    head("M", "a step's products now, µs", "with the fastest", "could save")
+    for tokens, (now_s, best_s) in given.steps.items():
+        row(tokens, us(now_s), us(best_s), f"{1 - best_s / now_s:.0%}")
+
+
+def _choice(figures: choices.Figures, way: choices.Way) -> str:
+    seconds = figures.seconds.get(way, "")
+    if isinstance(seconds, str):
+        return seconds
+    text = us(seconds) + ("*" if way == figures.chosen else "")
+    return f"**{text}**" if figures.site.times * seconds == figures.best() else text
+
+
 def peer_products(bench: Bench, name: str) -> None:
     """The same, one other library beside ours."""
     try:
@@ -353,31 +404,53 @@ SECTIONS: dict[str, tuple[str, Callable[[Bench], None]]] = {
     "batches": ("Decoding side by side", batches),
     "first": ("First token, through the engine", first_token),
     "concurrency": ("Throughput, through the engine", concurrency),
-    "kernels": ("Time by kernel", kernels),
     "memory": ("Memory", memory),
+    "kernels": ("Time by kernel", kernels),
     "products": ("Matrix products", own_products),
+    "choices": ("Matrix products, by kernel", kernel_choices),
     "peers": ("Matrix products, beside other libraries", peers),
     "models": ("Whole models, by other engines", models),
 }
-AFTER_MODEL = ("products", "peers", "models")  # what does not need it, and wants its memory
+OTHERS = ("peers", "models")  # in processes of their own, each with a limit
+AFTER_MODEL = ("products", "choices", *OTHERS)  # what does not need it, and wants its memory
 
 
 def run(bench: Bench, names: list[str]) -> None:
-    """Every section by itself: one that fails says so, and the next begins."""
+    """Every section by itself: one that fails says so, and the next begins, in a new process if the device is lost to
+    this one. A section that hangs ends the process with a traceback.
+    """
     began_s = time.perf_counter()
-    for name in names:
+    for index, name in enumerate(names):
         title, section = SECTIONS[name]
         if name in AFTER_MODEL:
             bench.forget()
         say("", f"## {title}", "")
         section_began_s = time.perf_counter()
+        if name not in OTHERS:
+            faulthandler.dump_traceback_later(SECTION_TIMEOUT_S, exit=True, file=STDERR)
         try:
             with torch.inference_mode():
                 section(bench)
         except Exception as error:  # noqa: BLE001 - what one section meets must not cost the others
             say("", f"Failed: {type(error).__name__}: {error}")
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         say("", f"({time.perf_counter() - section_began_s:.0f} s)")
+        if index + 1 < len(names) and _is_lost(bench):
+            say("", "The device is lost to this process; another one does the rest.")
+            only = [word for rest in names[index + 1 :] for word in ("--only", rest)]
+            quick = ["--quick"] if bench.quick else []
+            _child([*only, *quick, "--folder", str(bench.folder)], REST_TIMEOUT_S, "the rest")
+            break
     say("", f"In all: {time.perf_counter() - began_s:.0f} s.")
+
+
+def _is_lost(bench: Bench) -> bool:
+    try:
+        bench.clock.wait()
+    except RuntimeError:
+        return True
+    return False
 
 
 def make_checkpoint(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What a device did and when, by torch's profiler: time per kernel, and the time between kernels."""
 
 import json
+import os
 import re
 import tempfile
 from collections import defaultdict
@@ -34,6 +35,9 @@ def recorded(work: Callable[[], object], clock: Clock) -> list[Activity]:
     """What `work` made the device do, in the order of beginning; on a CPU, torch's operations."""
     cuda = clock.device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity
+    # Where the profiler tears its tracer down, as newer ones do by default, the next profile may come out empty, since
+    # that happens late; and with CUDA before 12.6 graphs crashed then.
+    os.environ["TEARDOWN_CUPTI"] = "0"
     with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as profile:
         work()
         clock.wait()

@@ -184,6 +184,7 @@ class Engine:
         try:
             while self._take_commands():
                 self._step()
+            self._land()  # or the device would compute on in memory that the engine's owner gives back
         except BaseException as fault:
             logger.critical("the engine's thread died", exc_info=True)
             error = EngineStoppedError(f"The engine died: {type(fault).__name__}. Restart the container.")

@@ -82,6 +82,7 @@ class GraphRunner:
         self._turn = 0
         self._cuda = ops.device.type == "cuda"  # not so in tests, whose kernels run on an emulated device
         self._results = [torch.empty(2, rows, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
+        self._arrived = [torch.cuda.Event() for _ in range(TURNS)] if self._cuda else []  # type: ignore[no-untyped-call]
         if self._cuda:
             self._stream = torch.cuda.Stream(ops.device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(ops.device))  # which has loaded the weights
@@ -151,24 +152,31 @@ class GraphRunner:
 
     def _capture(self, decodes: Decodes) -> torch.cuda.CUDAGraph:
         # torch.cuda.graph would wait for the device and collect garbage first, which running streams would notice.
+        # All sizes share a pool, and replay in any order: nothing in it outlives a step, and steps follow each other.
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        self._compute(decodes.frame, decodes.batch)
+        try:
+            self._compute(decodes.frame, decodes.batch)
+        except BaseException:
+            graph.capture_end()  # or what is queued from now on would be recorded, and never computed
+            self._pool = torch.cuda.graph_pool_handle()  # torch refuses one whose last graph is gone
+            raise
         graph.capture_end()
         return graph
 
     def _receive(self, plan: list[Work], rows: int) -> InFlight:
         results = self._results[self._turn]
         results.copy_(self._sampling.results, non_blocking=True)
-        arrived = None
-        if self._cuda:
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
+        if not self._cuda:
+            return InFlight(plan, rows, results, None)
+        arrived = self._arrived[self._turn]
+        arrived.record()
         return InFlight(plan, rows, results, arrived)
 
     def _recount(self, row: int, tokens: list[int], prompt_length: int) -> None:
-        ids = torch.tensor(tokens, dtype=torch.int32).to(self._sampling.results.device)
-        self._sampling.count(row, ids, prompt_length)
+        # From pinned memory, or the copy would wait for the step in flight. torch keeps it until it is copied.
+        ids = torch.tensor(tokens, dtype=torch.int32, pin_memory=self._cuda)
+        self._sampling.count(row, ids.to(self._sampling.results.device, non_blocking=True), prompt_length)
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._cuda else nullcontext()

@@ -89,12 +89,17 @@ class Runner:
             return self._sampled
 
 
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation: what torch says where a graph or pinned memory finds no room
+
+
 @contextmanager
 def device_faults() -> Iterator[None]:
     """Raises DeviceError where torch says that the device is lost; not where it is out of memory, and still works."""
     try:
         yield
     except torch.AcceleratorError as error:
+        if getattr(error, "error_code", None) == OUT_OF_MEMORY:
+            raise
         raise DeviceError(f"The device is lost: {error}. Restart the container.") from error
 
 

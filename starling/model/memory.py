@@ -7,11 +7,13 @@ import psutil
 import torch
 
 from starling.errors import DeviceError
+from starling.model.config import ModelConfig
 
 CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 # Of the memory that is free once the weights are loaded, the KV cache takes at most this share on a CPU, where others
-# want some too; on a GPU, all but what steps and their captured graphs need.
+# want some too; on a GPU, all but what steps and their captured graphs need: attention's scratch (141 MB on an H100),
+# sampling's tables (50 MB), the graphs' activations (90 MB for 256 sequences), the kernels, and a margin.
 CPU_SHARE = 0.5
 GPU_RESERVE_BYTES = 1 << 30
 
@@ -24,14 +26,25 @@ def free_bytes(device: torch.device) -> int:
     return min(psutil.virtual_memory().available, _cgroup_free_bytes(CGROUP, MEMBERSHIP))
 
 
-def kv_cache_budget(device: torch.device) -> int:
-    """Bytes that the KV cache may take, once the weights are loaded."""
+def kv_cache_budget(device: torch.device, step_bytes: int) -> int:
+    """Bytes that the KV cache may take, once the weights are loaded. `step_bytes`: activations of the largest step."""
     free = free_bytes(device)
-    return max(0, free - GPU_RESERVE_BYTES) if device.type == "cuda" else int(free * CPU_SHARE)
+    return max(0, free - GPU_RESERVE_BYTES - step_bytes) if device.type == "cuda" else int(free * CPU_SHARE)
+
+
+def activation_bytes(config: ModelConfig, tokens: int) -> int:
+    """What a step of `tokens` tokens holds at most on a GPU: 100 KB for each of Starling's.
+
+    The residual stream in float32; in fp16 its norm, q|k|v, what was attended, and the activation between gate|up and
+    down twice: Python lets go of one layer's only once the next one's takes its name.
+    """
+    qkv = config.q_size + 2 * config.kv_size
+    halves = config.hidden_size + qkv + config.q_size + 2 * config.intermediate_size
+    return tokens * (4 * config.hidden_size + 2 * halves)
 
 
 def settle(device: torch.device) -> None:
-    """Wait for what loading gave a GPU to do, and give back the memory that only loading needed: some GB."""
+    """Wait for what loading gave a GPU to do, and give back what only loading needed: 0.6 of 5.1 GB for Starling."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

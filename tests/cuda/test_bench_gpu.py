@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import card, loading, products, sections, serving, trace
+from bench.gpu import card, choices, loading, products, sections, serving, trace
+from bench.gpu.choices import FUSED, NARROW, Figures, Site, Way
 from bench.gpu.clock import Clock, captured
 from bench.gpu.decode import Decoding, filled_cache, step_bytes
 from bench.gpu.products import Contender, Shape
@@ -104,6 +105,70 @@ def test_products_are_compared_with_float32_before_they_are_timed() -> None:
     assert isinstance(seconds, float)
 
 
+SITES = (
+    Site(Shape("normed", 128, 256), choices.STORE, True, 32),
+    Site(Shape("added", 64, 256), choices.ADD, False, 32),
+    Site(Shape("paired", 128, 256), choices.SILU_MUL, True, 32),
+    Site(Shape("head", 67, 64, dense=True), choices.LOGITS, False, 1),
+)
+
+
+@pytest.mark.parametrize("site", SITES, ids=lambda site: str(site.shape.name))
+def test_every_kernel_that_could_take_the_tokens_is_timed(site: Site) -> None:
+    ops: CudaOps = emulated_ops()
+    kernels = choices.Kernels(ops._load, ops.device)
+    few, many = choices.measured(kernels, ops, site, (1, 16), CPU)
+    wide = {
+        name
+        for name in ("wide_8", "wide_16", "wide_32", "wide_64", "wide_64_tall")
+        if not site.shape.dense or "t" not in name
+    }
+    assert {way.kernel for way in few.seconds} == wide | {"narrow"} | ({"narrow_norm"} if site.normed else set())
+    assert few.chosen == (FUSED if site.normed else NARROW)
+    assert {way.kernel for way in many.seconds} == wide - {"wide_8"}
+    assert many.chosen == Way("wide_16", True)  # of less blocks than there are multiprocessors
+    for figures in (few, many):
+        assert all(isinstance(each, float) and each > 0 for each in figures.seconds.values()), figures.seconds
+        assert figures.best() <= figures.best(figures.chosen) < float("inf")
+
+
+def test_a_kernel_of_other_results_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(choices.Kernels):
+        def run(self, way: Way, inputs: choices.Inputs, weight: object, out: torch.Tensor) -> None:
+            super().run(way, inputs, weight, out)  # type: ignore[arg-type]
+            out[0, 0] += way.kernel == "wide_8"
+            assert way != Way("wide_16", True), "not so"
+
+    ops: CudaOps = emulated_ops()
+    (found,) = choices.measured(Wrong(ops._load, ops.device), ops, SITES[1], (1,), CPU)
+    assert found.seconds.pop(Way("wide_8", False)) == found.seconds.pop(Way("wide_8", True)) == "differs"
+    assert found.seconds.pop(Way("wide_16", True)) == "AssertionError: not so"
+    assert all(isinstance(each, float) for each in found.seconds.values())
+
+
+def test_choices_are_advised_by_the_whole_step() -> None:
+    whole, split = Way("wide_8", False), Way("wide_8", True)
+
+    def figures(site: int, tokens: int, blocks: int, *seconds: float | str) -> Figures:
+        ways = ([FUSED] if SITES[site].normed else []) + [NARROW, whole, split]
+        times = dict(zip(ways, seconds, strict=True))
+        return Figures(SITES[site], tokens, NARROW, times, {whole: blocks, split: blocks})
+
+    found = [
+        figures(0, 1, 100, 1.0, 1.5, 2.0, 3.0),
+        figures(1, 1, 10, 4.0, 9.0, 5.0),
+        figures(0, 2, 100, 2.0, 1.9, 2.5, 3.0),  # the fused norm takes longer
+        figures(1, 2, 10, 6.0, 9.0, 5.5),  # narrow takes longer here, but in both together it does not
+        figures(0, 4, 100, 1.0, 3.0, 2.5, 3.0),
+        figures(1, 4, 10, 6.0, 9.0, "differs"),
+        figures(0, 8, 100, 1.0, 3.0, 2.5, 3.0),
+        figures(1, 8, 10, 6.0, 5.0, 5.5),  # the one wide grid that a split does not make faster
+    ]
+    given = choices.advice(found)
+    assert (given.norm_tokens, given.narrow_tokens, given.split_below) == (1, 4, 11)
+    assert given.steps[2] == (32 * (1.9 + 6.0), 32 * (1.9 + 5.5))
+
+
 def test_a_peer_stands_beside_ours_or_is_named_as_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +233,8 @@ def test_a_section_that_fails_costs_no_other(
     monkeypatch.setitem(sections.SECTIONS, "machine", ("The machine", failing))
     monkeypatch.setattr(products, "SHAPES", (SMALL,))
     monkeypatch.setattr(products, "TOKENS", (1, 2))
+    monkeypatch.setattr(choices, "SITES", SITES[:1])
+    monkeypatch.setattr(choices, "TOKENS", (1, 2))
     monkeypatch.setattr(sections, "CONTEXTS", (7,))
     monkeypatch.setattr(sections, "BATCHES", ((1, 7), (2, 7)))
     monkeypatch.setattr(sections, "PROMPTS", (9,))
@@ -176,10 +243,35 @@ def test_a_section_that_fails_costs_no_other(
     monkeypatch.setattr(sections, "ANSWER_TOKENS", 2)
     bench = sections.Bench(folder, ops, blocks=40)
     bench.__dict__["ceilings"] = card.Ceilings(1e9, 1e9, 1e12)
-    names = ["machine", "start", "decode", "batches", "first", "concurrency", "memory", "products"]
+    names = ["machine", "start", "decode", "batches", "first", "concurrency", "memory", "products", "choices"]
     sections.run(bench, names)
     printed = capsys.readouterr().out
     assert printed.count("Failed") == 1 and "Failed: ValueError: of no use" in printed
     for name in names:
         assert f"## {sections.SECTIONS[name][0]}" in printed
     assert printed.rstrip().splitlines()[-1].startswith("In all")
+    assert re.search(r"\| normed: M \| narrow_norm \| narrow \|.*\n.*\n\| 1 \| \*{0,2}[\d.]+\*", printed)
+    assert "NORM_TOKENS is 2; by these figures" in printed
+
+
+class LostClock(Clock):
+    """Of a device that no longer answers."""
+
+    def wait(self) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_the_rest_is_done_elsewhere_once_the_device_is_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def losing(bench: sections.Bench) -> None:
+        bench.__dict__["clock"] = LostClock(bench.device)
+        bench.clock.wait()
+
+    asked: list[list[str]] = []
+    monkeypatch.setitem(sections.SECTIONS, "decode", ("Decoding one stream", losing))
+    monkeypatch.setattr(sections, "_child", lambda arguments, *_: asked.append(arguments))
+    bench = sections.Bench(Path("weights"), emulated_ops())
+    sections.run(bench, ["decode", "batches", "memory"])
+    assert asked == [["--only", "batches", "--only", "memory", "--folder", "weights"]]
+    assert "Failed: RuntimeError: an illegal memory access" in capsys.readouterr().out

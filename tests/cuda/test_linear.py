@@ -75,14 +75,17 @@ def random_activations(tokens: int, width: int) -> torch.Tensor:
     return torch.where(torch.rand(tokens, width) < 2 / width, 100 * x, x).to(torch.float16)
 
 
+def on(device: torch.device, weight: AwqWeight) -> AwqWeight:
+    return AwqWeight(*(part.to(device) for part in (weight.qweight, weight.qzeros, weight.scales)))
+
+
 def packed(kernels: LinearKernels, weight: AwqWeight, paired: bool = False) -> PackedLinear:
-    on_device = AwqWeight(*(part.to(kernels.device) for part in (weight.qweight, weight.qzeros, weight.scales)))
-    return PackedLinear(linear.pack(on_device, paired), kernels.device)
+    return PackedLinear(linear.pack(on(kernels.device, weight), paired), kernels.device)
 
 
 def wanted(x: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x @ matrix.T in float64, and how far a float32 sum of it may be off."""
-    x, matrix = x.double().cpu(), matrix.double()
+    x, matrix = x.double(), matrix.double()
     bound = (x.shape[1] / 64 + 24) * 2**-23 * (x.abs() @ matrix.abs().T)
     return x @ matrix.T, bound
 
@@ -94,19 +97,19 @@ def rounded(exact: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
 
 def check(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
     assert found.shape == exact.shape
-    error = (found.double().cpu() - exact).abs()
+    error = (found.double().to(exact.device) - exact).abs()
     assert (error <= bound).all(), f"{float((error / bound).nan_to_num(torch.inf).max()):.2f} times the bound"
 
 
 def check_linear(kernels: Guarded, weight: AwqWeight, tokens: int, paired: bool = False) -> None:
     """Every epilogue, and a token alone against the same one among others."""
-    x = random_activations(tokens, weight.in_features)
+    device = kernels.device  # which computes what is wanted too: on a CPU that takes a minute at Starling's size
+    x = random_activations(tokens, weight.in_features).to(device)
     w = packed(kernels, weight, paired)
-    exact, bound = wanted(x, weight.dequantize())
-    x = x.to(kernels.device)
+    exact, bound = wanted(x, on(device, weight).dequantize())
     found = kernels.linear(x, w)
     check(found, exact, rounded(exact, bound))
-    residual = torch.randn(tokens, weight.out_features)
+    residual = torch.randn(tokens, weight.out_features, device=device)
     own = kernels.poisoned(tokens, weight.out_features, torch.float32)
     own.copy_(residual)
     assert kernels.add_linear(x, w, own) is own
@@ -184,9 +187,8 @@ def test_head(kernels: Guarded, rng: random.Random, vocabulary: int, hidden: int
 
 
 def check_head(kernels: Guarded, matrix: torch.Tensor, w: PackedLinear, tokens: int) -> None:
-    x = random_activations(tokens, matrix.shape[1])
-    exact, bound = wanted(x, matrix.cpu())
-    x = x.to(kernels.device)
+    x = random_activations(tokens, matrix.shape[1]).to(kernels.device)
+    exact, bound = wanted(x, matrix.to(kernels.device))
     found = kernels.head(x, w)
     assert found.dtype == torch.float32
     check(found, exact, bound)

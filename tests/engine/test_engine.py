@@ -224,6 +224,7 @@ def test_a_closed_engine_ends_what_runs_and_refuses_the_rest(overlaps: bool) -> 
         delivery = drain(stream)[1]
         assert delivery.finish == "error" and isinstance(delivery.error, EngineStoppedError)
         assert not engine.healthy
+        assert runner.steps == runner.started  # the device does nothing any more
         with pytest.raises(EngineStoppedError):
             engine.submit([1], params())
 

@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from starling.engine.cache import BlockCache
-from starling.engine.graph_runner import GraphRunner, InFlight
+from starling.engine.frame import Frame
+from starling.engine.graph_runner import Decodes, GraphRunner, InFlight
 from starling.engine.runner import Runner, StepRunner
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.engine.speculation import PromptLookup
+from starling.model.batch import Batch
+from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 from tests.cuda.emulator import EmulatedStream, emulated_ops
@@ -129,6 +132,26 @@ def answers(
     return [sequence.tokens[sequence.prompt_length :] for sequence in asked]
 
 
+def arriving(
+    model: Mistral,
+    make: Callable[[Mistral, BlockCache, Limits], StepRunner],
+    asked: list[Sequence],
+    dice: random.Random,
+) -> list[list[int]]:
+    """As `answers`, but they come a few at a time, so that steps grow and shrink and grow again."""
+    limits = Limits(max_running=8, prefill_tokens=24, speculative_rows=0)
+    books = BlockCache(BLOCKS, BLOCK, limits.max_running, 256, WINDOW)
+    runner = make(model, books, limits)
+    scheduler = Scheduler(books, limits, runner.device_counts)
+    loop, waiting = Loop(scheduler, runner), list(asked)
+    while waiting or not loop.idle:
+        for _ in range(dice.choice([0, 0, 0, 0, 0, 5]) if not loop.idle else 1):
+            if waiting:
+                scheduler.add(waiting.pop())
+        loop.step()
+    return [sequence.tokens[sequence.prompt_length :] for sequence in asked]
+
+
 def plain(model: Mistral, books: BlockCache, limits: Limits) -> StepRunner:
     return Recorder(model if model.ops.device.type == "cuda" else replace(model, ops=emulated_ops()), books)
 
@@ -154,3 +177,53 @@ def test_logits_that_are_no_numbers_are_an_error(model: Mistral) -> None:
     broken = replace(model, norm=torch.full_like(model.norm, torch.nan))
     with pytest.raises(EngineError, match="no finite number"):
         answers(broken, graphs, sequences(0, 1, False))
+
+
+ON_GPU = pytest.mark.parametrize(
+    "model", [pytest.param(CudaOps.on_gpu, id="gpu", marks=pytest.mark.gpu)], indirect=True
+)
+
+
+@ON_GPU
+def test_graphs_of_one_pool_replay_in_any_order(model: Mistral) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    made = arriving(model, graphs, sequences(seed, 60, False), random.Random(seed))
+    assert made == [answers(model, plain, [sequence])[0] for sequence in sequences(seed, 60, False)]
+
+
+class FailingCapture(GraphRunner):
+    """The first capture of every size fails in its middle; the next step of that size tries again."""
+
+    def __init__(self, model: Mistral, cache: KVCache, books: BlockCache, limits: Limits) -> None:
+        super().__init__(model, cache, books, limits)
+        self.failed: set[int] = set()
+        self.captured: set[int] = set()
+
+    def _capture(self, decodes: Decodes) -> torch.cuda.CUDAGraph | None:  # type: ignore[override]
+        works = decodes.frame.shape.works
+        if works in self.failed:
+            self.captured.add(works)
+            return super()._capture(decodes)
+        with pytest.raises(ArithmeticError):
+            super()._capture(decodes)
+        return None
+
+    def _compute(self, frame: Frame, batch: Batch) -> None:
+        super()._compute(frame, batch)
+        if torch.cuda.is_current_stream_capturing() and frame.shape.works not in self.failed:
+            self.failed.add(frame.shape.works)
+            raise ArithmeticError
+
+
+@ON_GPU
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(model: Mistral) -> None:
+    runners: list[FailingCapture] = []
+
+    def failing(model: Mistral, books: BlockCache, limits: Limits) -> StepRunner:
+        runners.append(FailingCapture(model, model.allocate_cache(BLOCKS, BLOCK), books, limits))
+        return runners[0]
+
+    made = answers(model, failing, sequences(1, 7, False))
+    assert made == [answers(model, plain, [sequence])[0] for sequence in sequences(1, 7, False)]
+    assert runners[0].captured and runners[0].captured <= runners[0].failed

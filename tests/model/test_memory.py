@@ -1,10 +1,18 @@
-"""How much memory is free: what control groups leave counts, wherever this process stands among them."""
+"""What steps take of memory, and how much is free: what control groups leave, wherever this process stands in them."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from starling.model.memory import _cgroup_free_bytes
+from starling.model.memory import _cgroup_free_bytes, activation_bytes
+from starling.model.mistral import Mistral
+from starling.model.ops.cuda import CudaOps
+from tests.model.sequences import Sequence, step
+from tests.model.tiny import write_checkpoint
 
 GB = 10**9
 
@@ -43,3 +51,51 @@ def test_version_1(tmp_path: Path) -> None:
 
 def test_without_groups_there_is_no_limit(tmp_path: Path) -> None:
     assert _cgroup_free_bytes(tmp_path, tmp_path / "none") == 2**63
+
+
+class NoKernels:
+    """In a compiled module's place where only the memory that surrounds its launches counts."""
+
+    def launch(self, *arguments: object) -> None:
+        pass
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, as long as anybody holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._holders: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._hold(storage._cdata, storage.nbytes(), 1)
+                weakref.finalize(tensor, self._hold, storage._cdata, storage.nbytes(), -1)
+        return made
+
+    def _hold(self, storage: int, size: int, change: int) -> None:
+        before = self._holders.get(storage, 0)
+        self._holders[storage] = before + change
+        if 0 in (before, before + change):
+            self.now += size * change
+            self.peak = max(self.peak, self.now)
+
+
+def test_a_step_on_a_gpu_takes_what_is_reserved_for_it(tmp_path: Path) -> None:
+    config = write_checkpoint(tmp_path, intermediate_size=512, vocab_size=16)
+    ops = CudaOps(torch.device("cpu"), lambda source: NoKernels(), attention_ranges=1)
+    ops._linear._processors = 1  # no block's sum is cut in pieces, as none is for many tokens
+    model = Mistral.load(tmp_path, ops)
+    cache = model.allocate_cache(16, 16)
+    step(model, cache, [(Sequence(list(range(16))), [0] * 100)])  # makes what later steps share
+    found = {}
+    for tokens in (100, 200):
+        with LiveBytes() as live:
+            step(model, cache, [(Sequence(list(range(16))), [0] * tokens)])
+        found[tokens] = live.peak
+    # Per token some ints come on top.
+    assert 1 <= (found[200] - found[100]) / activation_bytes(config, 100) < 1.03

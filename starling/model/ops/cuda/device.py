@@ -20,7 +20,15 @@ def usable_gpu() -> torch.device:
             f"knows CUDA {torch.version.cuda}, or set STARLING_DEVICE=cpu."
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    check_capability(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    name = torch.cuda.get_device_name(device)
+    check_capability(name, torch.cuda.get_device_capability(device))
+    try:
+        torch.zeros(1, device=device)  # makes torch's context, which fails where others fill the GPU or have it alone
+    except RuntimeError as error:
+        raise DeviceError(
+            f"The GPU, a {name}, cannot be used: {_first_line(error)}. End what else uses it (`nvidia-smi` lists it), "
+            "or set STARLING_DEVICE=cpu."
+        ) from error
     return device
 
 
@@ -43,5 +51,9 @@ def _reason() -> str:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
-        return f": {str(error).splitlines()[0].rstrip('.')}"
+        return f": {_first_line(error)}"
     return ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")

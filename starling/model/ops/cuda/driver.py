@@ -3,6 +3,7 @@
 import ctypes
 import struct
 from array import array
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -27,13 +28,13 @@ class DriverModule:
 
     def __init__(self, source: str, device: torch.device, overlap: bool = True) -> None:
         """`overlap`: kernels begin while the one before still runs, where the GPU knows how (see native/device.h)."""
-        self._cuda = _library()
+        self._cuda, self._launch = _library(), _launch_kernel()
         arch = architecture(device)
         code = nvrtc.cubin(source, arch)
         self._attributes = ctypes.create_string_buffer(_OVERLAP, len(_OVERLAP))
         self._attribute_count = int(overlap and arch >= OVERLAPPING)
-        self._device_index = device.index
         with torch.cuda.device(device):
+            self._device_index = torch.cuda.current_device()
             torch.cuda.synchronize()  # makes torch create the context that the module is loaded into
             self._module = ctypes.c_void_p()
             self._check(self._cuda.cuModuleLoadData(ctypes.byref(self._module), code))
@@ -45,12 +46,12 @@ class DriverModule:
         if shared_bytes > self._shared_bytes[kernel]:
             self._check(self._cuda.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_BYTES, shared_bytes))
             self._shared_bytes[kernel] = shared_bytes
-        # torch.cuda.current_stream takes longer than all the rest of a launch.
+        # As torch.cuda.current_stream(), without the objects that it makes each time.
         stream = torch._C._cuda_getCurrentRawStream(self._device_index)
         config = _CONFIG.pack(
             *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(self._attributes), self._attribute_count
         )
-        self._check(self._cuda.cuLaunchKernelEx(config, function, Arguments(arguments), None))
+        self._check(self._launch(config, function, Arguments(arguments), None))
 
     def _find(self, kernel: str) -> ctypes.c_void_p:
         function = ctypes.c_void_p()
@@ -104,8 +105,16 @@ def _library() -> ctypes.CDLL:
     except OSError as error:
         raise DeviceError(f"The NVIDIA driver (libcuda.so.1) cannot be loaded: {error}.") from error
     pointer = ctypes.c_void_p
-    library.cuLaunchKernelEx.argtypes = (ctypes.c_char_p, pointer, pointer, pointer)
     library.cuFuncSetAttribute.argtypes = (pointer, ctypes.c_int, ctypes.c_int)
     library.cuModuleGetFunction.argtypes = (pointer, pointer, ctypes.c_char_p)
     library.cuModuleLoadData.argtypes = (pointer, ctypes.c_char_p)
     return library
+
+
+@lru_cache(maxsize=1)
+def _launch_kernel() -> Callable[[bytes, ctypes.c_void_p, "Arguments", None], int]:
+    """cuLaunchKernelEx. Called with Python's lock held: other threads would take it at each of a step's launches, for
+    up to 5 ms, and a launch only queues."""
+    function = ctypes.PyDLL("libcuda.so.1").cuLaunchKernelEx
+    function.argtypes = (ctypes.c_char_p, *(ctypes.c_void_p,) * 3)
+    return function
