@@ -18,6 +18,8 @@ from bench.gpu import models, sections
 from bench.gpu.peers import PEERS
 from starling.errors import DeviceError
 from starling.model.ops.cuda import CudaOps
+from starling.model.ops.cuda.device import architecture
+from starling.model.ops.cuda.driver import OVERLAPPING
 
 
 def main() -> None:
@@ -33,9 +35,10 @@ def main() -> None:
         return
     try:
         ops = CudaOps.on_gpu()
+        apart = CudaOps.on_gpu(overlap=False) if architecture(ops.device) >= OVERLAPPING else None
     except DeviceError as error:
         raise SystemExit(str(error)) from error
-    bench = sections.Bench(options.folder, ops, options.quick)
+    bench = sections.Bench(options.folder, ops, apart, options.quick)
     if options.peer:
         with torch.inference_mode():
             sections.peer_products(bench, options.peer)

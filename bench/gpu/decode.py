@@ -33,7 +33,7 @@ class Decoding:
 
     def __init__(self, model: Mistral, cache: KVCache, most: int, seed: int = 0) -> None:
         config = model.config
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.most = model, cache, most
         self._clock = Clock(model.ops.device)
         self._random = random.Random(seed)
         limits = Limits(max_running=most, prefill_tokens=PREFILL_TOKENS, speculative_rows=0)

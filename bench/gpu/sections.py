@@ -8,8 +8,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ BLOCK = 16
 CONTEXTS = (128, 1024, 4096)
 BATCHES = ((1, 128), (2, 128), (4, 128), (8, 128), (16, 128), (32, 128), (64, 128), (32, 1024))
 PROMPTS = (32, 128, 512, 2048)
+OVERLAPS = ((1, 128), (1, 4096), (8, 128), (32, 1024))  # requests, context
 CONCURRENCIES = (1, 8, 32)
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 128
 PROFILED_STEPS = 8
@@ -46,10 +47,14 @@ MODEL_TIMEOUT_S = 90
 
 @dataclass
 class Bench:
-    """What the sections share; made when the first of them asks. `quick` leaves long contexts and repeats out."""
+    """What the sections share; made when the first of them asks. `quick` leaves long contexts and repeats out.
+
+    `apart`: the same operations by kernels that wait for one another's end, where those of `ops` do not.
+    """
 
     folder: Path
     ops: Ops
+    apart: Ops | None = None
     quick: bool = False
     blocks: int = 2400  # of the KV cache: 32 sequences of 1,024 tokens and 64 of 128 must fit
 
@@ -167,6 +172,21 @@ def decode(bench: Bench) -> None:
         "", "Device: a captured step, replayed. Step: from result to result with the host one step behind; host: what "
         "it does of that beside waiting. First: a size's first step, which is computed and then captured.",
     )  # fmt: skip
+
+
+def overlap(bench: Bench) -> None:
+    """What it gains that kernels begin before the one before has ended: a replayed step each, in turn."""
+    if bench.apart is None:
+        say("The kernels of this GPU begin when the one before has ended.")
+        return
+    apart = Decoding(replace(bench.model, ops=bench.apart), bench.cache, bench.decoding.most)
+    head("batch", "context", "floor ms", "overlapping ms", "apart ms", "gain")
+    for requests, context in OVERLAPS[: 1 if bench.quick else None]:
+        for decoding in (bench.decoding, apart):
+            decoding.measure(requests, context, 8)
+        replays = [partial(decoding.runner.replay, requests) for decoding in (bench.decoding, apart)]
+        own_s, apart_s = bench.clock.medians(replays)
+        row(requests, context, ms(bench.floor_s(requests, context)), ms(own_s), ms(apart_s), f"{apart_s / own_s:.2f}x")
 
 
 def batches(bench: Bench) -> None:
@@ -297,6 +317,8 @@ def memory(bench: Bench) -> None:
 def own_products(bench: Bench) -> None:
     """The model's matrices, ours: µs, and share of the floor."""
     say("µs (share of the floor) of x [M, K] times a weight [N, K], weights cold; floor: bytes or arithmetic.")
+    if bench.apart is not None:
+        say("Each product begins while the one before it ends, as in a step.")
     head("M", *(f"{shape.name} {shape.rows}x{shape.columns}" for shape in products.SHAPES))
     floor = bench.ceilings
     found: dict[int, list[str]] = {m: [] for m in products.TOKENS}
@@ -401,6 +423,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Bench], None]]] = {
     "machine": ("The machine", machine),
     "start": ("Loading the weights", start),
     "decode": ("Decoding one stream", decode),
+    "overlap": ("Kernels that overlap", overlap),
     "batches": ("Decoding side by side", batches),
     "first": ("First token, through the engine", first_token),
     "concurrency": ("Throughput, through the engine", concurrency),

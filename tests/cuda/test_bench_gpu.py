@@ -241,9 +241,10 @@ def test_a_section_that_fails_costs_no_other(
     monkeypatch.setattr(sections, "CONCURRENCIES", (1,))
     monkeypatch.setattr(sections, "PROMPT_TOKENS", 5)
     monkeypatch.setattr(sections, "ANSWER_TOKENS", 2)
-    bench = sections.Bench(folder, ops, blocks=40)
+    monkeypatch.setattr(sections, "OVERLAPS", ((2, 7),))
+    bench = sections.Bench(folder, ops, emulated_ops(), blocks=40)
     bench.__dict__["ceilings"] = card.Ceilings(1e9, 1e9, 1e12)
-    names = ["machine", "start", "decode", "batches", "first", "concurrency", "memory", "products", "choices"]
+    names = [name for name in sections.SECTIONS if name not in ("kernels", *sections.OTHERS)]
     sections.run(bench, names)
     printed = capsys.readouterr().out
     assert printed.count("Failed") == 1 and "Failed: ValueError: of no use" in printed

@@ -44,11 +44,11 @@ class CudaOps:
         self._sampled = torch.zeros(1, dtype=torch.int32, device=device)
 
     @classmethod
-    def on_gpu(cls) -> "CudaOps":
-        """Raises DeviceError where there is no usable GPU."""
+    def on_gpu(cls, overlap: bool = True) -> "CudaOps":
+        """`overlap`: see DriverModule. Raises DeviceError where there is no usable GPU."""
         device = usable_gpu()
         nvrtc.compile_ahead((architecture(device),))  # here, side by side, and not in the first step one by one
-        return cls(device, cache(lambda source: DriverModule(source, device)))
+        return cls(device, cache(lambda source: DriverModule(source, device, overlap)))
 
     def sampling(self, rows: int, vocabulary: int, sequences: int) -> SamplingKernels:
         """The way from logits to ids on the device; `embed` knows the ids that it draws from now on."""
