@@ -18,7 +18,6 @@ from starling.model.ops.cuda.module import Argument, Grid, Module
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 EPS = 1e-5
-MOST_BLOCKS = 1 << 16  # of a grid whose blocks share sums
 LAYERS = 32
 QKV, OUT, GATE_UP, DOWN, HEAD = products.SHAPES
 
@@ -89,9 +88,7 @@ class Kernels:
     def __init__(self, load: Callable[[str], Module], device: torch.device) -> None:
         self.device = device
         self._load = load
-        self._whole, self._split = LinearKernels(load, device), LinearKernels(load, device)
-        self._whole._processors, self._split._processors = 0, MOST_BLOCKS  # fewer blocks than these are split
-        self._split._counters = torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
+        self._kernels = LinearKernels(load, device)
 
     def ways(self, weight: PackedLinear, tokens: int, normed: bool) -> list[Way]:
         few = ([FUSED] if normed else []) + [NARROW] if tokens <= linear.NARROW_MAX_TOKENS else []
@@ -100,7 +97,7 @@ class Kernels:
 
     def blocks(self, way: Way, weight: PackedLinear, tokens: int) -> int:
         (kernel,) = (kernel for kernel in weight.wide if kernel.name == way.kernel)
-        return self._whole._blocks(kernel, tokens, weight)
+        return self._kernels._blocks(kernel, tokens, weight)
 
     def chosen(self, inputs: "Inputs", weight: PackedLinear) -> Way:
         """The way that LinearKernels go by themselves."""
@@ -118,7 +115,7 @@ class Kernels:
         return watched.latest
 
     def run(self, way: Way, inputs: "Inputs", weight: PackedLinear, out: torch.Tensor) -> None:
-        epilogue, tokens, kernels = inputs.site.epilogue, len(inputs.x), self._split if way.split else self._whole
+        epilogue, tokens, kernels = inputs.site.epilogue, len(inputs.x), self._kernels
         if way == FUSED:
             kernels._narrow(way.kernel, tokens, weight, epilogue, out, None, (inputs.residual, inputs.norm, EPS))
             return
@@ -127,7 +124,7 @@ class Kernels:
             kernels._narrow(way.kernel, tokens, weight, epilogue, out, x, (None, None, 0.0))
         else:
             (kernel,) = (kernel for kernel in weight.wide if kernel.name == way.kernel)
-            kernels._wide(kernel, weight, epilogue, out, x)
+            kernels._wide(kernel, linear.SPLITS if way.split else 1, weight, epilogue, out, x)
 
 
 class Inputs:

@@ -13,7 +13,8 @@ CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 # Of the memory that is free once the weights are loaded, the KV cache takes at most this share on a CPU, where others
 # want some too; on a GPU, all but what steps and their captured graphs need: attention's scratch (141 MB on an H100),
-# sampling's tables (50 MB), the graphs' activations (90 MB for 256 sequences), the kernels, and a margin.
+# sampling's tables (50 MB), the graphs' activations (90 MB for 256 sequences), what blocks of a linear leave one
+# another (67 MB), the kernels, and a margin.
 CPU_SHARE = 0.5
 GPU_RESERVE_BYTES = 1 << 30
 

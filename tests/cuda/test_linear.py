@@ -161,21 +161,38 @@ def test_linear_of_pairs(kernels: Guarded, rng: random.Random, inputs: int, half
 
 
 @pytest.mark.parametrize("group", linear.GROUPS)
-@pytest.mark.parametrize("processors", [1, 84], ids=["one block for all k", "a block for each range of k"])
-def test_kernels_agree_to_the_bit(kernels: Guarded, rng: random.Random, group: int, processors: int) -> None:
+@pytest.mark.parametrize("splits", [1, linear.SPLITS])
+def test_kernels_agree_to_the_bit(kernels: Guarded, rng: random.Random, group: int, splits: int) -> None:
     """Every kernel, where another one would have been chosen, over several blocks of tokens and of rows."""
     inputs, outputs, tokens = 1152, 136, rng.randint(65, 72)
     w = packed(kernels, random_awq(inputs, outputs, group))
-    kernels._processors = processors
     x = random_activations(tokens, inputs)
     first = torch.cat([kernels.linear(x[i : i + 4], w) for i in range(0, tokens, 4)])
     for kernel in w.wide:
         out = kernels.poisoned(tokens, outputs, torch.float16)
-        kernels._counters = torch.zeros(1000, dtype=torch.int32)
-        kernels._processors = 1 if processors == 1 else 1000
-        kernels._wide(kernel, w, linear.STORE, out, x)
+        kernels._wide(kernel, splits, w, linear.STORE, out, x)
         assert torch.equal(out, first), kernel.name
     kernels.check_guards()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "way"),
+    [
+        (5, 4096, 4096, ("wide_8", 4)),  # 32 blocks
+        (8, 28672, 4096, ("wide_8", 1)),  # 224
+        (64, 28672, 4096, ("wide_64", 1)),
+        (128, 6144, 4096, ("wide_64_tall", 1)),  # 48 blocks at once; 96 of half the rows would take two turns
+        (128, 4096, 14336, ("wide_64", 1)),  # 64 blocks at once; 128 quarters of twice the rows: as long, and more sums
+        (192, 4096, 14336, ("wide_64", 4)),  # 384 quarters: 5 / 4 turns of the two that 96 blocks would take
+        (128, 28672, 4096, ("wide_64_tall", 1)),  # 224, three turns; quarters would take 11 / 4, and 117 MB of sums
+        (256, 4096, 4096, ("wide_64_tall", 1)),  # 64 blocks at once; 128 of half the rows: two turns
+    ],
+)
+def test_what_84_processors_are_given(tokens: int, rows: int, columns: int, way: tuple[str, int]) -> None:
+    kernels = LinearKernels(EmulatedModule, torch.device("cpu"))
+    shape = {"shape": torch.tensor([rows, columns, 128, 0])}
+    kernel, splits = kernels._choose(tokens, PackedLinear(shape, torch.device("cpu")))
+    assert (kernel.name, splits) == way
 
 
 @pytest.mark.parametrize(("vocabulary", "hidden"), [(1003, 64), (130, 576), (17, 32), (40, 4096)])

@@ -29,6 +29,9 @@ HEAD_NARROW_TILES = 4
 # beside 16 * k bytes of weights (from memory).
 NARROW_TOKENS = 4
 NORM_TOKENS = 2  # a fused norm reads 4 bytes per element instead of 2, and works it out in every block
+TALL_PACE = 1.15  # products per time, against a kernel that reads activations for half as many rows
+PRODUCTS_PER_BYTE = 80  # what a processor multiplies while memory gives its share: 0.67 T/s by 8.3 GB/s on an A40
+MOST_SHARED = 256  # blocks of tokens and rows whose sums can be shared: 67 MB at most
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Wide:
     row_tiles: int
     panel: int  # tiles of k in a stage
     stages: int  # under way at once
+    pace: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -69,7 +73,7 @@ def wide_kernels(group: int) -> tuple[Wide, ...]:
         return tuple(Wide(f"wide_{tokens}", tokens, 1, 1, 2 if tokens == 64 else 3) for tokens in (8, 16, 32, 64))
     few = tuple(Wide(f"wide_{tokens}", tokens, 1, 2, 4) for tokens in (8, 16, 32))
     last = Wide("wide_64", 64, 1, 1, 4 if group == 32 else 5)
-    return (*few, last, Wide("wide_64_tall", 64, 2, 1, 2)) if group == 128 else (*few, last)
+    return (*few, last, Wide("wide_64_tall", 64, 2, 1, 2, TALL_PACE)) if group == 128 else (*few, last)
 
 
 class PackedLinear(dict[str, torch.Tensor]):
@@ -103,8 +107,8 @@ class LinearKernels:
         self.device = device
         on_gpu = device.type == "cuda"
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 84
-        # For blocks that share a sum: fewer than there are processors, or none would share.
-        self._counters = torch.zeros(self._processors, dtype=torch.int32, device=device)
+        self._counters = torch.zeros(MOST_SHARED, dtype=torch.int32, device=device)
+        self._chosen: dict[tuple[int, ...], tuple[Wide, int]] = {}
 
     def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
         """fp16 [T, K] → fp16 [T, N]. The rows of a paired weight come in plain order."""
@@ -186,18 +190,34 @@ class LinearKernels:
         if tokens <= NARROW_TOKENS:
             self._narrow("narrow", tokens, weight, epilogue, out, x, (None, None, 0.0))
             return out
-        self._wide(self._choose(tokens, weight), weight, epilogue, out, x)
+        shape = (tokens, weight.rows, weight.columns, weight.group)
+        if shape not in self._chosen:
+            self._chosen[shape] = self._choose(tokens, weight)
+        self._wide(*self._chosen[shape], weight, epilogue, out, x)
         return out
 
-    def _choose(self, tokens: int, weight: PackedLinear) -> Wide:
-        """The smallest kernel that takes all tokens; for many, the tallest that gives every processor a block."""
+    def _choose(self, tokens: int, weight: PackedLinear) -> tuple[Wide, int]:
+        """A kernel, and into how many ranges of K its blocks are divided.
+
+        The smallest that takes all tokens, divided where there would be fewer blocks than processors; for many tokens,
+        the way that should take the least time.
+        """
         for kernel in weight.wide:
             if tokens <= kernel.tokens:
-                return kernel
-        for kernel in reversed(weight.wide):
-            if kernel.tokens == weight.wide[-1].tokens and self._blocks(kernel, tokens, weight) >= self._processors:
-                return kernel
-        return next(kernel for kernel in weight.wide if kernel.tokens == weight.wide[-1].tokens)
+                return kernel, SPLITS if self._blocks(kernel, tokens, weight) < self._processors else 1
+        largest = weight.wide[-1].tokens
+        ways = [(kernel, splits) for kernel in weight.wide if kernel.tokens == largest for splits in (1, SPLITS)]
+        return min(ways, key=lambda way: self._work(way[0], way[1], tokens, weight))
+
+    def _work(self, kernel: Wide, splits: int, tokens: int, weight: PackedLinear) -> float:
+        """What a processor multiplies, block after block, with shared sums (written and read) in the same measure."""
+        blocks = self._blocks(kernel, tokens, weight)
+        turns = -(-blocks * splits // self._processors)
+        products = turns * kernel.tokens * kernel.rows * (weight.columns / splits) / kernel.pace
+        if splits == 1:
+            return products
+        shared_bytes = 2 * blocks * splits * kernel.sums_bytes / self._processors
+        return products + PRODUCTS_PER_BYTE * shared_bytes if blocks <= MOST_SHARED else float("inf")
 
     def _narrow(
         self,
@@ -216,11 +236,13 @@ class LinearKernels:
         grid = (-(-weight.rows // NARROW_ROWS), 1, 1)
         self._launch(kernel, grid, shared_bytes, tokens, weight, epilogue, out, x, norm, None)
 
-    def _wide(self, kernel: Wide, weight: PackedLinear, epilogue: int, out: torch.Tensor, x: torch.Tensor) -> None:
-        tokens, blocks = x.shape[0], self._blocks(kernel, x.shape[0], weight)
-        splits, partials = 1, None
-        if blocks < self._processors:
-            splits = SPLITS
+    def _wide(
+        self, kernel: Wide, splits: int, weight: PackedLinear, epilogue: int, out: torch.Tensor, x: torch.Tensor
+    ) -> None:
+        tokens, partials = x.shape[0], None
+        if splits > 1:
+            blocks = self._blocks(kernel, tokens, weight)
+            assert splits == SPLITS and blocks <= MOST_SHARED
             partials = torch.empty(blocks * SPLITS * kernel.sums_bytes // 4, dtype=torch.float32, device=self.device)
         grid = (-(-tokens // kernel.tokens), -(-weight.rows // kernel.rows), splits)
         no_norm = (None, None, 0.0)
