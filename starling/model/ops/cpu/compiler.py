@@ -48,18 +48,17 @@ class NoCompilerError(DeviceError):
 def library_path(cache: Path | None = None, extra_flags: Sequence[str] = ()) -> Path:
     """The compiled library, built first if the cache lacks it. Raises NoCompilerError.
 
-    The cache's key covers the sources, the flags, the compiler and the architecture. Two processes that start together
-    compile one after the other's lock; the file appears by renaming, whole.
+    The cache's key covers the sources, the flags and the architecture; not the compiler, which an image may drop after
+    its build. Two processes that start together compile once; the file appears by renaming, whole.
     """
     try:
         folder = cache or user_cache()
     except DeviceError as error:
         raise NoCompilerError(str(error)) from error
-    compiler = find_compiler()
-    key = _key(compiler, extra_flags)
-    path = folder / f"starling-cpu-{key}{'.dylib' if sys.platform == 'darwin' else '.so'}"
+    path = folder / f"starling-cpu-{_key(extra_flags)}{'.dylib' if sys.platform == 'darwin' else '.so'}"
     if path.exists():
         return path
+    compiler = find_compiler()
     if compiler is None:
         raise NoCompilerError(
             "No C++ compiler (c++, g++, clang++ or the ziglang package) was found, so the CPU kernels cannot be built: "
@@ -86,13 +85,12 @@ def _machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
 
 
-def _key(compiler: tuple[str, ...] | None, extra_flags: Sequence[str]) -> str:
+def _key(extra_flags: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted(NATIVE.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for part in (*FLAGS, *extra_flags, str(INSTRUCTION_SETS), _machine(), sys.platform):
         digest.update(part.encode() + b"\0")
-    del compiler  # the C interface is the same whoever compiled it: an image may drop its compiler after the build
     return digest.hexdigest()[:20]
 
 
