@@ -75,7 +75,7 @@ def running(
     books = BlockCache(blocks, 4, max_running, CONTEXT)
     runner = runner_type(books, overlaps)
     engine = Engine(
-        Scheduler(books, Limits(max_running, prefill_tokens=16)),
+        Scheduler(books, Limits(max_running, prefill_tokens=16, speculative_rows=16)),
         runner,
         CONTEXT,
         vocab_size=7,
