@@ -5,8 +5,10 @@ Capturing a graph needs a GPU; without one the padded steps that it would hold a
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from starling.engine.runner import Runner, StepRunner
 from starling.engine.scheduler import Limits, Scheduler
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.engine.speculation import PromptLookup
+from starling.errors import EngineError
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 from tests.cuda.emulator import emulated_ops
@@ -36,9 +39,7 @@ class Alternating:
     def finished(self) -> bool:
         return self.count >= 6
 
-    def mask(self) -> object:
-        import numpy as np
-
+    def mask(self) -> np.ndarray:
         words = np.zeros(-(-VOCABULARY // 32), dtype=np.int32)
         for token in [2] if self.finished else range(3 + self.count % 2, VOCABULARY, 2):
             words[token // 32] |= np.int32(np.uint32(1 << token % 32).astype(np.int32))
@@ -139,10 +140,6 @@ def test_answers_are_those_of_the_plain_runner(model: Mistral, speculative_rows:
 
 
 def test_logits_that_are_no_numbers_are_an_error(model: Mistral) -> None:
-    from dataclasses import replace
-
-    from starling.errors import EngineError
-
     broken = replace(model, norm=torch.full_like(model.norm, torch.nan))
     with pytest.raises(EngineError, match="no finite number"):
         answers(broken, graphs, sequences(0, 1, False))
