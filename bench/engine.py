@@ -50,7 +50,7 @@ def throughput(service: Service) -> list[tuple[int, float]]:
 def overhead_us(batch: int, steps: int = 400) -> tuple[float, float]:
     """Medians per decode step, the model a constant: planning and booking, and building the step's arrays."""
     books = BlockCache(4096, 16, batch, 2048, window=1024)
-    scheduler = Scheduler(books, Limits(max_running=batch))
+    scheduler = Scheduler(books, Limits(batch, prefill_tokens=512, speculative_rows=16))
     for i in range(batch):
         params = SamplingParams(max_tokens=1500, stop_ids=frozenset({0}), seed=i, temperature=1.0)
         scheduler.add(Sequence(i, [i + 5] * 40, params, lookup=PromptLookup()))

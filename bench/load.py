@@ -45,6 +45,7 @@ WORDS = [
     "side",
 ]
 Fate = Literal["finish", "cancel", "leave"]
+CANCELLED_TOKENS = 1000  # of an answer that is to be cancelled: it is still under way when that arrives
 
 
 @dataclass
@@ -141,7 +142,10 @@ async def load(url: str, requests: int, concurrency: int, max_tokens: int, seed:
     plan = []
     for _ in range(requests):
         fate: Fate = dice.choice(("cancel", "leave")) if dice.random() < abuse else "finish"
-        plan.append((random_inputs(dice, max_tokens), fate, dice.randint(0, 5)))
+        inputs = random_inputs(dice, max_tokens)
+        if fate == "cancel":
+            inputs |= {"min_tokens": CANCELLED_TOKENS, "max_tokens": CANCELLED_TOKENS}
+        plan.append((inputs, fate, dice.randint(0, 5)))
     queue = iter(plan)
     limits = httpx.Limits(max_connections=2 * concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:

@@ -87,12 +87,12 @@ class Comparison:
 
 
 def compare_answers(folder: Path, settings: Settings, max_tokens: int = 64) -> list[Comparison]:
-    """Ask both engines every request of REQUESTS, greedily. `settings` are those of our engine."""
+    """Ask both engines every request of REQUESTS, greedily."""
     model = Mistral.load(
         folder, choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
     )
     ours = load_engine(folder, settings)
-    reference = ReferenceEngine.from_folder(folder, settings.device, settings.threads)
+    reference = ReferenceEngine.from_folder(folder, settings)
     tokenizer = Tokenizer.from_folder(folder, model.config.vocab_size)
     end = tokenizer.token_id(END_OF_TURN)
     chat = Chat(tokenizer, model.config.bos_token_id, end)

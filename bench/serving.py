@@ -2,10 +2,12 @@
 
     python -m bench.serving --weights weights/demo
 
-Both are loaded, and take turns on the same requests; the figure to read is the ratio.
+Both are loaded, with the settings of this process's environment, and take turns on the same requests; the figure to
+read is the ratio.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from starling.settings import Settings
 
 TOKENS = 128  # per answer
 ROUNDS = 5
+CONCURRENCIES = (1, 8, 32)
 Ask = Callable[[dict[str, Any]], float]  # inputs → seconds to the first chunk
 
 
@@ -62,14 +65,17 @@ def measure(ask: Ask, concurrency: int, turn: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=Path, required=True, help="a checkpoint folder")
+    parser.add_argument("--engine", choices=("engine", "reference"), help="default: STARLING_ENGINE")
     options = parser.parse_args()
-    service = Service.from_folder(options.weights, Settings(max_concurrency=32))
+    environ = {"STARLING_WEIGHTS": str(options.weights.resolve()), "COG_MAX_CONCURRENCY": str(max(CONCURRENCIES))}
+    environ |= {"STARLING_ENGINE": options.engine} if options.engine else {}
+    service = Service.from_folder(options.weights, Settings.from_env(os.environ | environ))
     begun_s = time.perf_counter()
-    with LocalServer(environ={"STARLING_WEIGHTS": str(options.weights.resolve())}) as server:
+    with LocalServer(environ=environ) as server:
         print(f"server ready after {time.perf_counter() - begun_s:.1f} s")
         client = Client(server.url)
         ways = {"engine": through_engine(service), "server": through_server(client)}
-        for concurrency in (1, 8, 32):
+        for concurrency in CONCURRENCIES:
             found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
             for turn in range(ROUNDS + 1):
                 for name, ask in ways.items():

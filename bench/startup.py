@@ -3,8 +3,9 @@
     python -m bench.startup --weights weights/demo
 
 Cog's own server is started: first with nothing prepared (kernels to compile, weights to repack), then as every later
-start is, `--rounds` times. The parts inside setup are those that the service logs itself (starling/startup.py). With
-`--alone` no server is started, only the service in a process of its own, which needs no Cog.
+start is, `--rounds` times. The parts inside setup are those that the service logs itself (starling/startup.py), fewer
+with `--engine reference`. With `--alone` no server is started, only the service in a process of its own, which needs no
+Cog.
 """
 
 import argparse
@@ -112,19 +113,22 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=LOCK_PATH.parent / "demo")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--alone", action="store_true", help="the service without Cog's server")
+    parser.add_argument("--engine", choices=("engine", "reference"), help="default: STARLING_ENGINE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         environ = {"STARLING_WEIGHTS": str(copy_of(options.weights.resolve(), folder)), "HOME": str(folder)}
+        environ |= {"STARLING_ENGINE": options.engine} if options.engine else {}
         start = one_load if options.alone else one_start
         first, line = start(environ)
         later = [start(environ)[0] for _ in range(options.rounds)]
     median = {part: statistics.median(each[part] for each in later) for part in first}
     print(f"{options.weights.name}: {line['operations']}, {line['processor']}, torch {line['versions']['torch']}")
     print(f"seconds     first start   later (median of {options.rounds})")
-    for part, meaning in PARTS.items():
-        print(f"{part:11s} {first[part]:11.2f} {median[part]:8.2f}   {meaning}")
-    for name, parts in (("READY", list(PARTS)[:-1]), ("first token", list(PARTS))):
+    timed = [part for part in PARTS if part in first]
+    for part in timed:
+        print(f"{part:11s} {first[part]:11.2f} {median[part]:8.2f}   {PARTS[part]}")
+    for name, parts in (("READY", timed[:-1]), ("first token", timed)):
         first_s, later_s = (sum(each[part] for part in parts) for each in (first, median))
         print(f"from nothing to {name}: {first_s:.2f} s the first time, {later_s:.2f} s later")
 

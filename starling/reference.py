@@ -17,7 +17,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -32,6 +31,7 @@ from starling.errors import DeviceError, EngineError, EngineStoppedError, Reques
 from starling.model.config import ModelConfig
 from starling.model.memory import free_bytes
 from starling.reference_sampling import processors
+from starling.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class _Task:
 class ReferenceEngine:
     """Serves token ids, one request after the other. `model` is loaded, on its device, and owned by this engine."""
 
-    def __init__(self, model: PreTrainedModel, context_limit: int, hang_after_s: float = 120.0) -> None:
+    def __init__(self, model: PreTrainedModel, context_limit: int, hang_after_s: float) -> None:
         self._model = model
         self._context_limit = context_limit
         self._vocab_size: int = model.config.vocab_size
@@ -74,22 +74,16 @@ class ReferenceEngine:
         self._thread.start()
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: Path,
-        device: Literal["auto", "cpu", "cuda"] = "auto",
-        threads: int | None = None,
-        hang_after_s: float = 120.0,
-    ) -> "ReferenceEngine":
+    def from_folder(cls, folder: Path, settings: Settings) -> "ReferenceEngine":
         """Load the AWQ checkpoint in `folder`. Raises StarlingError when it cannot be served."""
         config = ModelConfig.from_folder(folder)
-        if device == "cuda" and not torch.cuda.is_available():
+        if settings.device == "cuda" and not torch.cuda.is_available():
             raise DeviceError("STARLING_DEVICE is cuda, and torch finds no CUDA device. Use cpu.")
-        if threads is not None:
-            torch.set_num_threads(threads)
-        on_cuda = device != "cpu" and torch.cuda.is_available()
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        on_cuda = settings.device != "cpu" and torch.cuda.is_available()
         model = load_autoawq(folder) if on_cuda else _load_on_cpu(folder)
-        return cls(model, config.max_position_embeddings, hang_after_s)
+        return cls(model, config.max_position_embeddings, settings.hang_after_s)
 
     # -- from any thread -----------------------------------------------------------------------------------------
 

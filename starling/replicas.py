@@ -16,6 +16,7 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -26,6 +27,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from starling.errors import EngineError, RequestError, StarlingError
+from starling.openapi import read_signature
 from starling.request import Request
 from starling.settings import Settings
 
@@ -188,7 +190,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5000)
     options = parser.parse_args()
-    settings = Settings.from_env({"COG_MAX_CONCURRENCY": "32", **os.environ})
+    slots = read_signature((Path(__file__).parent.parent / "predict.py").read_text()).concurrency  # as in an image
+    settings = Settings.from_env({"COG_MAX_CONCURRENCY": str(slots), **os.environ})
     serve.start(http_options={"host": options.host, "port": options.port})
     serve.run(application(settings, options.least, options.most, options.cores, options.gpus), blocking=True)
 

@@ -213,7 +213,7 @@ def _load_reference(folder: Path, settings: Settings) -> TokenEngine:
             f"STARLING_ENGINE is reference, and {error.name} is not installed. "
             "Run: pip install --no-build-isolation -r requirements-reference.txt"
         ) from error
-    return ReferenceEngine.from_folder(folder, settings.device, settings.threads, settings.hang_after_s)
+    return ReferenceEngine.from_folder(folder, settings)
 
 
 def _plan_blocks(model: Mistral, ops: Ops, settings: Settings, limits: Limits) -> int:

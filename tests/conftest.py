@@ -1,6 +1,7 @@
 """What several rooms' tests share."""
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import settings
 
 from starling import demo
 
+# Ctrl-C is tested on processes that inherit this, and what a shell starts with & ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A slow machine is no fault of the code.
 settings.register_profile("starling", deadline=None, print_blob=True)
 settings.load_profile("starling")

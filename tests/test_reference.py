@@ -73,7 +73,7 @@ def test_both_engines_choose_the_same_tokens(tmp_path: Path, architecture: str) 
     torch.manual_seed(seed)
     tied = architecture == "LlamaForCausalLM"
     config = write_checkpoint(tmp_path, architectures=[architecture], tie_word_embeddings=tied, sliding_window=24)
-    ours, reference = load_engine(tmp_path, EXACT), ReferenceEngine.from_folder(tmp_path, "cpu")
+    ours, reference = load_engine(tmp_path, EXACT), ReferenceEngine.from_folder(tmp_path, EXACT)
     model = Mistral.load(tmp_path, choose_ops("cpu", None, "float32", "float32"))
     for i, kind in enumerate(SAMPLED):
         prompt = torch.randint(3, config.vocab_size, (40,)).tolist()
@@ -170,7 +170,7 @@ def test_what_cannot_run_is_refused(service: Service) -> None:
 
 def test_closing_ends_every_request(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    engine = ReferenceEngine.from_folder(tmp_path, "cpu")
+    engine = ReferenceEngine.from_folder(tmp_path, EXACT)
     streams = [engine.submit([5, 6], SamplingParams(1000, frozenset(), 0)) for _ in range(2)]
     assert streams[0].get(timeout_s=120) is not None
     engine.close()

@@ -14,7 +14,7 @@ import pytest
 
 from starling.engine.engine import Delivery, TokenStream
 from starling.errors import EngineError, GenerationCancelled, RequestError
-from starling.generation import Generation
+from starling.generation import Generation, GenerationResult
 from starling.request import Request
 from starling.service import Service
 from starling.settings import Settings
@@ -37,7 +37,8 @@ def ask(service: Service, **fields: Any) -> Any:
 FRANCE = "What is the capital of France?"
 
 
-def test_the_readmes_examples_run(demo_folder: Path) -> None:
+def test_the_readmes_examples_run(demo_folder: Path, service: Service) -> None:
+    """They are sampled; but the seed that is printed gives the same answer here."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -48,8 +49,16 @@ def test_the_readmes_examples_run(demo_folder: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    # Three prints end a line; the answers are sampled, so they may be empty or have lines of their own.
-    assert "GenerationResult(" in done.stdout and done.stdout.count("\n") >= 3
+    (shown,) = re.findall(r"GenerationResult\(text=.*, seed=\d+\)", done.stdout)
+    result = eval(shown, {"GenerationResult": GenerationResult})
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    same = service.answer(Request.parse(messages=turns, prompt="How are you today?", max_tokens=64, seed=result.seed))
+    assert same.text == result.text
+    for name in ("finish_reason", "input_token_count", "output_token_count"):
+        assert getattr(same, name) == getattr(result, name)
+    first_and_streamed, third = done.stdout.split(shown)
+    assert first_and_streamed.endswith(f"\n{result.text}")
+    assert third.startswith("\n") and third.endswith("\n")
 
 
 def test_an_answer_and_its_metrics(service: Service) -> None:

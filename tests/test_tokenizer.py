@@ -1,4 +1,4 @@
-"""Text ↔ ids: golden lists, SentencePiece as the second opinion, and text that is cut anywhere."""
+"""Text ↔ ids: SentencePiece as the second opinion, and text that is cut anywhere. Golden lists are test_chat.py's."""
 
 import copy
 import importlib.util
@@ -54,42 +54,6 @@ prose = st.lists(
         ["the", " ", "  ", "\n", "\n    ", "def", "x1", "2024", "é", "日本", "🦜", "\t", "<s>", "▁", "\x00"]
     )
 ).map("".join)
-
-
-@pytest.mark.parametrize(
-    ("pieces", "ids"),
-    [
-        (
-            ["GPT4 Correct User: Hello", END_OF_TURN, "GPT4 Correct Assistant:"],
-            "1 420 6316 28781 3198 3123 1247 28747 22557 32000 420 6316 28781 3198 3123 21631 28747",
-        ),
-        (
-            [
-                "GPT4 Correct User: Hello", END_OF_TURN, "GPT4 Correct Assistant: Hi", END_OF_TURN,
-                "GPT4 Correct User: How are you today?", END_OF_TURN, "GPT4 Correct Assistant:",
-            ],
-            "1 420 6316 28781 3198 3123 1247 28747 22557 32000 420 6316 28781 3198 3123 21631 28747 15359 32000 420"
-            " 6316 28781 3198 3123 1247 28747 1602 460 368 3154 28804 32000 420 6316 28781 3198 3123 21631 28747",
-        ),
-        (
-            ["Code User: Implement quicksort using C++", END_OF_TURN, "Code Assistant:"],
-            "1 7596 1247 28747 26256 2936 7653 1413 334 1680 32000 7596 21631 28747",
-        ),
-        (
-            ["You are a helpful assistant.", END_OF_TURN, "GPT4 Correct User: Hi", END_OF_TURN,
-             "GPT4 Correct Assistant:"],
-            "1 995 460 264 10865 13892 28723 32000 420 6316 28781 3198 3123 1247 28747 15359 32000 420 6316 28781 3198"
-            " 3123 21631 28747",
-        ),
-    ],
-    ids=["single-turn", "multi-turn", "code", "system"],
-)  # fmt: skip
-def test_golden_ids_piece_by_piece(pieces: list[str], ids: str) -> None:
-    tokenizer = starling()
-    made = [tokenizer.token_id("<s>")]
-    for piece in pieces:
-        made += [tokenizer.token_id(piece)] if piece == END_OF_TURN else tokenizer.encode(piece)
-    assert made == [int(id) for id in ids.split()]
 
 
 @given(text | prose)

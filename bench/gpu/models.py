@@ -8,6 +8,7 @@ from bench.gpu.serving import Callers
 from bench.peer import Peer
 from starling.errors import StarlingError
 from starling.model.config import ModelConfig
+from starling.settings import Settings
 
 PROMPT_TOKENS = 128
 ANSWER_TOKENS = 64
@@ -18,7 +19,7 @@ def autoawq(folder: Path) -> str:
     """The reference engine: transformers and AutoAWQ, as the service runs it."""
     from starling.reference import ReferenceEngine
 
-    engine = ReferenceEngine.from_folder(folder, "cuda", None, 120.0)
+    engine = ReferenceEngine.from_folder(folder, Settings(device="cuda"))
     callers = Callers(engine, ModelConfig.from_folder(folder).vocab_size)
     first_s = callers.first_token_s(PROMPT_TOKENS, 2)
     _, seconds = callers.throughput(1, PROMPT_TOKENS, ANSWER_TOKENS)

@@ -71,7 +71,7 @@ def own_engine(model: Mistral, cache: KVCache, most: int) -> Engine:
     books = BlockCache(cache.blocks, cache.block_size, most, config.max_position_embeddings, config.sliding_window)
     runner = GraphRunner(model, cache, books, limits)
     scheduler = Scheduler(books, limits, runner.device_counts)
-    return Engine(scheduler, runner, config.max_position_embeddings, config.vocab_size)
+    return Engine(scheduler, runner, config.max_position_embeddings, config.vocab_size, hang_after_s=TIMEOUT_S)
 
 
 def _drain(stream: TokenStream) -> int:

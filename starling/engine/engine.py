@@ -82,7 +82,7 @@ class Engine:
         runner: StepRunner,
         context_limit: int,
         vocab_size: int,
-        hang_after_s: float = 120.0,
+        hang_after_s: float,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner

@@ -20,9 +20,9 @@ from starling.engine.speculation import MAX_DRAFT
 class Limits:
     """Sizes of a step."""
 
-    max_running: int = 32  # sequences computed side by side
-    prefill_tokens: int = 512  # prompt tokens per step, over all sequences
-    speculative_rows: int = 16  # guess only while a step decodes at most this many tokens; 0 turns guessing off
+    max_running: int  # sequences computed side by side
+    prefill_tokens: int  # prompt tokens per step, over all sequences
+    speculative_rows: int  # guess only while a step decodes at most this many tokens; 0 turns guessing off
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ MAX_BACKOFF = 256  # tokens without a guess after repeated failures, at most
 class PromptLookup:
     """Drafts for one sequence. Holds the last position of every n-gram seen so far."""
 
-    __slots__ = ("_backoff", "_indexed", "_last", "_length", "_resume_at", "accepted", "proposed")
+    __slots__ = ("_backoff", "_indexed", "_last", "_length", "_resume_at")
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, ...], int] = {}  # n-gram → position after it
@@ -20,8 +20,6 @@ class PromptLookup:
         self._length = 2  # tokens of the next draft
         self._backoff = 4
         self._resume_at = 0  # no drafts before the sequence has this many tokens
-        self.proposed = 0
-        self.accepted = 0
 
     def draft(self, tokens: list[int], limit: int) -> list[int]:
         """Up to `limit` tokens that followed the last occurrence of the final n-gram; often none."""
@@ -39,8 +37,6 @@ class PromptLookup:
 
     def judge(self, proposed: int, accepted: int, size: int) -> None:
         """Learn from a draft: `accepted` of its tokens were right; the sequence now has `size` tokens."""
-        self.proposed += proposed
-        self.accepted += accepted
         if accepted == proposed:
             self._length = min(MAX_DRAFT, self._length * 2)
             self._backoff = 4

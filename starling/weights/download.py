@@ -18,9 +18,10 @@ from starling.weights import ledger
 from starling.weights.digest import git_blob_sha1_of, sha256_of
 from starling.weights.inspection import PARTIAL_FOLDER, FileReport, State, faults, partial_path, verify
 from starling.weights.ledger import Ledger
+from starling.weights.local_folder import LocalFolder
 from starling.weights.lock import Lock, LockedFile
 from starling.weights.progress import Progress
-from starling.weights.source import FileFaultError, Offer, Patience, Source, SourceLostError, open_source
+from starling.weights.source import FileFaultError, Offer, Patience, Source, SourceLostError
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,18 @@ def pull(lock: Lock, folder: Path, where: str | None = None, patience: Patience 
         raise WeightsError(f"The weights cannot be written to {folder}: {error}.") from error
     _raise_if(faults(reports), folder)
     return reports
+
+
+def open_source(where: str | None, lock: Lock, patience: Patience) -> Source:
+    """`where`: URL of a mirror, path of a local folder, or None for the hub itself (or HF_ENDPOINT).
+
+    Raises WeightsError when it is neither, or when HF_HUB_OFFLINE forbids the network.
+    """
+    if where is not None and not where.startswith(("http://", "https://")):
+        return LocalFolder(Path(where))
+    from starling.weights.hub import Hub  # imports huggingface_hub: 0.3 s that a start with weights need not spend
+
+    return Hub(lock.repository, lock.revision, where, patience)
 
 
 def _fetch(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source) -> list[str]:

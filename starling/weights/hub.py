@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-import httpx2
+import httpx2  # what huggingface_hub speaks HTTP with, and installs: its errors come through
 from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but not marked so

@@ -1,4 +1,4 @@
-"""A source of files: the hub, a mirror that speaks like it, or a local folder."""
+"""What a source of files offers, and how it fails. hub.py and local_folder.py are sources."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Protocol
 
 from starling.errors import WeightsError
-from starling.weights.lock import Lock
 
 
 class FileFaultError(WeightsError):
@@ -42,17 +41,3 @@ class Source(Protocol):
 
     def fetch(self, name: str, partial: Path, size: int, advance: Callable[[int], None]) -> None:
         """Bring `partial` to `size` bytes, going on from what it holds. What arrived before an error stays in it."""
-
-
-def open_source(where: str | None, lock: Lock, patience: Patience) -> Source:
-    """`where`: URL of a mirror, path of a local folder, or None for the hub itself (or HF_ENDPOINT).
-
-    Raises WeightsError when it is neither, or when HF_HUB_OFFLINE forbids the network.
-    """
-    if where is not None and not where.startswith(("http://", "https://")):
-        from starling.weights.local_folder import LocalFolder
-
-        return LocalFolder(Path(where))
-    from starling.weights.hub import Hub  # imports huggingface_hub: 0.3 s that a start with weights need not spend
-
-    return Hub(lock.repository, lock.revision, where, patience)

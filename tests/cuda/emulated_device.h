@@ -271,7 +271,11 @@ template <class T> T atomicMax(T* at, T x) { T before = *at; *at = before < x ? 
 template <class T> T atomicMin(T* at, T x) { T before = *at; *at = x < before ? x : before; return before; }
 template <class T> T atomicOr(T* at, T x) { T before = *at; *at = before | x; return before; }
 template <class T> T atomicExch(T* at, T x) { T before = *at; *at = x; return before; }
-template <class T> T atomicCAS(T* at, T expected, T x) { T before = *at; if (before == expected) *at = x; return before; }
+template <class T> T atomicCAS(T* at, T expected, T x) {
+  T before = *at;
+  if (before == expected) *at = x;
+  return before;
+}
 inline u32 __float_as_uint(float x) { u32 y; std::memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(u32 x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline int __float_as_int(float x) { return (int)__float_as_uint(x); }

@@ -6,7 +6,6 @@ import random
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -106,10 +105,10 @@ class EmulatedStream:
 
 
 @lru_cache(maxsize=16)
-def _build(path: Path, extra_flags: Sequence[str] = ()) -> Path:
+def _build(path: Path) -> Path:
     compiler = find_compiler()
     assert compiler is not None
-    digest = hashlib.sha256(repr((FLAGS, extra_flags)).encode())
+    digest = hashlib.sha256(repr(FLAGS).encode())
     for part in (HEADER, Path(__file__), path, *sorted(NATIVE.glob("*.h"))):
         digest.update(part.read_bytes())
     built = user_cache() / f"starling-emulated-{path.stem}-{digest.hexdigest()[:20]}.so"
@@ -124,7 +123,7 @@ def _build(path: Path, extra_flags: Sequence[str] = ()) -> Path:
                 ]
                 wrapper = Path(scratch) / "wrapper.cpp"
                 wrapper.write_text("\n".join(lines))
-                command = [*compiler, *FLAGS, *extra_flags, f"-I{NATIVE}", str(wrapper), "-o", f"{scratch}/built.so"]
+                command = [*compiler, *FLAGS, f"-I{NATIVE}", str(wrapper), "-o", f"{scratch}/built.so"]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 assert not done.returncode, done.stderr
                 Path(scratch, "built.so").replace(built)

@@ -1,5 +1,6 @@
 """Every kernel compiles, without a GPU, for the cards that it is meant for; nothing spills."""
 
+import importlib.metadata
 import re
 from pathlib import Path
 
@@ -33,11 +34,18 @@ def test_kernels_wait_for_the_one_before_where_they_may_begin_early(source: str)
     assert b"griddepcontrol" not in nvrtc.compile_source(source, 86, ptx=True)[0]
 
 
-def test_the_cache_keeps_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_keeps_what_was_compiled_by_this_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = nvrtc.SOURCES[0]
     made = nvrtc.cubin(source, 86, tmp_path)
-    monkeypatch.setattr(nvrtc, "compile_source", None)
+    monkeypatch.setattr(nvrtc, "compile_source", lambda source, arch: (b"of another compiler", ""))
     assert nvrtc.cubin(source, 86, tmp_path) == made
+    monkeypatch.setattr(nvrtc, "version", lambda: "999.0")
+    assert nvrtc.cubin(source, 86, tmp_path) == b"of another compiler"
+
+
+def test_the_compilers_version_is_its_packages() -> None:
+    installed = [d.version for d in importlib.metadata.distributions() if d.name.startswith("nvidia-cuda-nvrtc")]
+    assert any(found.startswith(f"{nvrtc.version()}.") for found in installed)
 
 
 def test_an_image_is_prepared_without_a_gpu(

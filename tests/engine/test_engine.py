@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from starling.errors import DeviceError, EngineError, EngineStoppedError, Reques
 from tests.engine.fake_model import FakeRunner, expected_answer
 
 CONTEXT = 128
+HANG_S = 120.0  # a bound for what would otherwise wait for ever; nothing is judged by it
 
 
 class Gated(FakeRunner):
@@ -75,7 +76,7 @@ def running(
     books = BlockCache(blocks, 4, max_running, CONTEXT)
     runner = runner_type(books, overlaps)
     engine = Engine(
-        Scheduler(books, Limits(max_running, prefill_tokens=16)),
+        Scheduler(books, Limits(max_running, prefill_tokens=16, speculative_rows=16)),
         runner,
         CONTEXT,
         vocab_size=7,
@@ -87,6 +88,7 @@ def running(
         if isinstance(runner, Gated):
             runner.gate.release(10000)
         engine.close()
+        engine._thread.join()  # close waits no longer than a step may hang, which is next to nothing in some tests
         assert books.available == books.blocks
 
 
@@ -94,10 +96,17 @@ def params(max_tokens: int = 10, stops: bool = True) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, stop_ids=frozenset({0} if stops else ()), seed=0)
 
 
+def wait_until(holds: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + HANG_S
+    while not holds():
+        assert time.monotonic() < end_s, "waited in vain"
+        time.sleep(0.001)
+
+
 def drain(stream: TokenStream) -> tuple[list[int], Delivery]:
     tokens: list[int] = []
     while True:
-        delivery = stream.get()
+        delivery = stream.get(HANG_S)
         assert delivery is not None
         tokens += delivery.tokens
         if delivery.finish:
@@ -119,8 +128,7 @@ def test_cancel_ends_a_request_within_one_step(stage: str, overlaps: bool) -> No
         second = engine.submit([2, 3], params(60, stops=False))
         runner.gate.release(1 if stage == "prefilling" else 3)
         victim, other = (second, first) if stage == "queued" else (first, second)
-        while runner.steps < (1 if stage == "prefilling" else 3):
-            pass
+        wait_until(lambda: runner.steps >= (1 if stage == "prefilling" else 3))
         victim.cancel()
         victim.cancel()
         runner.gate.release(1000)
@@ -151,8 +159,7 @@ def test_a_step_built_on_one_that_fails_serves_the_others() -> None:
     with running(FailsWithOneInFlight, overlaps=True) as (engine, runner):
         first = engine.submit([1, 2], params(20, stops=False))
         runner.gate.release(1)
-        while runner.steps < 1:
-            pass
+        wait_until(lambda: runner.steps >= 1)
         # The second and the third step are of the first request alone; the third is started before the second is let
         # through, and this one comes in before the fourth is planned.
         second = engine.submit([3, 4], params(20, stops=False))
@@ -181,23 +188,23 @@ def test_a_lost_device_ends_everything(overlaps: bool) -> None:
     with running(Lost, overlaps) as (engine, _):
         stream = engine.submit([1, 2], params())
         assert isinstance(drain(stream)[1].error, EngineStoppedError)
-        while engine.healthy:
-            pass
+        wait_until(lambda: not engine.healthy)
 
 
 def test_a_cancelled_request_leaves_no_step_behind() -> None:
     """With nobody left to serve, the step in flight is still taken, and the engine does not count as hung."""
-    with running(Gated, overlaps=True, hang_after_s=0.2) as (engine, runner):
+    with running(Gated, overlaps=True, hang_after_s=0.05) as (engine, runner):
         stream = engine.submit([1, 2], params(60, stops=False))
         runner.gate.release(3)
-        while runner.steps < 3:
-            pass
+        wait_until(lambda: runner.steps == 3)
         stream.cancel()
         runner.gate.release(1)
         assert drain(stream)[1].finish == "cancelled"
         runner.gate.release(1000)
-        time.sleep(0.4)
-        assert engine.healthy and engine._in_flight is None
+        wait_until(lambda: engine._in_flight is None)
+        wait_until(lambda: engine.healthy)
+        time.sleep(0.1)  # longer than a step may take
+        assert engine.healthy
 
 
 def test_what_cannot_run_is_refused_with_numbers() -> None:
@@ -233,12 +240,10 @@ def test_a_step_that_hangs_is_unhealthy_until_it_ends(overlaps: bool) -> None:
     with running(Gated, overlaps, hang_after_s=0.05) as (engine, runner):
         assert engine.healthy
         stream = engine.submit([1, 2], params())
-        while engine.healthy:
-            pass
+        wait_until(lambda: not engine.healthy)
         runner.gate.release(1000)
         drain(stream)
-        while not engine.healthy:
-            pass
+        wait_until(lambda: engine.healthy)
 
 
 def test_a_dead_thread_ends_everything(overlaps: bool) -> None:
@@ -249,7 +254,6 @@ def test_a_dead_thread_ends_everything(overlaps: bool) -> None:
     with running(Exits, overlaps) as (engine, _):
         stream = engine.submit([1, 2], params())
         assert isinstance(drain(stream)[1].error, EngineStoppedError)
-        while engine.healthy:
-            pass
+        wait_until(lambda: not engine.healthy)
         with pytest.raises(EngineStoppedError):
             engine.submit([1], params())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from starling.engine.runner import Runner, StepRunner
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.engine.speculation import PromptLookup
+from starling.errors import EngineError
 from starling.model.batch import Batch
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
@@ -40,9 +42,7 @@ class Alternating:
     def finished(self) -> bool:
         return self.count >= 6
 
-    def mask(self) -> object:
-        import numpy as np
-
+    def mask(self) -> np.ndarray:
         words = np.zeros(-(-VOCABULARY // 32), dtype=np.int32)
         for token in [2] if self.finished else range(3 + self.count % 2, VOCABULARY, 2):
             words[token // 32] |= np.int32(np.uint32(1 << token % 32).astype(np.int32))
@@ -172,8 +172,6 @@ def test_answers_are_those_of_the_plain_runner(model: Mistral, speculative_rows:
 
 
 def test_logits_that_are_no_numbers_are_an_error(model: Mistral) -> None:
-    from starling.errors import EngineError
-
     broken = replace(model, norm=torch.full_like(model.norm, torch.nan))
     with pytest.raises(EngineError, match="no finite number"):
         answers(broken, graphs, sequences(0, 1, False))

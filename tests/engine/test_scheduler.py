@@ -348,4 +348,3 @@ def test_drafts_are_taken_when_text_repeats_and_stop_when_they_fail() -> None:
     assert lookup.draft([1, 2, 3, 4, 5, 6, 7, 1, 2, 3], limit=8) == [4, 5, 6, 7]
     lookup.judge(4, 0, 11)
     assert lookup.draft([1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 1, 2, 3], limit=8) == []
-    assert (lookup.proposed, lookup.accepted) == (6, 2)

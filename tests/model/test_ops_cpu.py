@@ -223,7 +223,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.
 
 
 def _count_compiles(folder: str, compiled: "multiprocessing.queues.Queue[str]") -> None:
-    def fake(compiler: object, path: Path, flags: object) -> None:
+    def fake(compiler: object, path: Path) -> None:
         compiled.put(str(path))
         path.write_bytes(b"library")
 

@@ -1,5 +1,6 @@
 """Cog's real server, in a process of its own, over a service whose pace the tests set."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,13 @@ def wait_for(happened: Callable[[], Any]) -> Any:
         assert time.monotonic() < end_s, "waited in vain"
         time.sleep(0.005)
     return value
+
+
+def events(log: str) -> list[dict[str, Any]]:
+    """Our own lines in a server's log, which may lag behind its answers. Cog wraps each in JSON of its own."""
+    whole = log[: log.rfind("\n") + 1].splitlines()
+    messages = [json.loads(line)["fields"]["message"] for line in whole if line.startswith("{")]
+    return [json.loads(message[message.index("{") :]) for message in messages if '"event": ' in message]
 
 
 class Echo:

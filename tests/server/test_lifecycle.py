@@ -44,13 +44,6 @@ def test_an_unhealthy_service_turns_the_health_check(own_echo: Echo) -> None:
     assert own_echo.server.health()["status"] == "READY"
 
 
-def test_a_dead_event_loop_turns_the_health_check(own_echo: Echo) -> None:
-    (own_echo.folder / "kill-the-event-loop").touch()
-    assert own_echo.server.health()["status"] == "UNHEALTHY"
-    (own_echo.folder / "kill-the-event-loop").unlink()
-    assert own_echo.server.health()["status"] == "UNHEALTHY"
-
-
 def test_a_worker_that_is_killed_is_not_replaced(own_echo: Echo, background) -> None:
     """The state that tells an operator to restart the container."""
     stream = background(own_echo.post, prompt="a gate:never")

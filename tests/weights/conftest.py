@@ -13,7 +13,8 @@ from tests.weights.hub_server import HubServer
 
 REVISION = "f0a87c473f82b2e369a4106ef658dc663ebcba2e"
 REPOSITORY = "someone/some-model"
-BRISK = Patience(stall_s=0.3, attempts=3, first_wait_s=0.01)
+BRISK = Patience(attempts=3, first_wait_s=0.01)
+IMPATIENT = Patience(stall_s=1, attempts=1)  # where a stall is what is tested
 
 
 def lock_for(files: dict[str, bytes], unknown: tuple[str, ...] = ()) -> Lock:

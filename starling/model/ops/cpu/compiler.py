@@ -45,21 +45,20 @@ class NoCompilerError(DeviceError):
     """This machine has no C++ compiler that can build the kernels."""
 
 
-def library_path(cache: Path | None = None, extra_flags: Sequence[str] = ()) -> Path:
+def library_path(cache: Path | None = None) -> Path:
     """The compiled library, built first if the cache lacks it. Raises NoCompilerError.
 
-    The cache's key covers the sources, the flags, the compiler and the architecture. Two processes that start together
-    compile one after the other's lock; the file appears by renaming, whole.
+    The cache's key covers the sources, the flags and the architecture; not the compiler, which an image may drop after
+    its build. Two processes that start together compile once; the file appears by renaming, whole.
     """
     try:
         folder = cache or user_cache()
     except DeviceError as error:
         raise NoCompilerError(str(error)) from error
-    compiler = find_compiler()
-    key = _key(compiler, extra_flags)
-    path = folder / f"starling-cpu-{key}{'.dylib' if sys.platform == 'darwin' else '.so'}"
+    path = folder / f"starling-cpu-{_key()}{'.dylib' if sys.platform == 'darwin' else '.so'}"
     if path.exists():
         return path
+    compiler = find_compiler()
     if compiler is None:
         raise NoCompilerError(
             "No C++ compiler (c++, g++, clang++ or the ziglang package) was found, so the CPU kernels cannot be built: "
@@ -67,7 +66,7 @@ def library_path(cache: Path | None = None, extra_flags: Sequence[str] = ()) -> 
         )
     with locked(folder / f"{path.name}.lock"):
         if not path.exists():
-            _compile(compiler, path, extra_flags)
+            _compile(compiler, path)
     return path
 
 
@@ -86,17 +85,16 @@ def _machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
 
 
-def _key(compiler: tuple[str, ...] | None, extra_flags: Sequence[str]) -> str:
+def _key() -> str:
     digest = hashlib.sha256()
     for path in sorted(NATIVE.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    for part in (*FLAGS, *extra_flags, str(INSTRUCTION_SETS), _machine(), sys.platform):
+    for part in (*FLAGS, str(INSTRUCTION_SETS), _machine(), sys.platform):
         digest.update(part.encode() + b"\0")
-    del compiler  # the C interface is the same whoever compiled it: an image may drop its compiler after the build
     return digest.hexdigest()[:20]
 
 
-def _compile(compiler: tuple[str, ...], path: Path, extra_flags: Sequence[str]) -> None:
+def _compile(compiler: tuple[str, ...], path: Path) -> None:
     started = time.monotonic()
     sets = INSTRUCTION_SETS.get(_machine(), {"portable": ()})
     if "ziglang" in compiler:
@@ -111,13 +109,12 @@ def _compile(compiler: tuple[str, ...], path: Path, extra_flags: Sequence[str]) 
         log.info("Compiling the CPU kernels with %s (once; kept in %s).", " ".join(compiler), path.parent)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             commands = [
-                (*compiler, *FLAGS, *flags, *extra_flags, "-c", str(NATIVE / source), "-o", str(out))
-                for out, source, flags in jobs
+                (*compiler, *FLAGS, *flags, "-c", str(NATIVE / source), "-o", str(out)) for out, source, flags in jobs
             ]
             list(pool.map(_run, commands))
         built = folder / path.name
         objects = [str(out) for out, _, _ in jobs]
-        _run((*compiler, "-shared", "-pthread", *extra_flags, *objects, "-o", str(built)))
+        _run((*compiler, "-shared", "-pthread", *objects, "-o", str(built)))
         built.replace(path)
     log.info("Compiled the CPU kernels in %.1f s.", time.monotonic() - started)
 

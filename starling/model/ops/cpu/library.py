@@ -2,7 +2,6 @@
 
 import ctypes
 from functools import lru_cache
-from pathlib import Path
 
 from starling.model.ops.cpu.compiler import library_path
 
@@ -63,20 +62,20 @@ FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
 }
 
 
-@lru_cache(maxsize=4)
-def load(path: Path | None = None) -> ctypes.CDLL:
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL:
     """The compiled library (built first if need be), with its functions' types declared. Raises NoCompilerError."""
-    library = ctypes.CDLL(str(path or library_path()))
+    library = ctypes.CDLL(str(library_path()))
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
 
 
-def usable_instruction_sets(library: ctypes.CDLL | None = None) -> list[str]:
+def usable_instruction_sets() -> list[str]:
     """The names that CpuOps' `isa` accepts on this machine, best first."""
     found: list[str] = []
-    lib = library or load()
-    while (name := lib.starling_usable_isa(len(found))) is not None:
+    library = load()
+    while (name := library.starling_usable_isa(len(found))) is not None:
         found.append(name.decode())
     return found

@@ -74,10 +74,6 @@ class AttentionKernels:
         parts = 4 * FEW_ROWS * (self._padded_dim + 8) * 4
         return units + parts + 4 * FEW_ROWS * 2 * 4 + 16
 
-    @property
-    def scratch_bytes(self) -> int:
-        return self._scratch.numel() * self._scratch.element_size()
-
     def plan(self, batch: Batch, window: int | None) -> AttentionPlan:
         """The lists of work that every layer of a step goes through. Its sizes depend on the batch's shapes only."""
         tokens, requests = batch.positions.numel(), batch.context_lens.numel()

@@ -29,7 +29,8 @@ LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 def cubin(source: str, arch: int, cache: Path | None = None) -> bytes:
     """Machine code of native/`source`.cu for compute capability `arch` (86 for 8.6), from the cache if it is there.
 
-    For a GPU newer than the compiler knows it is PTX, which the driver finishes. Raises DeviceError.
+    For a GPU newer than the compiler knows it is PTX, which the driver finishes. Raises DeviceError, also where there
+    is no NVRTC and nothing to compile: the cache's key names its version, and every torch for a GPU brings it.
     """
     folder = cache or user_cache()
     path = folder / f"starling-cuda-{source}-sm{arch}-{_key(source)}.cubin"
@@ -79,6 +80,14 @@ def compile_source(source: str, arch: int, ptx: bool = False) -> tuple[bytes, st
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def version() -> str:
+    """The compiler's, such as "12.8". Raises DeviceError where there is none."""
+    nvrtc = _library()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(nvrtc, nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return f"{major.value}.{minor.value}"
+
+
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
     """NVRTC as torch's CUDA build or the pip package nvidia-cuda-nvrtc brings it, else the system's."""
@@ -119,10 +128,11 @@ def _check(nvrtc: ctypes.CDLL, result: int) -> None:
 
 
 def _key(source: str) -> str:
+    """Changes with the sources, the options and the compiler: a newer one may compile what was PTX for an older."""
     digest = hashlib.sha256()
     for path in (*sorted(NATIVE.glob("*.h")), NATIVE / f"{source}.cu"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(" ".join(OPTIONS).encode())
+    digest.update(" ".join((*OPTIONS, version())).encode())
     return digest.hexdigest()[:20]
 
 

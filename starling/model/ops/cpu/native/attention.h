@@ -2,7 +2,8 @@
 //
 // Positions are cut into splits of 256 at absolute multiples. A row's split is computed in one order (scores; their
 // maximum; e^(score - maximum), summed in 16 lanes; values in ascending position), and its splits are merged in
-// ascending order. Decode and prefill, one thread or many, alone or in a batch: the same operations on the same numbers.
+// ascending order. Decode and prefill, one thread or many, alone or in a batch: the same operations on the same
+// numbers.
 #pragma once
 
 namespace {

@@ -2,8 +2,8 @@
 // function of the C++ library: the linker could keep the copy that another instruction set compiled.
 #include "types.h"
 
-// Sums that stay in registers are lost if the compiler thinks that a loop's body is too long to inline; and GCC drops the
-// calls of a function that only prefetches, since it finds no effect in it, unless it must be inlined first.
+// Sums that stay in registers are lost if the compiler thinks that a loop's body is too long to inline; and GCC drops
+// the calls of a function that only prefetches, since it finds no effect in it, unless it must be inlined first.
 #define STARLING_INLINE inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)

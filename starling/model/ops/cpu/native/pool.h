@@ -14,8 +14,8 @@ class Pool {
   ~Pool();
   int threads() const { return (int)threads_; }
 
-  // Calls work(i) for every i in [0, count); returns when all are done. Each thread has a run of neighbouring chunks, so
-  // that it reads memory end to end, and helps with the others' when its own is done.
+  // Calls work(i) for every i in [0, count); returns when all are done. Each thread has a run of neighbouring chunks,
+  // so that it reads memory end to end, and helps with the others' when its own is done.
   template <class Work> void run(int64_t count, const Work& work) {
     if (count <= 1 || threads_ == 1) {
       for (int64_t i = 0; i < count; i++) work(i);

@@ -1,4 +1,5 @@
-// Vectors of the compiler (GCC and Clang): whatever the target has, with NEON's and SSE2's own instructions where they matter.
+// Vectors of the compiler (GCC and Clang): whatever the target has, with NEON's and SSE2's own instructions where they
+// matter.
 #pragma once
 #include <cmath>
 #if defined(__aarch64__)

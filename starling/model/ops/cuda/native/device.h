@@ -1,12 +1,12 @@
 // What the kernels use of the device beyond plain CUDA C++: fp16 as bits, tensor cores, asynchronous copies.
 //
-// It includes no header but ours, so that NVRTC compiles the kernels without CUDA's headers; and tests/cuda/emulated_device.h
-// offers the same names on a CPU. Kernels keep to these rules, which the emulation rests on:
+// It includes no header but ours, so that NVRTC compiles the kernels without CUDA's headers; and
+// tests/cuda/emulated_device.h offers the same names on a CPU. Kernels keep to these rules, which the emulation rests on:
 //   blocks have one dimension of threads, a multiple of 32, and every thread of a warp reaches each warp operation;
 //   all shared memory is dynamic, from shared_memory(); a thread's own index is threadIdx.x;
 //   parameters are pointers, int and float;
 //   no block waits for another one (the last to arrive at a counter may do what remains);
-//   every thread calls wait_for_kernel_before(), and until then touches nothing but what no kernel ever writes: weights.
+//   every thread calls wait_for_kernel_before(), and until then touches only what no kernel ever writes: weights.
 #ifndef STARLING_DEVICE_H
 #define STARLING_DEVICE_H
 
@@ -96,7 +96,8 @@ DEVICE float fast_exp2(float x) {
 // Source: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".
 DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -145,9 +146,11 @@ DEVICE void copy_async_once(void* shared, const void* from, bool valid = true) {
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 
 // Waits until at most `pending` of this thread's latest groups are under way. Other threads' copies need a barrier too.
-template <int pending> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory"); }
+template <int pending> DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory");
+}
 
-// `bytes`, a multiple of 16, for copy_async_once come to the second-level cache: for before the kernel before has ended.
+// `bytes`, a multiple of 16, for copy_async_once come to the second-level cache: for while the kernel before still runs.
 DEVICE void prefetch(const void* from, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -160,9 +163,9 @@ DEVICE void prefetch(const void* from, u32 bytes) {
 // -- kernels after one another ------------------------------------------------------------------------------------
 
 // From sm_90 on, the blocks of a kernel begin as soon as all blocks of the one before it have passed this call and leave
-// room (programmatic dependent launch), so what a kernel does ahead of it hides what starting costs. When it returns, the
-// kernels before have ended, and all that they wrote is visible. That holds for all of them and not only for the latest
-// one because every thread of every kernel calls it. Older GPUs start a kernel when the one before it has ended.
+// room (programmatic dependent launch): what a kernel does ahead of the call hides what starting costs. When it returns,
+// the kernels before have ended, and all that they wrote is visible. That holds for all of them, and not only for the
+// latest, because every thread of every kernel calls it. Older GPUs start a kernel when the one before it has ended.
 // Source: PTX ISA, "griddepcontrol".
 DEVICE void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900

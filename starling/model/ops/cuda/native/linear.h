@@ -42,7 +42,7 @@
 // Instructions: a multiprocessor must take a tile every 107 cycles on an A40 and every 38 on an H100 (1.7 GHz), so in
 // 430 and 152 issue slots. narrow takes 84 (head 14 for the same bytes), wide_8 112, wide_16 about 115, wide_32 about
 // 145. With more tokens tensor cores set the pace: a product takes 16 cycles of a quarter of an A40's multiprocessor, 8
-// of an H100's, so a tile with 64 tokens 128 and 64 of all four. wide_64_tall, for prompts, has 64 products to about 400
+// of an H100's, so a tile with 64 tokens 128 and 64 of all four. wide_64_tall, for prompts, has 64 products to some 400
 // other instructions for two tiles, reads each activation from shared memory for 32 rows, and asks L2 for 1 MB for
 // every 134 MFLOP at k = 4096: 1.2 TB/s at the A40's peak of 149.7 TFLOPS.
 #ifndef STARLING_LINEAR_H
@@ -56,7 +56,7 @@ constexpr int kTileK = 64;
 constexpr int kPanelTileBytes = kTileK * 2;  // of one token's activations
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr u32 kPrefetchBytes = 8192;  // of a row tile: 64 KB a block, 8.6 MB of an H100, whose memory gives them in 3 us
+constexpr u32 kPrefetchBytes = 8192;  // of a row tile: 64 KB a block, 8.6 MB an H100, whose memory takes 3 us for them
 constexpr int kNarrowRowTiles = kWarps / kSplits;
 constexpr int kNarrowTokens = 8;
 constexpr int kNormBytes = kNarrowTokens * kNormWarps * 4;
