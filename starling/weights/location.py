@@ -21,6 +21,10 @@ REMEDY = (
     "the folder of an AWQ checkpoint in STARLING_WEIGHTS. "
     "To try the container without them, run scripts/demo."
 )
+EXPLICIT_REMEDY = (
+    "Name the folder of an AWQ checkpoint there, or unset it: then those are served that "
+    "`python -m starling weights pull` fetches. To try the container without them, run scripts/demo."
+)
 
 
 STAND_IN_MARKER = "demo.json"  # a file that says: this is the demo's small model, not Starling
@@ -81,12 +85,12 @@ def locate_weights(settings: Settings) -> Located:
 
 def _explicit(folder: Path) -> Located:
     if not folder.is_dir():
-        raise WeightsError(f"STARLING_WEIGHTS names {str(folder)!r}, which is no folder. {REMEDY}")
+        raise WeightsError(f"STARLING_WEIGHTS names {str(folder)!r}, which is no folder. {EXPLICIT_REMEDY}")
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if not any(folder.glob("*.safetensors")):
         missing.append("*.safetensors (no other form is read: pickles can run code)")
     if missing:
-        raise WeightsError(f"STARLING_WEIGHTS names {folder}, which lacks {', '.join(missing)}. {REMEDY}")
+        raise WeightsError(f"STARLING_WEIGHTS names {folder}, which lacks {', '.join(missing)}. {EXPLICIT_REMEDY}")
     logger.info("Weights: %s, as STARLING_WEIGHTS says; not checked against the lock", folder)
     return Located(folder, "explicit")
 
