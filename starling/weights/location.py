@@ -19,11 +19,11 @@ LOCK_PATH = ROOT / "starling-lm-7b-alpha-awq.lock"
 REMEDY = (
     "Fetch them with `python -m starling weights pull`, let the start do it with STARLING_ALLOW_DOWNLOAD=1, or name "
     "the folder of an AWQ checkpoint in STARLING_WEIGHTS. "
-    "To try the container without them, run scripts/demo."
+    "To try it without them, run scripts/demo in a checkout."
 )
 EXPLICIT_REMEDY = (
     "Name the folder of an AWQ checkpoint there, or unset it: then those are served that "
-    "`python -m starling weights pull` fetches. To try the container without them, run scripts/demo."
+    "`python -m starling weights pull` fetches. To try it without them, run scripts/demo in a checkout."
 )
 
 
