@@ -1,6 +1,7 @@
 """What a caller and an operator see when the real service breaks; each fault is made for real."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def test_a_start_is_logged_once_with_what_runs(broken: Breakable, tiny_folder: P
     assert start["weights"] == str(tiny_folder)
     assert start["settings"]["STARLING_HANG_AFTER_S"] == HANG_AFTER_S
     assert "cpu" in start["operations"]
+    assert any(re.search(r"CPU kernels: \w+, \d+ threads", text) for text in log)
     laps = ["imports", "weights", "tokenizer", "operations", "model", "kv_cache", "runner", "grammars", "warm_up"]
     assert list(start["seconds"]) == laps
     assert all(seconds >= 0 for seconds in start["seconds"].values())
