@@ -88,7 +88,8 @@ class Predictor(BasePredictor):
             default=None, ge=0, le=4294967295, description="Repeats an answer. Blank is random; the metrics tell which."
         ),
         prompt_template: str | None = Input(
-            default=None, description="Raw text sent in place of the chat format. It must contain {prompt}."
+            default=None,
+            description="Raw text sent in place of the chat format, with {prompt} and, if wanted, {system_prompt}.",
         ),
         max_new_tokens: int | None = Input(
             default=None, ge=1, le=8192, deprecated=True, description="The old name of max_tokens."

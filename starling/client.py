@@ -61,18 +61,21 @@ class Client:
     def stream(self, **inputs: Any) -> Iterator[Answer]:
         """Start a prediction. Leaving the block before the answer has ended cancels it on the server.
 
-        Raises AnswerError when the request is refused.
+        Raises AnswerError when the request is refused, when no server answers, and when its connection breaks.
         """
         begun_s = time.monotonic()
         while True:
-            with self._http.stream(
-                "POST", "/predictions", json={"input": inputs}, headers={"Accept": "text/event-stream"}
-            ) as response:
-                if response.is_success:
-                    yield Answer(EventSource(response))
-                    return
-                if response.status_code != httpx.codes.CONFLICT or time.monotonic() - begun_s > BUSY_RETRY_S:
-                    raise AnswerError(_refusal(response))
+            try:
+                with self._http.stream(
+                    "POST", "/predictions", json={"input": inputs}, headers={"Accept": "text/event-stream"}
+                ) as response:
+                    if response.is_success:
+                        yield Answer(EventSource(response))
+                        return
+                    if response.status_code != httpx.codes.CONFLICT or time.monotonic() - begun_s > BUSY_RETRY_S:
+                        raise AnswerError(_refusal(response))
+            except httpx.TransportError as error:
+                raise AnswerError(f"The connection to {self._http.base_url} failed: {error}") from error
             time.sleep(BUSY_PAUSE_S)
 
     def cancel(self, prediction_id: str) -> bool:

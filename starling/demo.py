@@ -245,7 +245,9 @@ def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes the small demo model's checkpoint folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m starling.demo", description="Makes the small demo model's checkpoint folder."
+    )
     parser.add_argument("folder", type=Path, help="where the checkpoint is to lie; left alone if it is there already")
     parser.add_argument("--full-precision", action="store_true", help="float16 in place of AWQ: a source to quantize")
     options = parser.parse_args()

@@ -55,13 +55,19 @@ class Grammars:
         if request.json_schema is not None:
             name, grammar = "json_schema", _json_grammar(request.json_schema)
         elif request.regex is not None:
-            name, grammar = "regex", LLMatcher.grammar_from_regex(f" ?(?:{request.regex})")
+            name, grammar = "regex", LLMatcher.grammar_from_regex(f" ?(?:{_unanchored(request.regex)})")
         else:
             return None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"{name} cannot be followed: {_brief(matcher.get_error())}. Mend or simplify it.")
         return GrammarConstraint(matcher, self._vocab_size)
+
+
+def _unanchored(regex: str) -> str:
+    """Without ^ at the start and $ at the end: where the whole answer must match they say nothing, and llguidance
+    refuses them."""
+    return re.sub(r"(?<!\\)((?:\\\\)*)\$\Z", r"\1", regex.removeprefix("^"))
 
 
 def _json_grammar(schema: str) -> str:

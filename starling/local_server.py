@@ -31,7 +31,7 @@ POLL_S = 0.05
 
 
 class ServerError(StarlingError):
-    """The server did not start, or ended. The message holds the end of its log."""
+    """The server cannot start, did not, or ended. Of one that ran, the message holds the end of its log."""
 
 
 def place_schema(root: Path) -> None:
@@ -59,6 +59,20 @@ def server_environment(root: Path, port: int, environ: Mapping[str, str], predic
         "PATH": os.pathsep.join([interpreter_dir, environ.get("PATH", os.defpath)]),
         "PORT": str(port),
     }
+
+
+def port_from(environ: Mapping[str, str]) -> int:
+    """PORT, or 5000. Raises ServerError when it is no port, or another process listens on it."""
+    text = environ.get("PORT") or "5000"
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16):
+        raise ServerError(f"PORT is {text!r}: it must be a whole number from 1 to 65535.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a server left behind is in nobody's way
+        try:
+            probe.bind(("", int(text)))
+        except OSError as error:
+            raise ServerError(f"Port {text} cannot be used ({error.strerror}). Name another one with PORT.") from error
+    return int(text)
 
 
 def free_port() -> int:
@@ -163,10 +177,10 @@ def main() -> None:
     os.chdir(ROOT)
     try:
         locate_weights(Settings.from_env(os.environ))
+        port = port_from(os.environ)
     except StarlingError as error:
         sys.exit(str(error))
     place_schema(ROOT)
-    port = int(os.environ.get("PORT", "5000"))
     os.execve(sys.executable, [sys.executable, *COMMAND, "0.0.0.0"], server_environment(ROOT, port, os.environ))
 
 

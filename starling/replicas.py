@@ -9,10 +9,12 @@ and ends idle ones. A request whose replica dies is begun again on another unles
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import secrets
+import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -30,6 +32,7 @@ from starling.errors import EngineError, RequestError, StarlingError
 from starling.openapi import read_signature
 from starling.request import Request
 from starling.settings import Settings
+from starling.weights import locate_weights
 
 logger = logging.getLogger(__name__)
 
@@ -182,18 +185,27 @@ def application(settings: Settings, least: int, most: int, cores: float, gpus: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m starling.replicas", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m starling.replicas", description="Replicas behind one address, on Ray Serve."
+    )
     parser.add_argument("--least", type=int, default=1, help="replicas that always run")
     parser.add_argument("--most", type=int, default=4, help="replicas under load")
     parser.add_argument("--cores", type=float, default=1, help="CPU cores that Ray sets aside for a replica")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs that Ray sets aside for a replica")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=5000)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=5000, help="(default: %(default)s)")
     options = parser.parse_args()
+    if options.least < 0 or options.most < max(1, options.least):
+        parser.error(f"--least is {options.least} and --most {options.most}; give 0 <= least <= most, and most above 0")
     slots = read_signature((Path(__file__).parent.parent / "predict.py").read_text()).concurrency  # as in an image
-    settings = Settings.from_env({"COG_MAX_CONCURRENCY": str(slots), **os.environ})
+    try:
+        settings = Settings.from_env({"COG_MAX_CONCURRENCY": str(slots), **os.environ})
+        locate_weights(settings)  # once, before Ray starts: else each replica would fail, or fetch them for itself
+    except StarlingError as error:
+        sys.exit(str(error))
     serve.start(http_options={"host": options.host, "port": options.port})
-    serve.run(application(settings, options.least, options.most, options.cores, options.gpus), blocking=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        serve.run(application(settings, options.least, options.most, options.cores, options.gpus), blocking=True)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,8 @@ def _fault(error: Any) -> str:
     """One pydantic error in our words: no long input is ever quoted, since it may be a prompt."""
     where = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "too_long":  # of a list; pydantic would tell how it keeps one
+        message = "{actual_length} are given; at most {max_length} are accepted. Drop some".format(**error["ctx"])
     value = error.get("input")
     shown = f" is {value!r}:" if isinstance(value, int | float | bool) and where else ""
     return f"{where}{shown or ':'} {message}" if where else message

@@ -146,6 +146,7 @@ class Service:
             "mode": request.mode,
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
+            "seed": summary.seed,  # also among the answer's metrics: by it the two are matched
             "constrained": request.json_schema is not None or request.regex is not None,
             **self.occupancy,
         }

@@ -1,5 +1,6 @@
 """Every environment variable that this package reads, in one place. Read once, at start."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from starling.errors import StarlingError
 
+logger = logging.getLogger(__name__)
+
+PREFIX = "STARLING_"
 Flag = Annotated[bool, BeforeValidator(lambda v: v.strip().lower() if isinstance(v, str) else v)]
 
 
@@ -37,8 +41,11 @@ class Settings(BaseModel):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Settings":
-        """Raises StarlingError naming the variable, its value and the rule."""
+        """Raises StarlingError naming the variable, its value and the rule. Warns of names like ours that are none."""
         names = {field.alias for field in cls.model_fields.values() if field.alias}
+        # Not refused: Kubernetes gives every container variables named after its services (STARLING_PORT, say).
+        if unknown := sorted(name for name in environ if name.startswith(PREFIX) and name not in names):
+            logger.warning("Unknown settings, without effect: %s", ", ".join(unknown))
         try:
             return cls.model_validate({name: environ[name] for name in names if environ.get(name, "") != ""})
         except ValidationError as error:

@@ -6,6 +6,7 @@ python -m starling.terminal --weights weights/demo          # starts a server fo
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 from starling.client import Answer, AnswerError, Client
 from starling.errors import StarlingError
 from starling.local_server import LocalServer
+from starling.settings import Settings
+from starling.weights import locate_weights
 
 HINT = "Ctrl-C stops an answer; Ctrl-C or Ctrl-D at the prompt leaves."
 
@@ -77,7 +80,7 @@ def start(server: LocalServer) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="starling.terminal", description="Ask the model, or chat with it.")
+    parser = argparse.ArgumentParser(prog="python -m starling.terminal", description="Ask the model, or chat with it.")
     parser.add_argument("prompt", nargs="?", help="without one: a chat")
     parser.add_argument("--code", action="store_true", help="use the model's condition for programming")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the server's)")
@@ -99,6 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             if url is None:
                 environ = {"STARLING_WEIGHTS": str(options.weights.resolve())}
                 environ |= {"STARLING_ENGINE": options.engine} if options.engine else {}
+                locate_weights(Settings.from_env({**os.environ, **environ}))  # a server would say it among its log
                 server = LocalServer(environ=environ)
                 cleanup.callback(server.stop)
                 start(server)

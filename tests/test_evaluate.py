@@ -66,6 +66,13 @@ def test_the_command_prints_them(folders: list[Path], tmp_path: Path, capsys: py
     arguments = ["evaluate", "text", str(folders[0]), str(text), "--source", str(folders[1]), "--window", "64"]
     assert main(arguments) == 0
     assert "nats per token" in capsys.readouterr().out
+    for option, value, fault in (
+        ("--window", "1", "give 2 to"),
+        ("--window", "9999", "give 2 to"),
+        ("--max-tokens", "-5", "-5"),
+    ):
+        assert main([*arguments, option, value]) == 1
+        assert fault in capsys.readouterr().err
     text.write_text("")
     assert main(arguments) == 1
     assert "text is empty" in capsys.readouterr().err
@@ -86,6 +93,12 @@ def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(demo_folder: Pa
     with pytest.raises(StarlingError, match="line 1: not an object with a question_id"):
         questions.write_text("{}\n")
         answer_questions(service, "demo", questions, out)
+    with pytest.raises(StarlingError, match="question 83 has no list of texts"):
+        questions.write_text('{"question_id": 83, "turns": "What?"}\n')
+        answer_questions(service, "demo", questions, out)
+    with pytest.raises(StarlingError, match=r"absent/answers\.jsonl cannot be written: No such file"):
+        questions.write_text(json.dumps(asked[0]))
+        answer_questions(service, "demo", questions, tmp_path / "absent" / "answers.jsonl")
     service.close()
     answers = [json.loads(line) for line in first.splitlines()]
     assert [answer["question_id"] for answer in answers] == [81, 82]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from starling.errors import RequestError
-from starling.request import MAX_STOP_SEQUENCES, MAX_TEXT_BYTES, Request
+from starling.request import MAX_MESSAGES, MAX_STOP_SEQUENCES, MAX_TEXT_BYTES, Request
 
 USER = {"role": "user", "content": "Hello"}
 ASSISTANT = {"role": "assistant", "content": "Hi"}
@@ -48,7 +48,10 @@ def test_stop_sequences(written: Any, meant: tuple[str, ...]) -> None:
         ({"prompt": "x", "stop_sequences": "[" * 100_000 + "]" * 100_000}, ["stop_sequences", "256"]),
         ({"prompt": "x", "stop_sequences": "[1]"}, ["stop_sequences.0", "string"]),
         ({"prompt": "x", "stop_sequences": '[""]'}, ["stop_sequences.0", "at least 1"]),
-        ({"prompt": "x", "stop_sequences": "a," * (MAX_STOP_SEQUENCES + 1)}, ["stop_sequences", "at most 16"]),
+        (
+            {"prompt": "x", "stop_sequences": "a," * (MAX_STOP_SEQUENCES + 1)},
+            ["stop_sequences: 17 are given; at most 16", "Drop"],
+        ),
         ({"prompt": "x", "prompt_template": "no place"}, ["{prompt}"]),
         ({"prompt": "x", "prompt_template": "{prompt}", "messages": [USER]}, ["prompt_template and messages"]),
         ({"prompt": "x", "prompt_template": "{prompt}", "system_prompt": "s"}, ["{system_prompt}"]),
@@ -59,6 +62,7 @@ def test_stop_sequences(written: Any, meant: tuple[str, ...]) -> None:
         ({"prompt": "x", "messages": [{"role": "bot", "content": "x"}]}, ["messages.0.role", "'assistant'"]),
         ({"prompt": "x", "messages": [{"role": "user"}]}, ["messages.0.content", "required"]),
         ({"prompt": "x", "messages": [USER | {"name": "n"}]}, ["messages.0.name", "not permitted"]),
+        ({"messages": [USER] * (MAX_MESSAGES + 1)}, ["messages: 1025 are given; at most 1024", "Drop"]),
         ({"prompt": "x" * (MAX_TEXT_BYTES + 1)}, [str(MAX_TEXT_BYTES + 1), str(MAX_TEXT_BYTES), "Shorten"]),
         ({"prompt": "x", "json_schema": "{}", "regex": "a"}, ["json_schema and regex"]),
     ],

@@ -129,6 +129,16 @@ def test_an_answer_matches_its_regex(service: Service) -> None:
     assert ask(service, prompt="Yes or no?", regex="yes|no", min_tokens=20).text in ("yes", "no")
 
 
+@pytest.mark.parametrize(
+    ("regex", "answer"), [(r"^(yes|no)$", "yes|no"), (r"^a|b\\$", r"a|b\\"), (r"^\$", r"\$"), (r"\^[$]", r"\^\$")]
+)
+def test_anchors_say_nothing_new(service: Service, regex: str, answer: str) -> None:
+    for seed in range(3):
+        result = ask(service, prompt="Yes or no?", regex=regex, temperature=5, seed=seed)
+        assert re.fullmatch(answer, result.text)
+        assert result.finish_reason == "stop"
+
+
 def test_a_grammar_that_grows_without_bound_ends_its_request_alone(service: Service) -> None:
     other = service.generate(Request.parse(prompt=FRANCE, temperature=0))
     with pytest.raises(EngineError, match="too many expressions") as error:

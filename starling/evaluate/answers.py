@@ -4,7 +4,7 @@ import json
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -35,9 +35,14 @@ def answer_questions(
     already are left out, so an interrupted run goes on. Returns how many were asked. Raises StarlingError.
     """
     known = {answer["question_id"] for answer in read_lines(out)} if out.exists() else set()
+    wanted = read_lines(questions)
+    for question in wanted:
+        turns = question.get("turns")
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+            raise StarlingError(f"{questions}: question {question['question_id']} has no list of texts as its turns.")
     asked = 0
-    with out.open("a", encoding="utf-8") as file:
-        for question in tqdm(read_lines(questions), desc="Answering", unit="question"):
+    with _appending(out) as file:
+        for question in tqdm(wanted, desc="Answering", unit="question"):
             if question["question_id"] in known:
                 continue
             temperature = TEMPERATURES.get(question.get("category", ""), OTHER_TEMPERATURE)
@@ -54,6 +59,13 @@ def answer_questions(
             file.flush()
             asked += 1
     return asked
+
+
+def _appending(out: Path) -> TextIO:
+    try:
+        return out.open("a", encoding="utf-8")
+    except OSError as error:
+        raise StarlingError(f"{out} cannot be written: {error.strerror}.") from error
 
 
 def _converse(service: Service, turns: list[str], temperature: float, max_tokens: int, seed: int) -> list[str]:

@@ -45,6 +45,10 @@ def evaluate_text(
     config = weights[0].config
     if any(each.config.vocab_size != config.vocab_size for each in weights):
         raise StarlingError(f"{folder} and {source} have different vocabularies, and cannot be compared.")
+    if not 2 <= window <= config.max_position_embeddings:
+        raise StarlingError(f"The window is {window} tokens; give 2 to {config.max_position_embeddings}.")
+    if max_tokens is not None and max_tokens < 1:
+        raise StarlingError(f"max_tokens is {max_tokens}: there is nothing to predict. Give 1 or more.")
     ids = Tokenizer.from_folder(folder, config.vocab_size).encode(text)[:max_tokens]
     windows = _windows(ids, config.bos_token_id, window)
     models = [streamed_model(each) for each in weights]

@@ -12,6 +12,8 @@ BUILT_IN = Path(__file__).with_name("calibration.txt")
 
 def calibration_blocks(text: str, tokenizer: Tokenizer, bos: int, samples: int, length: int) -> list[list[int]]:
     """At most `samples` blocks of `length` tokens, each opened by `bos`. Raises StarlingError without a whole block."""
+    if samples < 1 or length < 2:
+        raise StarlingError(f"--samples is {samples} and --length {length}: give at least 1 block of 2 tokens.")
     ids = tokenizer.encode(text)
     body = length - 1
     blocks = [[bos, *ids[start : start + body]] for start in range(0, len(ids) - body + 1, body)][:samples]

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from starling.errors import WeightsError
@@ -15,10 +16,8 @@ from starling.weights.source import Patience
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
-def add_weights_command(
-    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]", default_source: str | None = None
-) -> None:
-    """Add `weights` to the command line; `args.run(args)` returns the exit code. `default_source`: of `--from`."""
+def add_weights_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `weights` to the command line; `args.run(args)` returns the exit code."""
     weights = subparsers.add_parser("weights", help="fetch and verify the model's weights")
     actions = weights.add_subparsers(dest="action", required=True, metavar="pull|verify|status|pin")
     for name, text in (
@@ -35,7 +34,6 @@ def add_weights_command(
                 "--from",
                 dest="source",
                 metavar="URL|FOLDER",
-                default=default_source,
                 help="a mirror of the hub, or a folder that holds the files (default: the hub, or HF_ENDPOINT)",
             )
             action.add_argument(
@@ -116,7 +114,7 @@ def _pin(args: argparse.Namespace, lock: Lock, folder: Path) -> int:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no time; give seconds above 0")

@@ -19,7 +19,11 @@ LOCK_PATH = ROOT / "starling-lm-7b-alpha-awq.lock"
 REMEDY = (
     "Fetch them with `python -m starling weights pull`, let the start do it with STARLING_ALLOW_DOWNLOAD=1, or name "
     "the folder of an AWQ checkpoint in STARLING_WEIGHTS. "
-    "To try the container without them, run scripts/demo."
+    "To try it without them, run scripts/demo in a checkout."
+)
+EXPLICIT_REMEDY = (
+    "Name the folder of an AWQ checkpoint there, or unset it: then those are served that "
+    "`python -m starling weights pull` fetches. To try it without them, run scripts/demo in a checkout."
 )
 
 
@@ -81,12 +85,12 @@ def locate_weights(settings: Settings) -> Located:
 
 def _explicit(folder: Path) -> Located:
     if not folder.is_dir():
-        raise WeightsError(f"STARLING_WEIGHTS names {str(folder)!r}, which is no folder. {REMEDY}")
+        raise WeightsError(f"STARLING_WEIGHTS names {str(folder)!r}, which is no folder. {EXPLICIT_REMEDY}")
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if not any(folder.glob("*.safetensors")):
         missing.append("*.safetensors (no other form is read: pickles can run code)")
     if missing:
-        raise WeightsError(f"STARLING_WEIGHTS names {folder}, which lacks {', '.join(missing)}. {REMEDY}")
+        raise WeightsError(f"STARLING_WEIGHTS names {folder}, which lacks {', '.join(missing)}. {EXPLICIT_REMEDY}")
     logger.info("Weights: %s, as STARLING_WEIGHTS says; not checked against the lock", folder)
     return Located(folder, "explicit")
 

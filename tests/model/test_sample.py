@@ -71,6 +71,13 @@ def test_equal_probabilities_rank_by_id(ops: CpuOps) -> None:
     assert sample(ops, torch.zeros(1, 40), [(1.0, 7, 1.0, 0.0, last)]) == [6]
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-39, 1e-300, 5e-324])
+def test_a_temperature_next_to_0_is_greedy(ops: CpuOps, temperature: float) -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 5.0, 4.999, -80.0, 0.0]])
+    for top_k, top_p, min_p in ((0, 1.0, 0.0), (2, 1.0, 0.0), (0, 0.95, 0.0), (0, 1.0, 0.1)):
+        assert sample(ops, logits, [(temperature, top_k, top_p, min_p, 0.999)]) == [2]
+
+
 def test_draws_follow_the_distribution(ops: CpuOps) -> None:
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
     draws = 20_000

@@ -1,5 +1,6 @@
 """What a caller and an operator see when the real service breaks; each fault is made for real."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def requests(log: str) -> list[dict[str, Any]]:
 
 
 def test_a_start_is_logged_once_with_what_runs(broken: Breakable, tiny_folder: Path) -> None:
-    broken.ask(prompt="Rumpelstilzchen")
+    broken.ask(prompt="Rumpelstilzchen", seed=4294967295)
     wait_for(lambda: len(requests(broken.server.log)) == 2)  # the warm-up's, and ours
     lines = events(broken.server.log)
     [start] = [line for line in lines if line["event"] == "start"]
@@ -138,7 +139,10 @@ def test_a_start_is_logged_once_with_what_runs(broken: Breakable, tiny_folder: P
     assert start["weights"] == str(tiny_folder)
     assert start["settings"]["STARLING_HANG_AFTER_S"] == HANG_AFTER_S
     assert "cpu" in start["operations"]
+    assert re.search(r"CPU kernels: \w+, \d+ threads", broken.server.log)
     laps = ["imports", "weights", "tokenizer", "operations", "model", "kv_cache", "runner", "grammars", "warm_up"]
     assert list(start["seconds"]) == laps
     assert all(seconds >= 0 for seconds in start["seconds"].values())
+    _, ours = requests(broken.server.log)
+    assert ours["seed"] == 4294967295
     assert "Rumpelstilzchen" not in broken.server.log

@@ -2,12 +2,13 @@
 
 import re
 import signal
+import socket
 from pathlib import Path
 
 import psutil
 import pytest
 
-from starling.local_server import LocalServer, ServerError
+from starling.local_server import LocalServer, ServerError, port_from
 from tests.server.conftest import HANG_S, Echo, wait_for
 
 
@@ -72,3 +73,17 @@ def test_a_setup_that_fails_says_why(tmp_path: Path) -> None:
 def test_the_local_server_tells_why_it_did_not_start(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"(?s)SETUP_FAILED.*which lacks config\.json"):
         LocalServer(environ={"STARLING_WEIGHTS": str(tmp_path)}).start(timeout_s=HANG_S)
+
+
+@pytest.mark.parametrize("port", ["http", "-1", "0", "65536", "5e3"])
+def test_a_port_is_a_number_that_exists(port: str) -> None:
+    with pytest.raises(ServerError, match=f"PORT is '{port}': it must be a whole number from 1 to 65535"):
+        port_from({"PORT": port})
+
+
+def test_a_port_that_another_listens_on_is_named() -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ServerError, match=f"Port {port} cannot be used .* Name another one with PORT"):
+            port_from({"PORT": str(port)})
+    assert port_from({"PORT": str(port)}) == port

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from starling.local_server import ROOT
+from starling.terminal import main
 from tests.server.conftest import HANG_S, Echo, wait_for
 
 
@@ -75,6 +76,37 @@ def test_a_refused_request_is_told(echo: Echo, terminals: list[Terminal]) -> Non
     terminal = Terminal(echo, "")
     terminals.append(terminal)
     assert "neither prompt nor messages is given" in terminal.screen.read().decode()
+    assert terminal.process.wait(HANG_S) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("--url", "http://127.0.0.1:1"),
+            "The connection to http://127.0.0.1:1 failed: [Errno 111] Connection refused",
+        ),
+        (("--url", "localhost:5000"), "Request URL has an unsupported protocol"),
+        (("--weights", "/absent"), "STARLING_WEIGHTS names '/absent', which is no folder."),
+    ],
+    ids=["nobody listens", "no http://", "no weights"],
+)
+def test_what_cannot_begin_is_told_in_one_line(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "hello"]) == 1
+    screen = capsys.readouterr().err
+    assert said in screen
+    assert len(screen.strip().splitlines()) == 1
+
+
+def test_a_server_that_dies_ends_the_answer(own_echo: Echo, terminals: list[Terminal]) -> None:
+    terminal = Terminal(own_echo, "one gate:never")
+    terminals.append(terminal)
+    terminal.read_until("one ")
+    assert own_echo.server.process is not None
+    own_echo.server.process.kill()
+    assert f"The connection to {own_echo.server.url} failed" in terminal.screen.read().decode()
     assert terminal.process.wait(HANG_S) == 1
 
 

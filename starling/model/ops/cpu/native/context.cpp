@@ -1,6 +1,7 @@
 #include "context.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "repack.h"
 #include "sampling.h"
@@ -166,7 +167,9 @@ void Context::sample(const float* logits, int64_t tokens, int64_t vocabulary, co
     ids[t] = greediest(row, vocabulary);
     if (temperature[t] == 0) return;
     float* p = probabilities + t * vocabulary;
-    kernels_->exp_scaled(row, row[ids[t]], (float)(1 / temperature[t]), p, vocabulary);
+    // A temperature next to 0 has no inverse in float32, and 0 times infinity would be no number.
+    const float inverse = (float)std::min(1 / temperature[t], (double)std::numeric_limits<float>::max());
+    kernels_->exp_scaled(row, row[ids[t]], inverse, p, vocabulary);
     ids[t] = draw(p, vocabulary, Sampling{temperature[t], top_k[t], top_p[t], min_p[t], uniform[t]});
   });
 }

@@ -1,0 +1,30 @@
+"""Texts → the blocks of tokens that AWQ looks at."""
+
+from pathlib import Path
+
+import pytest
+
+from starling import tokenizer_json
+from starling.errors import StarlingError
+from starling.quantize.calibration import calibration_blocks
+from starling.tokenizer import Tokenizer, byte_alphabet
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    """A token per byte."""
+    ids = {piece: i for i, piece in enumerate(["<s>", *byte_alphabet()])}
+    tokenizer_json.write(tokenizer_json.byte_level(ids, [], {"<s>": 0}), tmp_path)
+    return Tokenizer.from_folder(tmp_path, len(ids))
+
+
+def test_blocks_are_whole_and_each_begins_a_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("abcdefgh")
+    assert calibration_blocks("abcdefgh", tokenizer, 0, samples=9, length=4) == [[0, *ids[:3]], [0, *ids[3:6]]]
+    assert calibration_blocks("abcdefgh", tokenizer, 0, samples=1, length=4) == [[0, *ids[:3]]]
+
+
+@pytest.mark.parametrize(("samples", "length"), [(0, 4), (-1, 4), (9, 1), (9, 0), (9, 10)])
+def test_blocks_that_cannot_be_are_refused(tokenizer: Tokenizer, samples: int, length: int) -> None:
+    with pytest.raises(StarlingError, match="--length"):
+        calibration_blocks("abcdefgh", tokenizer, 0, samples, length)
