@@ -34,10 +34,6 @@ class GrammarConstraint:
         self._matcher.consume_token(token)
 
     @property
-    def finished(self) -> bool:
-        return self._matcher.is_stopped()
-
-    @property
     def fault(self) -> str | None:
         """What went wrong inside the grammar (it grew too complex, say); the request cannot go on."""
         return _brief(self._matcher.get_error() or "") or None

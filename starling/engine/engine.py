@@ -246,7 +246,7 @@ class Engine:
         for outcome in outcomes:
             sequence = outcome.sequence
             delivery = Delivery(outcome.tokens, outcome.finish, None, sequence.cached or 0)
-            if sequence.constraint is not None and outcome.finish is None:
+            if sequence.constraint is not None:
                 broken = self._constrain(sequence.constraint, outcome)
                 if broken is not None:
                     self._scheduler.remove(sequence)
@@ -269,9 +269,10 @@ class Engine:
 
     @staticmethod
     def _constrain(constraint: TokenConstraint, outcome: Outcome) -> str | None:
-        """Tell the grammar what was chosen; its fault, if that breaks it."""
-        for token in outcome.tokens:
-            constraint.advance(token)
+        """Tell the grammar what was chosen; its fault, if that breaks it, or if it ended the answer."""
+        if outcome.finish is None:
+            for token in outcome.tokens:
+                constraint.advance(token)
         return constraint.fault
 
     def _deliver(self, arrival: int, delivery: Delivery) -> None:

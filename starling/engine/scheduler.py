@@ -289,7 +289,7 @@ class Scheduler:
         generated = len(sequence.tokens) - sequence.prompt_length
         for token in tokens:
             generated += 1
-            if token in params.stop_ids and generated > params.min_tokens:
+            if token in params.stop_ids:  # before min_tokens none is drawn, but where a grammar leaves nothing else
                 return tokens[: generated - sequence.generated], "stop"
             if generated >= params.max_tokens:
                 return tokens[: generated - sequence.generated], "length"

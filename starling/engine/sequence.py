@@ -15,19 +15,15 @@ class TokenConstraint(Protocol):
     """What may come next, for an answer that must follow a grammar. Owned by one sequence."""
 
     def mask(self) -> np.ndarray:
-        """int32 [ceil(V / 32)]: bit t of the whole says whether token t may come next."""
+        """int32 [ceil(V / 32)]: bit t of the whole says whether token t may come next. Never empty: the end follows
+        a complete answer, and a fault."""
         ...
 
     def advance(self, token: int) -> None: ...
 
     @property
-    def finished(self) -> bool:
-        """The answer is complete, and nothing may follow but its end."""
-        ...
-
-    @property
     def fault(self) -> str | None:
-        """Why the grammar cannot go on, if it cannot; the request then fails alone."""
+        """Why the grammar cannot go on, if `advance` or `mask` found that it cannot; the request then fails alone."""
         ...
 
 

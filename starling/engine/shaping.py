@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from starling.engine.inputs import StepInputs
-from starling.engine.sampling import rows_too_short
+from starling.engine.sampling import clear, permitted, rows_too_short
 from starling.engine.scheduler import Work
 from starling.engine.sequence import Sequence
 from starling.model.ops.cuda.sampling import SETTINGS, settings_of
@@ -44,9 +44,11 @@ class Shaping:
             short = rows_too_short(work)
             for first, last, banned in ((0, short, params.stop_ids), (short, len(own), frozenset[int]())):
                 if first < last and (banned or constraint is not None):
-                    masks[used] = ALL if constraint is None else constraint.mask().view(np.uint32)
-                    for token in banned:
-                        masks[used, token // 32] &= ~np.uint32(1 << token % 32)
+                    if constraint is None:
+                        masks[used] = ALL
+                        clear(masks[used], banned)
+                    else:
+                        masks[used] = permitted(constraint, banned)
                     used += 1
                     own["mask"][first:last] = used
             row += len(own)

@@ -11,7 +11,7 @@ import numpy as np
 from starling.engine.cache import BlockCache
 from starling.engine.inputs import StepInputs, split
 from starling.engine.runner import Step, StepRunner
-from starling.engine.sampling import rules
+from starling.engine.sampling import RowRules, rules
 from starling.engine.scheduler import Outcome, Scheduler, Work
 from starling.engine.sequence import Sequence
 
@@ -30,7 +30,6 @@ class Rhythm:
     def __init__(self) -> None:
         self.count = 0
         self.fault: str | None = None
-        self.finished = False
 
     def mask(self) -> np.ndarray:
         return np.array([sum(self.allows(t) << t for t in range(VOCABULARY))], dtype=np.int32)
@@ -41,6 +40,12 @@ class Rhythm:
 
     def allows(self, token: int) -> bool:
         return (token + self.count) % 3 != 0
+
+
+def allowed_by(rule: RowRules) -> int:
+    """A bit for each token that may be drawn."""
+    allowed = (1 << VOCABULARY) - 1 if rule.allowed is None else int(rule.allowed[0])
+    return allowed & ~sum(1 << token for token in rule.banned)
 
 
 def nearest(token: int, allowed: int) -> int:
@@ -90,7 +95,7 @@ class FakeStep:
         self._runner = runner
         self._plan = plan
         self._inputs = StepInputs.of(plan, runner._books)
-        self._allowed = {rule.row: int(rule.allowed[0]) for rule in rules(plan) if rule.allowed is not None}
+        self._allowed = {rule.row: allowed_by(rule) for rule in rules(plan)}
         self._tokens: list[list[int]] | None = None
 
     def compute(self) -> list[list[int]]:
@@ -102,12 +107,15 @@ class FakeStep:
 
 
 def expected_answer(
-    prompt: list[int], max_tokens: int, stop_ids: frozenset[int], grammar: Rhythm | None = None
+    prompt: list[int], max_tokens: int, stop_ids: frozenset[int], grammar: Rhythm | None = None, min_tokens: int = 0
 ) -> list[int]:
     """What plain decoding, one token at a time, gives."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
-        tokens.append(nearest(next_token(tokens), -1 if grammar is None else int(grammar.mask()[0])))
+        allowed = (1 << VOCABULARY) - 1 if grammar is None else int(grammar.mask()[0])
+        if len(tokens) < len(prompt) + min_tokens:
+            allowed = allowed & ~sum(1 << token for token in stop_ids) or allowed
+        tokens.append(nearest(next_token(tokens), allowed))
         if tokens[-1] in stop_ids:
             break
         if grammar is not None:

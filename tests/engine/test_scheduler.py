@@ -76,9 +76,17 @@ class Lives(RuleBasedStateMachine):
         stops=st.booleans(),
         constrained=st.sampled_from([False, False, True]),
         penalized=st.sampled_from([False, False, True]),
+        min_tokens=st.sampled_from([0, 0, 3, 20]),
     )
     def submit(
-        self, fresh: list[int], shared: int, max_tokens: int, stops: bool, constrained: bool, penalized: bool
+        self,
+        fresh: list[int],
+        shared: int,
+        max_tokens: int,
+        stops: bool,
+        constrained: bool,
+        penalized: bool,
+        min_tokens: int,
     ) -> None:
         # Half of the prompts begin like an earlier one, answer included: the next turn of a conversation.
         earlier = self.prompts[shared % len(self.prompts)] if self.prompts and shared % 2 else []
@@ -89,7 +97,8 @@ class Lives(RuleBasedStateMachine):
         grammar = Rhythm() if constrained and not self.plain else None
         # The fake model obeys no penalty, but what is planned depends on it.
         penalty = 1.5 if penalized and not self.plain else 1.0
-        sequence = make(self.arrivals, prompt, max_tokens, stop_ids, True, grammar, repetition_penalty=penalty)
+        settings = {"repetition_penalty": penalty, "min_tokens": min(min_tokens, max_tokens)}
+        sequence = make(self.arrivals, prompt, max_tokens, stop_ids, True, grammar, **settings)
         self.arrivals += 1
         self.target.add(sequence)
         self.live[sequence.arrival] = sequence
@@ -139,7 +148,7 @@ class Lives(RuleBasedStateMachine):
     def _judge(self, sequence: Sequence) -> None:
         prompt, params = sequence.tokens[: sequence.prompt_length], sequence.params
         grammar = Rhythm() if sequence.constraint is not None else None
-        expected = expected_answer(prompt, params.max_tokens, params.stop_ids, grammar)
+        expected = expected_answer(prompt, params.max_tokens, params.stop_ids, grammar, params.min_tokens)
         assert self.answers[sequence.arrival] == expected
         self.prompts.append(sequence.tokens)
 
