@@ -10,6 +10,8 @@ from starling.engine.speculation import PromptLookup
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+MAX_TOP_K = 1 << 31  # more than any vocabulary has, and exact in a float64 and an int64
+
 
 class TokenConstraint(Protocol):
     """What may come next, for an answer that must follow a grammar. Owned by one sequence."""
@@ -50,7 +52,7 @@ class SamplingParams:
     @cached_property  # every step asks
     def filters(self) -> tuple[float, int, float, float]:
         """What Ops.sample is told besides the random number: temperature, top_k, top_p, min_p."""
-        return self.temperature, max(0, self.top_k), self.top_p, self.min_p
+        return self.temperature, min(max(0, self.top_k), MAX_TOP_K), self.top_p, self.min_p
 
 
 class Sequence:

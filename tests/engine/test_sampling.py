@@ -147,6 +147,13 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert together == alone == backwards, f"torch seed {seed}"
 
 
+@pytest.mark.parametrize("top_k", [-1, 4, 2**31, 2**63, 10**400], ids=["off", "all", "2^31", "2^63", "no float64"])
+def test_a_top_k_that_keeps_everything_changes_nothing(top_k: int) -> None:
+    plan = [work(params(seed=seed, top_k=top_k), [1]) for seed in range(8)]
+    logits = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    assert sample(logits.clone(), plan) == sample(logits, [work(params(seed=seed), [1]) for seed in range(8)])
+
+
 def test_chunks_inside_a_prompt_sample_nothing() -> None:
     inside = Work(Sequence(0, [1, 2, 3], params()), 0, 2, [], samples=False)
     assert sample(torch.zeros(1, 4), [inside, work(params(temperature=0), [1])]) == [[], [0]]
