@@ -51,7 +51,7 @@ class Grammars:
         if request.json_schema is not None:
             name, grammar = "json_schema", _json_grammar(request.json_schema)
         elif request.regex is not None:
-            name, grammar = "regex", LLMatcher.grammar_from_regex(f" ?(?:{request.regex})")
+            name, grammar = "regex", _regex_grammar(request.regex)
         else:
             return None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
@@ -70,6 +70,13 @@ def _json_grammar(schema: str) -> str:
     options = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
     schema = json.dumps({**parsed, "x-guidance": options})
     return LLMatcher.grammar_from_lark(f'start: " "? body\nbody: %json {schema}\n')
+
+
+def _regex_grammar(regex: str) -> str:
+    try:
+        return LLMatcher.grammar_from_regex(f" ?(?:{regex})")
+    except UnicodeEncodeError:
+        raise RequestError("regex holds a lone surrogate, which is no character; send valid Unicode.") from None
 
 
 def _brief(error: str) -> str:

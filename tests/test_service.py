@@ -146,6 +146,8 @@ def test_a_grammar_that_grows_without_bound_ends_its_request_alone(service: Serv
         ({"json_schema": '{"type": "animal"}'}, "animal"),
         ({"json_schema": '{"not": {}}'}, "not"),
         ({"regex": "(a"}, "unclosed group"),
+        ({"regex": "\ud800"}, "lone surrogate"),
+        ({"json_schema": '{"const": "\ud800"}'}, "json_schema"),
         ({"prompt": "word " * 9000}, r"8192"),
     ],
 )
