@@ -191,10 +191,11 @@ class Engine:
             with self._gate:
                 self._closed = True
             self._step_began_s = None
+            # The scheduler is not told: its books may be what broke, and nobody asks them any more.
             while not self._inbox.empty():
-                self._book(self._inbox.get())
-            for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
-                self._scheduler.remove(sequence)
+                command = self._inbox.get()
+                if command.sequence is not None and command.stream is not None:
+                    self._streams[command.sequence.arrival] = command.stream
             for arrival in list(self._streams):
                 self._deliver(arrival, Delivery([], "error", error))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from starling.engine.frame import TAIL
 from starling.engine.inputs import StepInputs
 from starling.engine.sampling import clear, permitted, rows_too_short
 from starling.engine.scheduler import Work
@@ -73,9 +74,12 @@ class Shaping:
         return begin + len(tokens)
 
     def _counted_tokens(self, sequence: Sequence) -> int:
-        """How many of its tokens the table holds: all that are known, if it held another sequence's before."""
+        """How many of its tokens the table holds: all that are known, if it held another sequence's before.
+
+        Or the same one's from before a pause, after which it went on in another row for a while.
+        """
         arrival, counted = self._counted.get(sequence.row, (-1, 0))
-        if arrival == sequence.arrival:
+        if arrival == sequence.arrival and len(sequence.tokens) - counted < TAIL:
             return counted
         self._recount(sequence.row, sequence.tokens, sequence.prompt_length)
         return len(sequence.tokens)

@@ -37,7 +37,7 @@ def scheduler(blocks: int = 64, block_size: int = 4, window: int | None = None, 
 def loop(overlaps: bool = False, device_counts: bool = False, **shape: int) -> Loop:
     target = scheduler(**shape)
     target.device_counts = device_counts
-    return Loop(target, FakeRunner(target.cache, overlaps))
+    return Loop(target, FakeRunner(target.cache, overlaps, device_counts))
 
 
 def step(target: Loop) -> tuple[list[Work], dict[int, list[int]]]:
@@ -52,6 +52,7 @@ class Lives(RuleBasedStateMachine):
 
     @initialize(
         overlaps=st.booleans(),
+        device_counts=st.booleans(),
         plain=st.booleans(),
         blocks=st.integers(8, 40),
         block_size=st.sampled_from([1, 3, 4, 16]),
@@ -60,9 +61,9 @@ class Lives(RuleBasedStateMachine):
         prefill_tokens=st.integers(1, 24),
         speculative_rows=st.sampled_from([0, 4, 16]),
     )
-    def begin(self, overlaps: bool, plain: bool, **shape: int) -> None:
+    def begin(self, overlaps: bool, device_counts: bool, plain: bool, **shape: int) -> None:
         self.plain = plain  # no request asks for what must wait, so that steps overlap for long
-        self.loop = loop(overlaps, **shape)
+        self.loop = loop(overlaps, device_counts, **shape)
         self.target = self.loop.scheduler
         self.live: dict[int, Sequence] = {}
         self.answers: dict[int, list[int]] = {}
@@ -95,8 +96,7 @@ class Lives(RuleBasedStateMachine):
             return
         stop_ids = frozenset({0}) if stops else frozenset()
         grammar = Rhythm() if constrained and not self.plain else None
-        # The fake model obeys no penalty, but what is planned depends on it.
-        penalty = 1.5 if penalized and not self.plain else 1.0
+        penalty = 1.5 if penalized and (self.target.device_counts or not self.plain) else 1.0
         settings = {"repetition_penalty": penalty, "min_tokens": min(min_tokens, max_tokens)}
         sequence = make(self.arrivals, prompt, max_tokens, stop_ids, True, grammar, **settings)
         self.arrivals += 1
@@ -148,7 +148,9 @@ class Lives(RuleBasedStateMachine):
     def _judge(self, sequence: Sequence) -> None:
         prompt, params = sequence.tokens[: sequence.prompt_length], sequence.params
         grammar = Rhythm() if sequence.constraint is not None else None
-        expected = expected_answer(prompt, params.max_tokens, params.stop_ids, grammar, params.min_tokens)
+        expected = expected_answer(
+            prompt, params.max_tokens, params.stop_ids, grammar, params.min_tokens, params.penalized
+        )
         assert self.answers[sequence.arrival] == expected
         self.prompts.append(sequence.tokens)
 
@@ -223,15 +225,9 @@ def test_a_grammar_waits_for_every_token_of_its_own() -> None:
 def test_penalties_wait_unless_the_device_counts(device_counts: bool) -> None:
     target = loop(overlaps=True, device_counts=device_counts)
     target.scheduler.add(make(0, [1, 2], 6, frequency_penalty=0.5))
-    plans = []
-    while target.scheduler.running or target.scheduler.waiting:  # by hand: the fake runner's host applies penalties
-        plan = target.scheduler.plan()
-        if plan is not None:
-            plans.append(plan)
-        if not plan or len(target.scheduler._in_flight) > 1:
-            oldest = target.scheduler._in_flight[0]
-            target.scheduler.complete(oldest, [[5] for _ in oldest])
-    sources = [work.source for plan in plans for work in plan]
+    sources = []
+    while not target.idle:
+        sources += [work.source for work in target.step().plan or []]
     assert sources == ([-1] + [0] * 5 if device_counts else [-1] * 6)
 
 
