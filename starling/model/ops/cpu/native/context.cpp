@@ -1,6 +1,7 @@
 #include "context.h"
 
 #include <algorithm>
+#include <cfloat>
 
 #include "repack.h"
 #include "sampling.h"
@@ -166,7 +167,9 @@ void Context::sample(const float* logits, int64_t tokens, int64_t vocabulary, co
     ids[t] = greediest(row, vocabulary);
     if (temperature[t] == 0) return;
     float* p = probabilities + t * vocabulary;
-    kernels_->exp_scaled(row, row[ids[t]], (float)(1 / temperature[t]), p, vocabulary);
+    // Not infinite however small the temperature, since the largest logit's distance to itself is 0.
+    const float scale = (float)std::min(1 / temperature[t], (double)FLT_MAX);
+    kernels_->exp_scaled(row, row[ids[t]], scale, p, vocabulary);
     ids[t] = draw(p, vocabulary, Sampling{temperature[t], top_k[t], top_p[t], min_p[t], uniform[t]});
   });
 }
