@@ -134,11 +134,14 @@ def test_answers_are_those_of_the_plain_runner(model: Mistral, speculative_rows:
     assert made == wanted
 
 
-def test_logits_that_are_no_numbers_are_an_error(model: Mistral) -> None:
+@pytest.mark.parametrize("make", [plain, graphs])
+def test_logits_that_are_no_numbers_are_an_error(
+    model: Mistral, make: Callable[[Mistral, BlockCache, Limits], StepRunner]
+) -> None:
     from dataclasses import replace
 
     from starling.errors import EngineError
 
     broken = replace(model, norm=torch.full_like(model.norm, torch.nan))
     with pytest.raises(EngineError, match="no finite number"):
-        answers(broken, graphs, sequences(0, 1, False))
+        answers(broken, make, sequences(0, 1, False))
