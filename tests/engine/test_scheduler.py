@@ -11,7 +11,7 @@ from starling.engine.cache import BlockCache
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.engine.speculation import PromptLookup
-from tests.engine.fake_model import FakeRunner, Loop, Rhythm, Turn, expected_answer
+from tests.engine.fake_model import SEEN, FakeRunner, Loop, Rhythm, Turn, expected_answer
 
 MAX_POSITIONS = 64
 
@@ -78,6 +78,7 @@ class Lives(RuleBasedStateMachine):
         constrained=st.sampled_from([False, False, True]),
         penalized=st.sampled_from([False, False, True]),
         min_tokens=st.sampled_from([0, 0, 3, 20]),
+        again=st.booleans(),
     )
     def submit(
         self,
@@ -88,10 +89,13 @@ class Lives(RuleBasedStateMachine):
         constrained: bool,
         penalized: bool,
         min_tokens: int,
+        again: bool,
     ) -> None:
         # Half of the prompts begin like an earlier one, answer included: the next turn of a conversation.
         earlier = self.prompts[shared % len(self.prompts)] if self.prompts and shared % 2 else []
-        prompt = (earlier[:shared] + fresh)[: MAX_POSITIONS - max_tokens]
+        if again:  # a text that is said again, so that guesses hold
+            fresh = fresh + expected_answer(fresh, 20, frozenset()) + fresh[-SEEN:]
+        prompt = (earlier[:shared] + fresh)[-(MAX_POSITIONS - max_tokens) :]
         if not self.target.fits(len(prompt), max_tokens):
             return
         stop_ids = frozenset({0}) if stops else frozenset()
@@ -135,6 +139,8 @@ class Lives(RuleBasedStateMachine):
             assert chunks <= self.target.limits.prefill_tokens
             assert decoding <= planned | paused
             assert not planned & ending, "nothing is computed for a token that max_tokens rules out"
+            for work in turn.plan:
+                assert work.start + work.count + len(work.drafts) < work.sequence.longest, "nor guessed"
         self._book(turn)
 
     def _book(self, turn: Turn) -> None:
@@ -260,6 +266,69 @@ def test_a_pause_waits_for_the_step_in_flight() -> None:
         assert sequence.tokens[6:] == expected_answer([arrival + 1] * 6, 24, frozenset())
 
 
+def test_a_guess_is_waited_for_when_there_is_no_room_for_another() -> None:
+    """Two rows are free for guesses while one sequence decodes; beside a prompt's chunks the one row is taken."""
+    start = [1, 2, 3, 4, 5]
+    prompt = [*start, *expected_answer(start, 12, frozenset()), *start]
+    target = loop(overlaps=True, speculative_rows=2, prefill_tokens=40)
+    guessing = make(0, prompt, 16, lookup=True)
+    target.scheduler.add(guessing)
+    others = 0
+    while not target.idle:
+        if len(target.scheduler.running) == 1 and guessing.generated and others < 4:
+            others += 1
+            target.scheduler.add(make(others, [6] * 60, 1))  # two chunks
+        target.step()
+        target.scheduler.cache.check(target.scheduler.running)
+    assert others and target.scheduler.counters.accepted > 0
+    assert guessing.tokens == prompt + expected_answer(prompt, 16, frozenset())
+
+
+def test_cancelling_a_guess_in_flight_leaves_the_others_their_own_tokens() -> None:
+    start = [1, 2, 3, 4, 5]
+    prompt = [*start, *expected_answer(start, 12, frozenset()), *start]
+    target = loop(overlaps=True)
+    guessing, plain = make(0, prompt, 16, lookup=True), make(1, [6, 2], 16)
+    for sequence in (guessing, plain):
+        target.scheduler.add(sequence)
+    while not any(work.drafts for work in target.step().plan or []):
+        pass
+    assert target.scheduler.remove(guessing)
+    while not target.idle:
+        target.step()
+    assert plain.tokens[2:] == expected_answer([6, 2], 16, frozenset())
+
+
+def test_a_pause_for_a_prompt_waits_too() -> None:
+    """The older one's chunks outgrow what is free while the newer one's token is in flight."""
+    target = loop(overlaps=True, blocks=16, block_size=4, speculative_rows=0, prefill_tokens=4)
+    older, newer = make(0, [1] * 50, 4), make(1, [2] * 3, 40)
+    target.scheduler.add(older)
+    target.step()
+    target.scheduler.running.append(newer)  # let in before its turn, as when an older one has grown since
+    target.scheduler.cache.admit(newer)
+    while not target.idle:
+        target.step()
+        target.scheduler.cache.check(target.scheduler.running)
+        assert all(sequence.unknown == 0 for sequence in target.scheduler.waiting)
+    assert target.scheduler.counters.pauses > 0
+    assert older.tokens[50:] == expected_answer([1] * 50, 4, frozenset())
+    assert newer.tokens[3:] == expected_answer([2] * 3, 40, frozenset())
+
+
+def test_nothing_idle_is_trusted_once_a_step_has_failed() -> None:
+    """What a chunk has written is only judged when a token is drawn at the prompt's end."""
+    target = loop(prefill_tokens=8)
+    target.scheduler.add(make(0, [3] * 30, 4))
+    for _ in range(2):
+        target.step()
+    assert target.step(breaks="result").failed
+    again = make(1, [3] * 30, 4)
+    target.scheduler.add(again)
+    target.step()
+    assert again.cached == 0
+
+
 def test_what_was_started_beyond_a_stop_id_is_dropped() -> None:
     prompt = next(p for p in ([a, b] for a in range(7) for b in range(7)) if len(stopped(p)) == 3)
     target = loop(overlaps=True)
@@ -295,6 +364,23 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     target.scheduler.add(make(1, [1, 2, 3, 4], 2))
     _, tokens = step(target)
     assert 1 in tokens, "equal shares: the short one is answered in the first step"
+
+
+def test_what_a_short_prompt_leaves_goes_to_the_oldest() -> None:
+    target = loop(prefill_tokens=8, speculative_rows=0)
+    target.scheduler.add(make(0, list(range(60)), 2))
+    target.scheduler.add(make(1, [1], 2))
+    assert [work.count for work in step(target)[0]] == [7, 1]
+
+
+def test_nobody_enters_who_would_be_paused_for_a_prompt_that_is_half_read() -> None:
+    target = loop(blocks=20, block_size=4, prefill_tokens=8, speculative_rows=0)
+    for arrival in range(2):
+        target.scheduler.add(make(arrival, [arrival] * 50, 4))  # 14 blocks each in the end
+    while not target.idle:
+        step(target)
+        assert len(target.scheduler.running) <= 1
+    assert target.scheduler.counters.pauses == 0
 
 
 def test_the_next_turn_computes_only_what_is_new() -> None:
