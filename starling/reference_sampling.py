@@ -29,7 +29,9 @@ def processors(prompt_length: int, params: SamplingParams, constraint: TokenCons
         ends = sorted(params.stop_ids)
         chain.append(MinNewTokensLengthLogitsProcessor(prompt_length, params.min_tokens, ends))
     if params.temperature:
-        chain.append(Temperature(float(params.temperature)))
+        chain.append(
+            Temperature(max(float(params.temperature), torch.finfo(torch.float32).tiny))
+        )  # smaller, it counts as 0
         if params.min_p > 0:
             chain.append(MinPLogitsWarper(params.min_p))
         if params.top_k > 0:
@@ -54,7 +56,7 @@ class CountPenalties(LogitsProcessor):
 
 
 class Temperature(TemperatureLogitsWarper):
-    """Divides distances to the largest logit, which the smallest temperature cannot make infinite on both sides."""
+    """Divides distances to the largest logit, so that the smallest temperature leaves one finite."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         warmed: torch.Tensor = super().__call__(input_ids, scores - scores.max())
