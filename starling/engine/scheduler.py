@@ -256,8 +256,8 @@ class Scheduler:
             self.waiting.popleft()
             found = self.cache.admit(sequence)
             if sequence.cached is None:
-                sequence.cached = min(found, sequence.prompt_length)
-                self.counters.cached_tokens += sequence.cached
+                sequence.cached = found
+                self.counters.cached_tokens += found
             promised += max(0, need - self.cache.held(sequence))
             self.running.append(sequence)
 

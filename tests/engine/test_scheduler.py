@@ -262,7 +262,9 @@ def test_a_pause_waits_for_the_step_in_flight() -> None:
         assert in_flight is None or target.scheduler.counters.pauses == pauses
         assert all(sequence.unknown == 0 for sequence in target.scheduler.waiting)
     assert target.scheduler.counters.pauses > 0
+    assert target.scheduler.counters.cached_tokens == 0, "what a paused one finds again was not cached for its caller"
     for arrival, sequence in enumerate(sequences):
+        assert sequence.cached == 0
         assert sequence.tokens[6:] == expected_answer([arrival + 1] * 6, 24, frozenset())
 
 
