@@ -426,12 +426,90 @@ def test_the_least_recently_used_prefix_goes_first() -> None:
     assert serve(6, 2) < 8
 
 
+def test_blocks_that_hold_nothing_to_share_go_first() -> None:
+    target = loop(blocks=8, speculative_rows=0)
+    found = []
+    for arrival, (token, length) in enumerate([(1, 13), (2, 13), (3, 8), (1, 13)]):  # 4, 4, 2 and 4 blocks
+        sequence = make(arrival, [token] * length, 1)
+        target.scheduler.add(sequence)
+        while not target.idle:
+            step(target)
+        found.append(sequence.cached)
+    assert found == [0, 0, 0, 12], "the third took the two blocks that were begun and not full"
+
+
+def test_of_a_prefix_the_end_goes_first() -> None:
+    target = loop(blocks=8, speculative_rows=0)
+    for arrival, prompt in enumerate(([1] * 25, [2] * 17)):  # 6 full blocks and one begun; then 5 in all
+        target.scheduler.add(make(arrival, prompt, 1))
+        while not target.idle:
+            step(target)
+    again = make(2, [1] * 25, 1)
+    target.scheduler.add(again)
+    step(target)
+    assert again.cached == 12, "three of the six are left, and they are the first three"
+
+
+@pytest.mark.parametrize("evicted", range(13))
+def test_behind_a_window_a_prefix_counts_if_all_that_is_seen_is_left(evicted: int) -> None:
+    target = loop(blocks=12, block_size=4, window=8, speculative_rows=0)
+    prompt = [i % 7 for i in range(41)]
+
+    def serve(arrival: int, prompt: list[int]) -> Sequence:
+        sequence = make(arrival, prompt, 1)
+        target.scheduler.add(sequence)
+        while not target.idle:
+            step(target)
+            target.scheduler.cache.check(target.scheduler.running)
+        return sequence
+
+    serve(0, prompt)
+    if evicted:
+        serve(1, [5] * (4 * evicted))
+    again = serve(2, prompt)
+    assert again.tokens[41:] == expected_answer(prompt, 1, frozenset())
+    # The token at 40 sees 33 to 40: of the ten full blocks, the ninth and the tenth. Two of the twelve held nothing.
+    assert again.cached == (40 if evicted <= 2 + 8 else 0)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_a_window_passes_blocks_no_sooner_and_no_later_than_it_may(overlaps: bool, block_size: int) -> None:
+    target = loop(overlaps, blocks=64, block_size=block_size, window=5, prefill_tokens=20, speculative_rows=0)
+    sequence = make(0, [i % 7 for i in range(50)], 10)
+    target.scheduler.add(sequence)
+    while not target.idle:
+        target.step()
+        target.scheduler.cache.check(target.scheduler.running)
+        if sequence.blocks and sequence.settled % block_size == 0:
+            passed = max(0, sequence.settled - 4) // block_size  # the next token sees itself and four before it
+            assert [block < 0 for block in sequence.blocks] == [i < passed for i in range(len(sequence.blocks))]
+
+
 def test_what_can_never_fit_is_known_at_once() -> None:
     target = scheduler(blocks=4, block_size=4)
     assert target.fits(10, 6)
     assert not target.fits(10, 7)
     windowed = scheduler(blocks=8, block_size=4, window=8, prefill_tokens=8)
     assert windowed.fits(40, 20), "blocks passed by the window are given back"
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("window", [5, 6, 7, 8, 11])
+def test_what_fits_in_a_window_finishes_alone(window: int, overlaps: bool) -> None:
+    """In exactly the blocks that it is said to need, however its chunks are cut."""
+    prompt = [1, 2, 3, 4, 5, 6, 0] * 7
+    for block_size in (1, 2, 3, 4, 5):
+        for chunk in (1, 2, 3, 4, 7, 8):
+            blocks = scheduler(block_size=block_size, window=window, prefill_tokens=chunk).cache.blocks_needed(
+                61, chunk
+            )
+            target = loop(overlaps, blocks=blocks, block_size=block_size, window=window, prefill_tokens=chunk)
+            sequence = make(0, prompt, 12, lookup=True)
+            target.scheduler.add(sequence)
+            while not target.idle:
+                target.step()
+            assert sequence.tokens[49:] == expected_answer(prompt, 12, frozenset())
 
 
 def test_drafts_are_taken_when_text_repeats_and_stop_when_they_fail() -> None:
