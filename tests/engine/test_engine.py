@@ -4,8 +4,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 
 from starling.engine.cache import BlockCache
@@ -15,7 +17,7 @@ from starling.engine.runner import Step
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams
 from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError
-from tests.engine.fake_model import FakeRunner, Rule, expected_answer
+from tests.engine.fake_model import FakeRunner, Rhythm, Rule, expected_answer
 
 CONTEXT = 128
 
@@ -136,6 +138,40 @@ def test_a_failing_step_ends_its_own_requests_and_no_other(kind: type[Failing], 
             raise drain(engine.submit([1, 6], params()))[1].error or AssertionError("no error")
         assert drain(engine.submit([1, 2], params()))[0] == expected_answer([1, 2], 10, frozenset({0}))
         assert engine.healthy
+
+
+class Breaking(Rhythm):
+    """After three tokens it allows only the end; or fails, as it is told the third or is asked what may follow."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self._by = by
+
+    def advance(self, token: int) -> None:
+        super().advance(token)
+        if self.count == 3 and self._by == "advance":
+            self.fault = "too large"
+
+    def mask(self) -> np.ndarray:
+        if self.count < 3:
+            return super().mask() & ~1
+        self.fault = "too large" if self._by == "mask" else None
+        return np.array([1], dtype=np.int32)
+
+
+@pytest.mark.parametrize("min_tokens", [0, 9])
+@pytest.mark.parametrize("by", ["advance", "mask", "end"])
+def test_a_grammar_that_breaks_ends_its_own_request(by: str, min_tokens: int, overlaps: bool) -> None:
+    with running(FakeRunner, overlaps) as (engine, _):
+        asked = replace(params(20), stop_ids=frozenset({0}), min_tokens=min_tokens)
+        stream = engine.submit([1, 2], asked, Breaking(by))
+        other = engine.submit([1, 2, 3], params(20))
+        tokens, delivery = drain(stream)
+        if by == "end":  # a grammar that leaves nothing but the end is no fault, and min_tokens cannot hold it back
+            assert (delivery.finish, len(tokens), tokens[-1]) == ("stop", 4, 0)
+        else:
+            assert isinstance(delivery.error, EngineError) and "too large" in str(delivery.error)
+        assert drain(other)[0] == expected_answer([1, 2, 3], 20, frozenset({0}))
 
 
 class FailsWithOneInFlight(Gated):

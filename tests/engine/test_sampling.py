@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -114,6 +115,32 @@ def test_min_tokens_bans_the_end() -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(0, 8192))
 def test_uniform_lies_in_its_range(seed: int, position: int) -> None:
     assert 0.0 <= uniform(seed, position) < 1.0
+
+
+class Allows:
+    """A grammar's state: these tokens may follow."""
+
+    fault = None
+
+    def __init__(self, *tokens: int) -> None:
+        self._bits = sum(1 << token for token in tokens)
+
+    def mask(self) -> np.ndarray:
+        return np.array([self._bits], dtype=np.int32)
+
+    def advance(self, token: int) -> None: ...
+
+
+def test_min_tokens_bans_the_end_unless_the_grammar_leaves_nothing_else() -> None:
+    case = work(params(min_tokens=5), [0])
+    for allows, left in (((1, 3), [1]), ((3,), [3]), ((0, 1, 2), [0, 1, 2])):
+        case.sequence.constraint = Allows(*allows)
+        assert [token for token, logit in enumerate(shaped([1.0] * 4, case)) if logit == 1] == left
+
+
+def test_every_seed_and_every_position_draws_for_itself() -> None:
+    draws = {uniform(seed, position) for seed in (0, 1, 2, 2**32 - 1, 2**63) for position in range(100)}
+    assert len(draws) == 500
 
 
 def chi_square(counts: Counter[int], expected: list[float], draws: int) -> float:
