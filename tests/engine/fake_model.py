@@ -147,9 +147,9 @@ class ShapedStep(FakeStep):
                 rule.allowed &= int(self._masks[settings["mask"] - 1, 0])
             if settings["table"]:
                 counted = table[settings["table"] - 1]
-                tail = self._runner.resolve(self._tail[settings["tail"] :][: settings["seen"]])  # type: ignore[arg-type]
-                rule.history = counted + tail
-                commits.append((counted, tail[: settings["commits"]]))
+                tail = self._tail[settings["tail"] :].tolist()
+                rule.history = counted + self._runner.resolve(tail[: settings["seen"]])
+                commits.append((counted, self._runner.resolve(tail[: settings["commits"]])))
         for counted, tokens in commits:
             counted.extend(tokens)
         return super().compute()
