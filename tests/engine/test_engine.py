@@ -89,6 +89,7 @@ def running(
         if isinstance(runner, Gated):
             runner.gate.release(10000)
         engine.close()
+        assert not engine._streams
         if engine._idle:
             books.check([])
 
@@ -199,6 +200,26 @@ def test_a_step_built_on_one_that_fails_serves_the_others() -> None:
         assert tokens == expected_answer([1, 2], 20, frozenset())[: len(tokens)]
         tokens, delivery = drain(second)
         assert (delivery.finish, tokens) == ("length", expected_answer([3, 4], 20, frozenset()))
+
+
+class FailsAtFourthStart(FakeRunner):
+    starts = 0
+
+    def start(self, plan: list[Work]) -> Step:
+        self.starts += 1
+        if self.starts == 4:
+            raise ArithmeticError("four")
+        return super().start(plan)
+
+
+def test_who_ends_in_the_step_before_one_that_fails_ends_well() -> None:
+    """The fourth step is started before it is known that the third gave the end."""
+    pairs = [[a, b] for a in range(7) for b in range(7)]
+    prompt = next(pair for pair in pairs if len(expected_answer(pair, 20, frozenset({0}))) == 3)
+    with running(FailsAtFourthStart, overlaps=True) as (engine, runner):
+        tokens, delivery = drain(engine.submit(prompt, params(20)))
+        assert (delivery.finish, tokens) == ("stop", expected_answer(prompt, 20, frozenset({0})))
+        assert runner.starts == 4 and engine.healthy
 
 
 def test_tokens_come_while_the_next_step_is_in_flight() -> None:
