@@ -164,7 +164,7 @@ class Breaking(Rhythm):
 @pytest.mark.parametrize("by", ["advance", "mask", "end"])
 def test_a_grammar_that_breaks_ends_its_own_request(by: str, min_tokens: int, overlaps: bool) -> None:
     with running(FakeRunner, overlaps) as (engine, _):
-        asked = replace(params(20), stop_ids=frozenset({0}), min_tokens=min_tokens)
+        asked = replace(params(60), min_tokens=min_tokens)
         stream = engine.submit([1, 2], asked, Breaking(by))
         other = engine.submit([1, 2, 3], params(20))
         tokens, delivery = drain(stream)
@@ -173,6 +173,7 @@ def test_a_grammar_that_breaks_ends_its_own_request(by: str, min_tokens: int, ov
         else:
             assert isinstance(delivery.error, EngineError) and "too large" in str(delivery.error)
         assert drain(other)[0] == expected_answer([1, 2, 3], 20, frozenset({0}))
+        assert engine.occupancy["running"] == 0, "it is not computed to its 60 tokens"
 
 
 class FailsWithOneInFlight(Gated):
@@ -272,6 +273,15 @@ def test_what_cannot_run_is_refused_with_numbers() -> None:
             engine.submit([], params())
 
 
+@pytest.mark.parametrize("length", [1, 100, CONTEXT - 1])
+def test_the_context_can_be_filled_to_its_last_token(length: int, overlaps: bool) -> None:
+    with running(FakeRunner, overlaps) as (engine, _):
+        prompt = [1, 2, 3, 4, 5] * 30
+        tokens, delivery = drain(engine.submit(prompt[:length], params(CONTEXT - length, stops=False)))
+        assert delivery.finish == "length"
+        assert tokens == expected_answer(prompt[:length], CONTEXT - length, frozenset())
+
+
 def test_a_closed_engine_ends_what_runs_and_refuses_the_rest(overlaps: bool) -> None:
     with running(Gated, overlaps) as (engine, runner):
         stream = engine.submit([1, 2], params())
@@ -292,6 +302,8 @@ def test_a_step_that_hangs_is_unhealthy_until_it_ends(overlaps: bool) -> None:
         stream = engine.submit([1, 2], params())
         while engine.healthy:
             pass
+        with pytest.raises(EngineStoppedError, match="hangs"):
+            engine.submit([1, 2], params())
         runner.gate.release(1000)
         drain(stream)
         while not engine.healthy:
