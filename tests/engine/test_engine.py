@@ -154,7 +154,7 @@ class Breaking(Rhythm):
             self.fault = "too large"
 
     def mask(self) -> np.ndarray:
-        if self.count < 3:
+        if self.count < 3 or self._by == "advance":
             return super().mask() & ~1
         self.fault = "too large" if self._by == "mask" else None
         return np.array([1], dtype=np.int32)
@@ -284,13 +284,19 @@ def test_the_context_can_be_filled_to_its_last_token(length: int, overlaps: bool
 
 def test_a_closed_engine_ends_what_runs_and_refuses_the_rest(overlaps: bool) -> None:
     with running(Gated, overlaps) as (engine, runner):
-        stream = engine.submit([1, 2], params())
+        first = engine.submit([1, 2], params())
+        while not runner.started:
+            pass
         closer = threading.Thread(target=engine.close)
         closer.start()
+        while engine._inbox.empty():
+            pass
+        second = engine.submit([1, 2], params())  # behind the command to stop
         runner.gate.release(1000)
         closer.join()
-        delivery = drain(stream)[1]
-        assert delivery.finish == "error" and isinstance(delivery.error, EngineStoppedError)
+        for stream in (first, second):
+            delivery = drain(stream)[1]
+            assert delivery.finish == "error" and isinstance(delivery.error, EngineStoppedError)
         assert not engine.healthy
         with pytest.raises(EngineStoppedError):
             engine.submit([1], params())
