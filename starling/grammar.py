@@ -34,10 +34,6 @@ class GrammarConstraint:
         self._matcher.consume_token(token)
 
     @property
-    def finished(self) -> bool:
-        return self._matcher.is_stopped()
-
-    @property
     def fault(self) -> str | None:
         """What went wrong inside the grammar (it grew too complex, say); the request cannot go on."""
         return _brief(self._matcher.get_error() or "") or None
@@ -55,19 +51,13 @@ class Grammars:
         if request.json_schema is not None:
             name, grammar = "json_schema", _json_grammar(request.json_schema)
         elif request.regex is not None:
-            name, grammar = "regex", LLMatcher.grammar_from_regex(f" ?(?:{_unanchored(request.regex)})")
+            name, grammar = "regex", _regex_grammar(request.regex)
         else:
             return None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"{name} cannot be followed: {_brief(matcher.get_error())}. Mend or simplify it.")
         return GrammarConstraint(matcher, self._vocab_size)
-
-
-def _unanchored(regex: str) -> str:
-    """Without ^ at the start and $ at the end: where the whole answer must match they say nothing, and llguidance
-    refuses them."""
-    return re.sub(r"(?<!\\)((?:\\\\)*)\$\Z", r"\1", regex.removeprefix("^"))
 
 
 def _json_grammar(schema: str) -> str:
@@ -80,6 +70,19 @@ def _json_grammar(schema: str) -> str:
     options = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
     schema = json.dumps({**parsed, "x-guidance": options})
     return LLMatcher.grammar_from_lark(f'start: " "? body\nbody: %json {schema}\n')
+
+
+def _regex_grammar(regex: str) -> str:
+    try:
+        return LLMatcher.grammar_from_regex(f" ?(?:{_unanchored(regex)})")
+    except UnicodeEncodeError:
+        raise RequestError("regex holds a lone surrogate, which is no character; send valid Unicode.") from None
+
+
+def _unanchored(regex: str) -> str:
+    """Without ^ at the start and $ at the end: where the whole answer must match they say nothing, and llguidance
+    refuses them."""
+    return re.sub(r"(?<!\\)((?:\\\\)*)\$\Z", r"\1", regex.removeprefix("^"))
 
 
 def _brief(error: str) -> str:

@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from starling.dense import DenseWeights, empty_model, loaded_model
 from starling.engine.engine import Delivery, TokenStream
 from starling.engine.scheduler import Counters
-from starling.engine.sequence import SamplingParams, TokenConstraint
+from starling.engine.sequence import FinishReason, SamplingParams, TokenConstraint
 from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError, StarlingError
 from starling.model.config import ModelConfig
 from starling.model.memory import free_bytes
@@ -266,16 +266,17 @@ class _Streamer(BaseStreamer):
         self._count(0, 1)
         task, token = self._task, int(value.item())
         params, constraint = task.params, task.constraint
-        if token in params.stop_ids and self._generated > params.min_tokens:
-            task.deliver(Delivery([token], "stop"))
+        finish: FinishReason | None = None
+        if token in params.stop_ids:
+            finish = "stop"
         elif self._generated >= params.max_tokens:
-            task.deliver(Delivery([token], "length"))
-        else:
-            if constraint is not None:
+            finish = "length"
+        if constraint is not None:
+            if finish is None:
                 constraint.advance(token)
-                if constraint.fault is not None:
-                    raise EngineError(f"The answer's grammar cannot go on: {constraint.fault}.")
-            task.deliver(Delivery([token]))
+            if constraint.fault is not None:
+                raise EngineError(f"The answer's grammar cannot go on: {constraint.fault}.")
+        task.deliver(Delivery([token], finish))
 
     def end(self) -> None:
         pass

@@ -1,5 +1,6 @@
 """Our sampling parameters as transformers' logits processors, in the order of `starling/engine/sampling.py`."""
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import (
@@ -11,7 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from starling.engine.sampling import uniform
+from starling.engine.sampling import permitted, uniform
 from starling.engine.sequence import SamplingParams, TokenConstraint
 
 
@@ -22,12 +23,15 @@ def processors(prompt_length: int, params: SamplingParams, constraint: TokenCons
         chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     if params.presence_penalty or params.frequency_penalty:
         chain.append(CountPenalties(prompt_length, params))
-    if params.min_tokens:
-        chain.append(MinTokens(prompt_length, params, constraint))
     if constraint is not None:
-        chain.append(Grammar(constraint))
+        chain.append(Grammar(prompt_length, params, constraint))
+    elif params.min_tokens:
+        ends = sorted(params.stop_ids)
+        chain.append(MinNewTokensLengthLogitsProcessor(prompt_length, params.min_tokens, ends))
     if params.temperature:
-        chain.append(Temperature(float(params.temperature)))
+        chain.append(
+            Temperature(max(float(params.temperature), torch.finfo(torch.float32).tiny))
+        )  # smaller, it counts as 0
         if params.min_p > 0:
             chain.append(MinPLogitsWarper(params.min_p))
         if params.top_k > 0:
@@ -51,22 +55,8 @@ class CountPenalties(LogitsProcessor):
         return scores
 
 
-class MinTokens(MinNewTokensLengthLogitsProcessor):
-    """Bans the end until min_tokens are made; where a grammar leaves nothing but the end, it cannot."""
-
-    def __init__(self, prompt_length: int, params: SamplingParams, constraint: TokenConstraint | None) -> None:
-        super().__init__(prompt_length, params.min_tokens, sorted(params.stop_ids))
-        self._constraint = constraint
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self._constraint is not None and self._constraint.finished:
-            return scores
-        banned: torch.Tensor = super().__call__(input_ids, scores)
-        return banned
-
-
 class Temperature(TemperatureLogitsWarper):
-    """Divides distances to the largest logit, which the smallest temperature cannot make infinite on both sides."""
+    """Divides distances to the largest logit, so that the smallest temperature leaves one finite."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         warmed: torch.Tensor = super().__call__(input_ids, scores - scores.max())
@@ -74,13 +64,16 @@ class Temperature(TemperatureLogitsWarper):
 
 
 class Grammar(LogitsProcessor):
-    """Leaves only the tokens that the grammar allows next."""
+    """Leaves only the tokens that the grammar allows next, and before min_tokens not the end, if others are left."""
 
-    def __init__(self, constraint: TokenConstraint) -> None:
+    def __init__(self, prompt_length: int, params: SamplingParams, constraint: TokenConstraint) -> None:
+        self._first_end = prompt_length + params.min_tokens
+        self._stop_ids = params.stop_ids
         self._constraint = constraint
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        words = torch.from_numpy(self._constraint.mask()).to(scores.device)
+        banned = self._stop_ids if input_ids.shape[1] < self._first_end else ()
+        words = torch.from_numpy(permitted(self._constraint, banned).view(np.int32)).to(scores.device)
         bits = torch.arange(scores.shape[1], device=scores.device)
         allowed = (words[bits >> 5] >> (bits & 31)) & 1
         return scores.masked_fill(allowed == 0, -torch.inf)

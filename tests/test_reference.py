@@ -17,7 +17,7 @@ from bench.parity import our_logits
 from starling.engine.engine import TokenStream
 from starling.engine.sampling import uniform
 from starling.engine.sequence import SamplingParams
-from starling.errors import EngineStoppedError, GenerationCancelled, RequestError, StarlingError
+from starling.errors import EngineError, EngineStoppedError, GenerationCancelled, RequestError, StarlingError
 from starling.model.mistral import Mistral
 from starling.model.ops import choose_ops
 from starling.model.ops.reference import ReferenceOps
@@ -93,7 +93,7 @@ def test_both_engines_choose_the_same_tokens(tmp_path: Path, architecture: str) 
 
 @given(
     seed=st.integers(0, 2**32 - 1),
-    temperature=st.floats(0.001, 5),
+    temperature=st.floats(0.001, 5) | st.sampled_from([5e-324, 1e-40]),
     top_k=st.integers(0, 40),
     top_p=st.floats(0.05, 1),
     min_p=st.floats(0, 0.5),
@@ -148,7 +148,10 @@ def test_an_answer_follows_its_grammar(service: Service) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
     answer = ask(service, prompt="Say x.", json_schema=json.dumps(schema | {"additionalProperties": False}))
     jsonschema.validate(json.loads(answer.text), schema)
-    assert ask(service, prompt="Yes or no?", regex="yes|no", min_tokens=20).text in ("yes", "no")
+    short = ask(service, prompt="Yes or no?", regex="yes|no", min_tokens=20)
+    assert short.text in ("yes", "no") and short.output_token_count < 5, "min_tokens cannot hold past the grammar's end"
+    with pytest.raises(EngineError, match="grammar cannot go on"):
+        ask(service, prompt="x", json_schema='{"$ref": "#"}')
 
 
 def test_cancelling_frees_the_engine_for_those_who_wait(service: Service) -> None:

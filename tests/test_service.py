@@ -126,7 +126,15 @@ def test_an_answer_follows_its_schema(service: Service, temperature: float) -> N
 def test_an_answer_matches_its_regex(service: Service) -> None:
     result = ask(service, prompt="When?", regex=r"(19|20)\d\d-[01]\d/[0-3]\d", temperature=2)
     assert re.fullmatch(r"(19|20)\d\d-[01]\d/[0-3]\d", result.text)
-    assert ask(service, prompt="Yes or no?", regex="yes|no", min_tokens=20).text in ("yes", "no")
+    short = ask(service, prompt="Yes or no?", regex="yes|no", min_tokens=20)
+    assert short.text in ("yes", "no") and short.output_token_count < 5, "min_tokens cannot hold past the grammar's end"
+
+
+@pytest.mark.parametrize("min_tokens", [0, 20])
+def test_a_grammar_that_fails_ends_no_answer_as_if_it_were_complete(service: Service, min_tokens: int) -> None:
+    """Where llguidance finds only while it looks for what may come next that nothing can, it offers the end."""
+    with pytest.raises(EngineError, match="grammar cannot go on"):
+        ask(service, prompt="x", json_schema='{"$ref": "#"}', min_tokens=min_tokens)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +165,8 @@ def test_a_grammar_that_grows_without_bound_ends_its_request_alone(service: Serv
         ({"json_schema": '{"type": "animal"}'}, "animal"),
         ({"json_schema": '{"not": {}}'}, "not"),
         ({"regex": "(a"}, "unclosed group"),
+        ({"regex": "\ud800"}, "lone surrogate"),
+        ({"json_schema": '{"const": "\ud800"}'}, "json_schema"),
         ({"prompt": "word " * 9000}, r"8192"),
     ],
 )

@@ -192,10 +192,11 @@ class Engine:
             with self._gate:
                 self._closed = True
             self._step_began_s = None
+            # The scheduler is not told: its books may be what broke, and nobody asks them any more.
             while not self._inbox.empty():
-                self._book(self._inbox.get())
-            for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
-                self._scheduler.remove(sequence)
+                command = self._inbox.get()
+                if command.sequence is not None and command.stream is not None:
+                    self._streams[command.sequence.arrival] = command.stream
             for arrival in list(self._streams):
                 self._deliver(arrival, Delivery([], "error", error))
 
@@ -247,7 +248,7 @@ class Engine:
         for outcome in outcomes:
             sequence = outcome.sequence
             delivery = Delivery(outcome.tokens, outcome.finish, None, sequence.cached or 0)
-            if sequence.constraint is not None and outcome.finish is None:
+            if sequence.constraint is not None:
                 broken = self._constrain(sequence.constraint, outcome)
                 if broken is not None:
                     self._scheduler.remove(sequence)
@@ -270,9 +271,10 @@ class Engine:
 
     @staticmethod
     def _constrain(constraint: TokenConstraint, outcome: Outcome) -> str | None:
-        """Tell the grammar what was chosen; its fault, if that breaks it."""
-        for token in outcome.tokens:
-            constraint.advance(token)
+        """Tell the grammar what was chosen; its fault, if that breaks it, or if it ended the answer."""
+        if outcome.finish is None:
+            for token in outcome.tokens:
+                constraint.advance(token)
         return constraint.fault
 
     def _deliver(self, arrival: int, delivery: Delivery) -> None:

@@ -14,7 +14,7 @@ import torch
 from starling.engine.cache import BlockCache
 from starling.engine.frame import TURNS, Frame, Shape, Upload
 from starling.engine.inputs import StepInputs, split
-from starling.engine.runner import Step, device_faults
+from starling.engine.runner import NOTHING_TO_DRAW, Step, device_faults
 from starling.engine.scheduler import Limits, Work
 from starling.engine.shaping import Shaping
 from starling.errors import EngineError
@@ -41,7 +41,7 @@ class InFlight:
                 self.arrived.synchronize()
         ids, faults = self.results[:, : self.rows].tolist()
         if any(faults):
-            raise EngineError("A row of logits holds no finite number, so no token can be drawn from it.")
+            raise EngineError(NOTHING_TO_DRAW)
         return split(self.plan, ids)
 
 

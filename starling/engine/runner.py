@@ -12,10 +12,12 @@ from starling.engine.cache import BlockCache
 from starling.engine.inputs import StepInputs, split
 from starling.engine.sampling import RowRules, rules
 from starling.engine.scheduler import Work
-from starling.errors import DeviceError
+from starling.errors import DeviceError, EngineError
 from starling.model.batch import Batch
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
+
+NOTHING_TO_DRAW = "A row of logits holds no finite number, so no token can be drawn from it."
 
 
 class Step(Protocol):
@@ -79,13 +81,15 @@ class Runner:
 
     @torch.inference_mode()
     def compute(self, inputs: StepInputs, row_rules: list[RowRules]) -> torch.Tensor:
-        """Token ids, int64 [rows]."""
+        """Token ids, int64 [rows]. Raises EngineError where a row's id has no finite logit, as among NaNs."""
         with device_faults():
             logits = self._model.forward(to_batch(inputs, self._sampled), self._cache)
             for rule in row_rules:
                 rule.apply(logits)
             settings = (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.uniform)
             self._sampled = self._model.ops.sample(logits, *map(torch.from_numpy, settings))
+            if not logits.gather(1, self._sampled[:, None]).isfinite().all():
+                raise EngineError(NOTHING_TO_DRAW)
             return self._sampled
 
 

@@ -5,6 +5,7 @@ generated tokens; Keskar et al. 2019, section 4.1), applied as vLLM does: repeti
 temperature and the filters of `Ops.sample`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from starling.engine.scheduler import Work
-from starling.engine.sequence import SamplingParams
+from starling.engine.sequence import SamplingParams, TokenConstraint
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -44,7 +45,7 @@ class RowRules:
     prompt: list[int]  # prompt and generated: for penalties; empty where there are none
     generated: list[int]
     banned: list[int]
-    allowed: np.ndarray | None  # TokenConstraint.mask()
+    allowed: np.ndarray | None  # uint32 [ceil(V / 32)], where a grammar rules: what `permitted` leaves
 
     def apply(self, logits: torch.Tensor) -> None:
         """To float32 [rows, V], in place."""
@@ -54,7 +55,7 @@ class RowRules:
         if self.banned:
             row[self.banned] = -torch.inf
         if self.allowed is not None:
-            words = torch.from_numpy(self.allowed).to(row.device)
+            words = torch.from_numpy(self.allowed.view(np.int32)).to(row.device)
             bits = torch.arange(row.numel(), device=row.device)
             row.masked_fill_((words[bits >> 5] >> (bits & 31)) & 1 == 0, -torch.inf)
 
@@ -83,22 +84,36 @@ def rules(plan: list[Work]) -> list[RowRules]:
             assert work.source < 0 or not (params.penalized or constraint), "what is not known cannot be judged"
             for ahead in range(1 + len(work.drafts)):
                 prompt, generated = _history(work, ahead) if params.penalized else ([], [])
-                allowed = None if constraint is None else constraint.mask()
                 banned = list(params.stop_ids) if ahead < short else []
+                allowed = None
+                if constraint is not None:
+                    banned, allowed = [], permitted(constraint, banned)
                 found.append(RowRules(row + ahead, params, prompt, generated, banned, allowed))
         row += 1 + len(work.drafts)
     return found
 
 
 def rows_too_short(work: Work) -> int:
-    """Of the work's logit rows, how many, from the first on, min_tokens keeps from ending the answer.
+    """Of the work's logit rows, how many, from the first on, min_tokens keeps from ending the answer."""
+    generated = work.start + work.count - work.sequence.prompt_length  # before the first row, in flight or not
+    return max(0, min(1 + len(work.drafts), work.sequence.params.min_tokens - generated))
 
-    Where a grammar leaves nothing but the end, min_tokens cannot hold.
+
+def permitted(constraint: TokenConstraint, banned: Iterable[int]) -> np.ndarray:
+    """uint32 [ceil(V / 32)]: what the grammar allows, without `banned`; all of it where nothing else is left.
+
+    So min_tokens cannot hold an answer back that its grammar, or a fault of it, ends.
     """
-    sequence, constraint = work.sequence, work.sequence.constraint
-    at_least = 0 if constraint is not None and constraint.finished else sequence.params.min_tokens
-    generated = work.start + work.count - sequence.prompt_length  # before the first row, the one in flight included
-    return max(0, min(1 + len(work.drafts), at_least - generated))
+    allowed = constraint.mask().view(np.uint32)
+    rest = allowed.copy()
+    clear(rest, banned)
+    return rest if rest.any() else allowed
+
+
+def clear(mask: np.ndarray, tokens: Iterable[int]) -> None:
+    """Take `tokens` out of uint32 [ceil(V / 32)]."""
+    for token in tokens:
+        mask[token // 32] &= ~np.uint32(1 << token % 32)
 
 
 def _history(work: Work, ahead: int) -> tuple[list[int], list[int]]:

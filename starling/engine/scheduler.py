@@ -256,8 +256,8 @@ class Scheduler:
             self.waiting.popleft()
             found = self.cache.admit(sequence)
             if sequence.cached is None:
-                sequence.cached = min(found, sequence.prompt_length)
-                self.counters.cached_tokens += sequence.cached
+                sequence.cached = found
+                self.counters.cached_tokens += found
             promised += max(0, need - self.cache.held(sequence))
             self.running.append(sequence)
 
@@ -289,7 +289,7 @@ class Scheduler:
         generated = len(sequence.tokens) - sequence.prompt_length
         for token in tokens:
             generated += 1
-            if token in params.stop_ids and generated > params.min_tokens:
+            if token in params.stop_ids:  # before min_tokens none is drawn, but where a grammar leaves nothing else
                 return tokens[: generated - sequence.generated], "stop"
             if generated >= params.max_tokens:
                 return tokens[: generated - sequence.generated], "length"

@@ -10,24 +10,22 @@ from starling.engine.speculation import PromptLookup
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+MAX_TOP_K = 1 << 31  # more than any vocabulary has, and exact in a float64 and an int64
+
 
 class TokenConstraint(Protocol):
     """What may come next, for an answer that must follow a grammar. Owned by one sequence."""
 
     def mask(self) -> np.ndarray:
-        """int32 [ceil(V / 32)]: bit t of the whole says whether token t may come next."""
+        """int32 [ceil(V / 32)]: bit t of the whole says whether token t may come next. Never empty: the end follows
+        a complete answer, and a fault."""
         ...
 
     def advance(self, token: int) -> None: ...
 
     @property
-    def finished(self) -> bool:
-        """The answer is complete, and nothing may follow but its end."""
-        ...
-
-    @property
     def fault(self) -> str | None:
-        """Why the grammar cannot go on, if it cannot; the request then fails alone."""
+        """Why the grammar cannot go on, if `advance` or `mask` found that it cannot; the request then fails alone."""
         ...
 
 
@@ -54,7 +52,7 @@ class SamplingParams:
     @cached_property  # every step asks
     def filters(self) -> tuple[float, int, float, float]:
         """What Ops.sample is told besides the random number: temperature, top_k, top_p, min_p."""
-        return self.temperature, max(0, self.top_k), self.top_p, self.min_p
+        return self.temperature, min(max(0, self.top_k), MAX_TOP_K), self.top_p, self.min_p
 
 
 class Sequence:

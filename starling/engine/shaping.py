@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from starling.engine.frame import TAIL
 from starling.engine.inputs import StepInputs
-from starling.engine.sampling import rows_too_short
+from starling.engine.sampling import clear, permitted, rows_too_short
 from starling.engine.scheduler import Work
 from starling.engine.sequence import Sequence
 from starling.model.ops.cuda.sampling import SETTINGS, settings_of
@@ -44,9 +45,11 @@ class Shaping:
             short = rows_too_short(work)
             for first, last, banned in ((0, short, params.stop_ids), (short, len(own), frozenset[int]())):
                 if first < last and (banned or constraint is not None):
-                    masks[used] = ALL if constraint is None else constraint.mask().view(np.uint32)
-                    for token in banned:
-                        masks[used, token // 32] &= ~np.uint32(1 << token % 32)
+                    if constraint is None:
+                        masks[used] = ALL
+                        clear(masks[used], banned)
+                    else:
+                        masks[used] = permitted(constraint, banned)
                     used += 1
                     own["mask"][first:last] = used
             row += len(own)
@@ -71,9 +74,12 @@ class Shaping:
         return begin + len(tokens)
 
     def _counted_tokens(self, sequence: Sequence) -> int:
-        """How many of its tokens the table holds: all that are known, if it held another sequence's before."""
+        """How many of its tokens the table holds: all that are known, if it held another sequence's before.
+
+        Or the same one's from before a pause, after which it went on in another row for a while.
+        """
         arrival, counted = self._counted.get(sequence.row, (-1, 0))
-        if arrival == sequence.arrival:
+        if arrival == sequence.arrival and len(sequence.tokens) - counted < TAIL:
             return counted
         self._recount(sequence.row, sequence.tokens, sequence.prompt_length)
         return len(sequence.tokens)

@@ -9,11 +9,14 @@ from typing import Literal
 import numpy as np
 
 from starling.engine.cache import BlockCache
+from starling.engine.frame import TAIL
 from starling.engine.inputs import StepInputs, split
 from starling.engine.runner import Step, StepRunner
-from starling.engine.sampling import rules
+from starling.engine.sampling import RowRules, rules
 from starling.engine.scheduler import Outcome, Scheduler, Work
 from starling.engine.sequence import Sequence
+from starling.engine.shaping import Shaping
+from starling.model.ops.cuda.sampling import SETTINGS
 
 VOCABULARY = 7
 SEEN = 5  # tokens that the next one depends on; no window may be shorter
@@ -30,7 +33,6 @@ class Rhythm:
     def __init__(self) -> None:
         self.count = 0
         self.fault: str | None = None
-        self.finished = False
 
     def mask(self) -> np.ndarray:
         return np.array([sum(self.allows(t) << t for t in range(VOCABULARY))], dtype=np.int32)
@@ -43,36 +45,55 @@ class Rhythm:
         return (token + self.count) % 3 != 0
 
 
-def nearest(token: int, allowed: int) -> int:
-    """The first at or after `token` whose bit is set."""
-    while not allowed >> token & 1:
-        token = (token + 1) % VOCABULARY
-    return token
+@dataclass
+class Rule:
+    """What changes one row's token."""
+
+    allowed: int = (1 << VOCABULARY) - 1  # a bit for each token that may be drawn
+    history: list[int] = field(default_factory=list)  # every token so far, if they are penalised
+
+    def apply(self, token: int) -> int:
+        """Moved on by all that was said, then to the first that is allowed."""
+        token = (token + sum(self.history)) % VOCABULARY
+        while not self.allowed >> token & 1:
+            token = (token + 1) % VOCABULARY
+        return token
+
+    @classmethod
+    def of(cls, rule: RowRules) -> "Rule":
+        allowed = cls.allowed if rule.allowed is None else int(rule.allowed[0])
+        return cls(allowed & ~sum(1 << token for token in rule.banned), rule.prompt + rule.generated)
 
 
 class FakeRunner:
     """Computes `next_token` for every row, from what the step's own inputs and the blocks hold and nothing else.
 
     The keys and values of a position are its token. With `overlaps`, a step is computed when its result is asked for,
-    as late as a device may.
+    as late as a device may. With `device_counts`, it knows of penalties, bans and grammars what a GPU is told.
     """
 
-    device_counts = False
-
-    def __init__(self, books: BlockCache, overlaps: bool = False) -> None:
+    def __init__(self, books: BlockCache, overlaps: bool = False, device_counts: bool = False) -> None:
         self.overlaps = overlaps
+        self.device_counts = device_counts
+        self.shaping = Shaping(lambda row, tokens, prompt_length: self.recounts.append((row, tokens)))
+        self.recounts: list[tuple[int, list[int]]] = []  # of the step that is being started
+        self.table: dict[int, list[int]] = {}  # tokens that the device has counted
         self._books = books
         self._memory = np.full(books.blocks * books.block_size, -1)
         self._sampled: list[int] = []  # by the step before
 
     def start(self, plan: list[Work]) -> Step:
-        step = FakeStep(self, plan)
+        step = ShapedStep(self, plan) if self.device_counts else FakeStep(self, plan)
         if not self.overlaps:
             step.compute()
         return step
 
-    def compute(self, inputs: StepInputs, allowed: dict[int, int]) -> list[int]:
-        tokens = [int(t) if t >= 0 else self._sampled[-1 - t] for t in inputs.token_ids]
+    def resolve(self, tokens: Tokens[int]) -> list[int]:
+        """Those that the step before has sampled, put in."""
+        return [int(t) if t >= 0 else self._sampled[-1 - t] for t in tokens]
+
+    def compute(self, inputs: StepInputs, rules: dict[int, Rule]) -> list[int]:
+        tokens = self.resolve(inputs.token_ids)  # type: ignore[arg-type]
         self._memory[inputs.slots] = tokens
         self._sampled = []
         for row, at in enumerate(inputs.logit_rows):
@@ -81,7 +102,7 @@ class FakeRunner:
             seen = np.arange(max(0, position - SEEN + 1), position + 1)
             assert (table[seen // size] >= 0).all()
             token = next_token(self._memory[table[seen // size] * size + seen % size].tolist())
-            self._sampled.append(nearest(token, allowed.get(row, -1)))
+            self._sampled.append(rules.get(row, Rule()).apply(token))
         return self._sampled
 
 
@@ -90,24 +111,67 @@ class FakeStep:
         self._runner = runner
         self._plan = plan
         self._inputs = StepInputs.of(plan, runner._books)
-        self._allowed = {rule.row: int(rule.allowed[0]) for rule in rules(plan) if rule.allowed is not None}
         self._tokens: list[list[int]] | None = None
+        self._read()
+
+    def _read(self) -> None:
+        self._rules = {rule.row: Rule.of(rule) for rule in rules(self._plan)}
 
     def compute(self) -> list[list[int]]:
-        self._tokens = split(self._plan, self._runner.compute(self._inputs, self._allowed))
+        self._tokens = split(self._plan, self._runner.compute(self._inputs, self._rules))
         return self._tokens
 
     def result(self) -> list[list[int]]:
         return self.compute() if self._tokens is None else self._tokens
 
 
+class ShapedStep(FakeStep):
+    """Penalised tokens lie in a table that belongs to the device, as far as no tail brings them."""
+
+    def _read(self) -> None:
+        rows = len(self._inputs.logit_rows)
+        self._settings = np.zeros((rows, SETTINGS.itemsize), dtype=np.uint8)
+        self._tail = np.zeros(max(1, rows * TAIL), dtype=np.int32)
+        self._masks = np.zeros((rows, 1), dtype=np.uint32)
+        self._runner.recounts = []
+        self._runner.shaping.write(self._plan, self._inputs, self._settings, self._tail, self._masks)
+        self._recounts = self._runner.recounts
+
+    def compute(self) -> list[list[int]]:
+        table = self._runner.table
+        table.update((row, list(tokens)) for row, tokens in self._recounts)
+        self._rules, commits = {}, []
+        for row, settings in enumerate(self._settings.view(SETTINGS)[:, 0]):
+            rule = self._rules[row] = Rule()
+            if settings["mask"]:
+                rule.allowed &= int(self._masks[settings["mask"] - 1, 0])
+            if settings["table"]:
+                counted = table[settings["table"] - 1]
+                tail = self._tail[settings["tail"] :].tolist()
+                rule.history = counted + self._runner.resolve(tail[: settings["seen"]])
+                commits.append((counted, self._runner.resolve(tail[: settings["commits"]])))
+        for counted, tokens in commits:
+            counted.extend(tokens)
+        return super().compute()
+
+
 def expected_answer(
-    prompt: list[int], max_tokens: int, stop_ids: frozenset[int], grammar: Rhythm | None = None
+    prompt: list[int],
+    max_tokens: int,
+    stop_ids: frozenset[int],
+    grammar: Rhythm | None = None,
+    min_tokens: int = 0,
+    penalized: bool = False,
 ) -> list[int]:
     """What plain decoding, one token at a time, gives."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
-        tokens.append(nearest(next_token(tokens), -1 if grammar is None else int(grammar.mask()[0])))
+        rule = Rule(history=tokens if penalized else [])
+        if grammar is not None:
+            rule.allowed &= int(grammar.mask()[0])
+        if len(tokens) < len(prompt) + min_tokens:
+            rule.allowed = rule.allowed & ~sum(1 << token for token in stop_ids) or rule.allowed
+        tokens.append(rule.apply(next_token(tokens)))
         if tokens[-1] in stop_ids:
             break
         if grammar is not None:

@@ -253,7 +253,6 @@ class Parity:
     """A grammar: odd and even tokens take turns."""
 
     fault: str | None = None
-    finished = False
 
     def __init__(self) -> None:
         self._count = 0

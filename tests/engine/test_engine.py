@@ -4,8 +4,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 
 from starling.engine.cache import BlockCache
@@ -15,7 +17,7 @@ from starling.engine.runner import Step
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams
 from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError
-from tests.engine.fake_model import FakeRunner, expected_answer
+from tests.engine.fake_model import FakeRunner, Rhythm, Rule, expected_answer
 
 CONTEXT = 128
 HANG_S = 120.0  # a bound for what would otherwise wait for ever; nothing is judged by it
@@ -50,11 +52,11 @@ class Failing(FakeRunner):
             raise ArithmeticError("six")
         return super().start(plan)
 
-    def compute(self, inputs: StepInputs, allowed: dict[int, int]) -> list[int]:
+    def compute(self, inputs: StepInputs, rules: dict[int, Rule]) -> list[int]:
         if 6 in inputs.token_ids[inputs.prompt_tokens]:
             self._sampled = [0] * len(inputs.logit_rows)
             raise ArithmeticError("six")
-        return super().compute(inputs, allowed)
+        return super().compute(inputs, rules)
 
 
 class FailingAtStart(Failing):
@@ -89,7 +91,9 @@ def running(
             runner.gate.release(10000)
         engine.close()
         engine._thread.join()  # close waits no longer than a step may hang, which is next to nothing in some tests
-        assert books.available == books.blocks
+        assert not engine._streams
+        if engine._idle:
+            books.check([])
 
 
 def params(max_tokens: int = 10, stops: bool = True) -> SamplingParams:
@@ -145,6 +149,41 @@ def test_a_failing_step_ends_its_own_requests_and_no_other(kind: type[Failing], 
         assert engine.healthy
 
 
+class Breaking(Rhythm):
+    """After three tokens it allows only the end; or fails, as it is told the third or is asked what may follow."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self._by = by
+
+    def advance(self, token: int) -> None:
+        super().advance(token)
+        if self.count == 3 and self._by == "advance":
+            self.fault = "too large"
+
+    def mask(self) -> np.ndarray:
+        if self.count < 3 or self._by == "advance":
+            return super().mask() & ~1
+        self.fault = "too large" if self._by == "mask" else None
+        return np.array([1], dtype=np.int32)
+
+
+@pytest.mark.parametrize("min_tokens", [0, 9])
+@pytest.mark.parametrize("by", ["advance", "mask", "end"])
+def test_a_grammar_that_breaks_ends_its_own_request(by: str, min_tokens: int, overlaps: bool) -> None:
+    with running(FakeRunner, overlaps) as (engine, _):
+        asked = replace(params(60), min_tokens=min_tokens)
+        stream = engine.submit([1, 2], asked, Breaking(by))
+        other = engine.submit([1, 2, 3], params(20))
+        tokens, delivery = drain(stream)
+        if by == "end":  # a grammar that leaves nothing but the end is no fault, and min_tokens cannot hold it back
+            assert (delivery.finish, len(tokens), tokens[-1]) == ("stop", 4, 0)
+        else:
+            assert isinstance(delivery.error, EngineError) and "too large" in str(delivery.error)
+        assert drain(other)[0] == expected_answer([1, 2, 3], 20, frozenset({0}))
+        assert engine.occupancy["running"] == 0, "it is not computed to its 60 tokens"
+
+
 class FailsWithOneInFlight(Gated):
     """The third step fails; by then the fourth is started."""
 
@@ -171,6 +210,26 @@ def test_a_step_built_on_one_that_fails_serves_the_others() -> None:
         assert (delivery.finish, tokens) == ("length", expected_answer([3, 4], 20, frozenset()))
 
 
+class FailsAtFourthStart(FakeRunner):
+    starts = 0
+
+    def start(self, plan: list[Work]) -> Step:
+        self.starts += 1
+        if self.starts == 4:
+            raise ArithmeticError("four")
+        return super().start(plan)
+
+
+def test_who_ends_in_the_step_before_one_that_fails_ends_well() -> None:
+    """The fourth step is started before it is known that the third gave the end."""
+    pairs = [[a, b] for a in range(7) for b in range(7)]
+    prompt = next(pair for pair in pairs if len(expected_answer(pair, 20, frozenset({0}))) == 3)
+    with running(FailsAtFourthStart, overlaps=True) as (engine, runner):
+        tokens, delivery = drain(engine.submit(prompt, params(20)))
+        assert (delivery.finish, tokens) == ("stop", expected_answer(prompt, 20, frozenset({0})))
+        assert runner.starts == 4 and engine.healthy
+
+
 def test_tokens_come_while_the_next_step_is_in_flight() -> None:
     with running(Gated, overlaps=True) as (engine, runner):
         stream = engine.submit([1, 2], params(20, stops=False))
@@ -182,7 +241,7 @@ def test_tokens_come_while_the_next_step_is_in_flight() -> None:
 
 def test_a_lost_device_ends_everything(overlaps: bool) -> None:
     class Lost(FakeRunner):
-        def compute(self, inputs: StepInputs, allowed: dict[int, int]) -> list[int]:
+        def compute(self, inputs: StepInputs, rules: dict[int, Rule]) -> list[int]:
             raise DeviceError("gone")
 
     with running(Lost, overlaps) as (engine, _):
@@ -221,15 +280,28 @@ def test_what_cannot_run_is_refused_with_numbers() -> None:
             engine.submit([], params())
 
 
+@pytest.mark.parametrize("length", [1, 100, CONTEXT - 1])
+def test_the_context_can_be_filled_to_its_last_token(length: int, overlaps: bool) -> None:
+    with running(FakeRunner, overlaps) as (engine, _):
+        prompt = [1, 2, 3, 4, 5] * 30
+        tokens, delivery = drain(engine.submit(prompt[:length], params(CONTEXT - length, stops=False)))
+        assert delivery.finish == "length"
+        assert tokens == expected_answer(prompt[:length], CONTEXT - length, frozenset())
+
+
 def test_a_closed_engine_ends_what_runs_and_refuses_the_rest(overlaps: bool) -> None:
     with running(Gated, overlaps) as (engine, runner):
-        stream = engine.submit([1, 2], params())
+        first = engine.submit([1, 2], params())
+        wait_until(lambda: runner.started)
         closer = threading.Thread(target=engine.close)
         closer.start()
+        wait_until(lambda: not engine._inbox.empty())
+        second = engine.submit([1, 2], params())  # behind the command to stop
         runner.gate.release(1000)
         closer.join()
-        delivery = drain(stream)[1]
-        assert delivery.finish == "error" and isinstance(delivery.error, EngineStoppedError)
+        for stream in (first, second):
+            delivery = drain(stream)[1]
+            assert delivery.finish == "error" and isinstance(delivery.error, EngineStoppedError)
         assert not engine.healthy
         assert runner.steps == runner.started  # the device does nothing any more
         with pytest.raises(EngineStoppedError):
@@ -241,14 +313,31 @@ def test_a_step_that_hangs_is_unhealthy_until_it_ends(overlaps: bool) -> None:
         assert engine.healthy
         stream = engine.submit([1, 2], params())
         wait_until(lambda: not engine.healthy)
+        with pytest.raises(EngineStoppedError, match="hangs"):
+            engine.submit([1, 2], params())
         runner.gate.release(1000)
         drain(stream)
         wait_until(lambda: engine.healthy)
 
 
+def test_broken_books_end_everything(overlaps: bool) -> None:
+    class Breaks(Gated):
+        def compute(self, *inputs: Any) -> list[int]:
+            super().compute(*inputs)
+            self._books._holders = [0] * self._books.blocks  # so that no block can be given back
+            raise ArithmeticError("broken")
+
+    with running(Breaks, overlaps) as (engine, runner):
+        streams = [engine.submit([1, 2], params()) for _ in range(5)]  # four run, one waits
+        runner.gate.release(1000)
+        for stream in streams:
+            assert isinstance(drain(stream)[1].error, EngineStoppedError)
+        wait_until(lambda: not engine.healthy)
+
+
 def test_a_dead_thread_ends_everything(overlaps: bool) -> None:
     class Exits(FakeRunner):
-        def compute(self, inputs: StepInputs, allowed: dict[int, int]) -> list[int]:
+        def compute(self, inputs: StepInputs, rules: dict[int, Rule]) -> list[int]:
             raise SystemExit
 
     with running(Exits, overlaps) as (engine, _):

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -116,6 +117,32 @@ def test_uniform_lies_in_its_range(seed: int, position: int) -> None:
     assert 0.0 <= uniform(seed, position) < 1.0
 
 
+class Allows:
+    """A grammar's state: these tokens may follow."""
+
+    fault = None
+
+    def __init__(self, *tokens: int) -> None:
+        self._bits = sum(1 << token for token in tokens)
+
+    def mask(self) -> np.ndarray:
+        return np.array([self._bits], dtype=np.int32)
+
+    def advance(self, token: int) -> None: ...
+
+
+def test_min_tokens_bans_the_end_unless_the_grammar_leaves_nothing_else() -> None:
+    case = work(params(min_tokens=5), [0])
+    for allows, left in (((1, 3), [1]), ((3,), [3]), ((0, 1, 2), [0, 1, 2])):
+        case.sequence.constraint = Allows(*allows)
+        assert [token for token, logit in enumerate(shaped([1.0] * 4, case)) if logit == 1] == left
+
+
+def test_every_seed_and_every_position_draws_for_itself() -> None:
+    draws = {uniform(seed, position) for seed in (0, 1, 2, 2**32 - 1, 2**63) for position in range(100)}
+    assert len(draws) == 500
+
+
 def chi_square(counts: Counter[int], expected: list[float], draws: int) -> float:
     return sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in enumerate(expected))
 
@@ -145,6 +172,13 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     alone = [sample(logits[i : i + 1].clone(), [case])[0] for i, case in enumerate(cases)]
     backwards = sample(logits.flip(0).clone(), cases[::-1])[::-1]
     assert together == alone == backwards, f"torch seed {seed}"
+
+
+@pytest.mark.parametrize("top_k", [-1, 4, 2**31, 2**63, 10**400], ids=["off", "all", "2^31", "2^63", "no float64"])
+def test_a_top_k_that_keeps_everything_changes_nothing(top_k: int) -> None:
+    plan = [work(params(seed=seed, top_k=top_k), [1]) for seed in range(8)]
+    logits = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    assert sample(logits.clone(), plan) == sample(logits, [work(params(seed=seed), [1]) for seed in range(8)])
 
 
 def test_chunks_inside_a_prompt_sample_nothing() -> None:

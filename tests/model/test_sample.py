@@ -25,7 +25,7 @@ def sample(ops: CpuOps | ReferenceOps, logits: torch.Tensor, settings: list[Sett
 
 def random_settings(dice: random.Random) -> Settings:
     return (
-        dice.choice([0.0, 0.01, 0.3, 0.7, 1.0, 5.0]),
+        dice.choice([0.0, 5e-324, 1e-40, 0.01, 0.3, 0.7, 1.0, 5.0]),
         dice.choice([0, 0, 1, 2, 40, 1000]),
         dice.choice([0.0, 0.1, 0.5, 0.9, 0.95, 1.0, 1.0]),
         dice.choice([0.0, 0.0, 0.05, 0.5, 1.0]),
