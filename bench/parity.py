@@ -143,7 +143,7 @@ def our_logits(model: Mistral, prompt: list[int], answer: list[int]) -> torch.Te
     books.admit(sequence)
     assert books.grow(sequence, length)
     work = Work(sequence, 0, length, [], samples=True)
-    batch = to_batch(StepInputs.of([work], books), torch.empty(0, dtype=torch.int64, device=model.ops.device))
+    batch = to_batch(StepInputs.of([work], books), model.ops.device)
     return model.forward(batch, model.allocate_cache(blocks, BLOCK_SIZE))[-1]
 
 

@@ -73,7 +73,7 @@ class Runner:
         self._model = model
         self._cache = cache
         self._books = books
-        self._sampled = torch.empty(0, dtype=torch.int64, device=model.ops.device)  # by the step before
+        self._sampled: torch.Tensor | None = None  # int64 [rows], by the step before
 
     def start(self, plan: list[Work]) -> Step:
         sampled = self.compute(StepInputs.of(plan, self._books), rules(plan))
@@ -83,14 +83,15 @@ class Runner:
     def compute(self, inputs: StepInputs, row_rules: list[RowRules]) -> torch.Tensor:
         """Token ids, int64 [rows]. Raises EngineError where a row's id has no finite logit, as among NaNs."""
         with device_faults():
-            logits = self._model.forward(to_batch(inputs, self._sampled), self._cache)
+            logits = self._model.forward(to_batch(inputs, self._model.ops.device, self._sampled), self._cache)
             for rule in row_rules:
                 rule.apply(logits)
             settings = (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.uniform)
-            self._sampled = self._model.ops.sample(logits, *map(torch.from_numpy, settings))
-            if not logits.gather(1, self._sampled[:, None]).isfinite().all():
+            sampled = self._model.ops.sample(logits, *map(torch.from_numpy, settings))
+            if not logits.gather(1, sampled[:, None]).isfinite().all():
                 raise EngineError(NOTHING_TO_DRAW)
-            return self._sampled
+            self._sampled = sampled
+            return sampled
 
 
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation: what torch says where a graph or pinned memory finds no room
@@ -107,18 +108,14 @@ def device_faults() -> Iterator[None]:
         raise DeviceError(f"The device is lost: {error}. Restart the container.") from error
 
 
-def to_batch(inputs: StepInputs, sampled: torch.Tensor) -> Batch:
-    """On the device of `sampled`, int64 [rows of the step before], which tells the tokens that the inputs leave out."""
+def to_batch(inputs: StepInputs, device: torch.device, sampled: torch.Tensor | None = None) -> Batch:
+    """On `device`. `sampled`, as in Batch, is needed where the inputs leave out tokens of the step before."""
 
     def tensor(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(sampled.device)
+        return torch.from_numpy(values).to(device)
 
-    token_ids = tensor(inputs.token_ids)
-    if (inputs.token_ids < 0).any():
-        from_before = token_ids < 0
-        token_ids[from_before] = sampled[-1 - token_ids[from_before]]
     return Batch(
-        token_ids=token_ids,
+        token_ids=tensor(inputs.token_ids),
         positions=tensor(inputs.positions),
         slots=tensor(inputs.slots),
         query_starts=tensor(inputs.query_starts),
@@ -126,4 +123,5 @@ def to_batch(inputs: StepInputs, sampled: torch.Tensor) -> Batch:
         block_tables=tensor(inputs.block_tables),
         prompt_tokens=tensor(inputs.prompt_tokens),
         logit_rows=tensor(inputs.logit_rows),
+        sampled=sampled,
     )

@@ -13,7 +13,7 @@ class Batch:
     context_lens - 1; attention sees every earlier position of the same request within the sliding window.
     """
 
-    token_ids: torch.Tensor  # int64 [tokens]
+    token_ids: torch.Tensor  # int64 [tokens]; below 0: -(1 + a row of `sampled`)
     positions: torch.Tensor  # int32 [tokens]
     slots: torch.Tensor  # int32 [tokens]: block * block_size + offset, where this token's key and value go
     query_starts: torch.Tensor  # int32 [requests + 1]: request r owns tokens query_starts[r]:query_starts[r + 1]
@@ -21,6 +21,7 @@ class Batch:
     block_tables: torch.Tensor  # int32 [requests, blocks]: -1 where unused or passed by the window
     prompt_tokens: torch.Tensor  # bool [tokens]: came with the request (False: generated, or a draft of it)
     logit_rows: torch.Tensor  # int64 [rows]: the tokens whose logits are wanted, ascending
+    sampled: torch.Tensor | None = None  # int [rows of the step before]: what it draws, perhaps not known yet
 
     def __post_init__(self) -> None:
         tokens, requests = self.token_ids.numel(), self.context_lens.numel()

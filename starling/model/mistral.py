@@ -93,7 +93,7 @@ class Mistral:
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Write the batch's keys and values to the cache; float32 logits [rows, V] of its `logit_rows`."""
         ops, config = self.ops, self.config
-        x = ops.embed(batch.token_ids, self.embedding)
+        x = ops.embed(batch.token_ids, self.embedding, batch.sampled)
         if isinstance(ops, FusedLayers):
             x = ops.run_layers(
                 x, self.layers, batch, cache.keys, cache.values, self.rotary, config.sliding_window, config.rms_norm_eps

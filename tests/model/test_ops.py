@@ -114,7 +114,11 @@ def test_embedding_norms_and_activation(candidate: Candidate, rng: random.Random
     tokens = rng.choice([1, 2, 9])
     table = torch.randn(100, hidden).to(torch.float16)
     ids = torch.randint(0, 100, (tokens,))
-    assert torch.equal(ops.embed(ids, table), REFERENCE.embed(ids, table))
+    assert torch.equal(ops.embed(ids, table), table[ids].to(ops.dtype))
+    sampled = torch.randint(0, 100, (3,), dtype=torch.int32)
+    below = torch.where(torch.rand(tokens) < 0.5, -1 - torch.randint(3, (tokens,)), ids)
+    wanted = [int(sampled[-1 - i]) if i < 0 else int(i) for i in below]
+    assert torch.equal(ops.embed(below, table, sampled), table[wanted].to(ops.dtype))
     x, residual, weight = torch.randn(tokens, hidden), torch.randn(tokens, hidden) * 10, torch.randn(hidden).half()
     assert error(ops.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5)) < candidate.other
     rows = torch.randint(len(x), (3,))

@@ -87,8 +87,8 @@ class Ops(Protocol):
         """[rows, H] → float32 logits [rows, V]."""
         ...
 
-    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """int64 [T], fp16 [V, H] → [T, H]."""
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        """int64 [T], fp16 [V, H] → [T, H]. An id below 0 is -(1 + row) of `sampled`, int [any]."""
         ...
 
     def rms_norm(

@@ -36,8 +36,8 @@ class ReferenceOps:
     def head(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
         return F.linear(x, weight["weight"]).to(torch.float32)
 
-    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return table[token_ids].to(self.dtype)
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        return table[resolved(token_ids, sampled)].to(self.dtype)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, rows: torch.Tensor | None = None
@@ -138,3 +138,13 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     """[T, heads, D] turned by its position's angles, [T, 1, D / 2] each."""
     first, second = x.to(torch.float32).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def resolved(token_ids: torch.Tensor, sampled: torch.Tensor | None) -> torch.Tensor:
+    """Ids without those below 0 that Ops.embed takes."""
+    below = token_ids < 0
+    if sampled is None or not below.any():
+        return token_ids
+    token_ids = token_ids.clone()
+    token_ids[below] = sampled[-1 - token_ids[below]].to(token_ids.dtype)
+    return token_ids

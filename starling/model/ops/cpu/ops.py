@@ -13,6 +13,7 @@ from starling.model.batch import Batch
 from starling.model.ops.cpu import library
 from starling.model.ops.cpu.cores import usable_cores
 from starling.model.ops.interface import DecoderLayer, Packed
+from starling.model.ops.reference import resolved
 
 Precision = Literal["float32", "int16", "int8", "auto"]
 PRECISIONS: dict[str, int] = {"float32": 0, "int16": 1, "int8": 2, "auto": 3}  # enum Precision of types.h
@@ -144,7 +145,8 @@ class CpuOps:
     def head(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
         return self._linear(x, weight, None)
 
-    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        token_ids = resolved(token_ids, sampled)
         out = torch.empty(token_ids.numel(), table.shape[1])
         self._lib.starling_embed(
             self._context, token_ids.data_ptr(), table.data_ptr(), out.data_ptr(), token_ids.numel(), table.shape[1]

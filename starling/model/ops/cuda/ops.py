@@ -40,8 +40,6 @@ class CudaOps:
         self._linear = LinearKernels(load, device)
         self._elementwise = ElementwiseKernels(load)
         self._attention: dict[tuple[int, int, int, int], AttentionKernels] = {}
-        # What `embed` reads for a token id below 0, which is -(1 + row) of it: the ids that the step before drew.
-        self._sampled = torch.zeros(1, dtype=torch.int32, device=device)
 
     @classmethod
     def on_gpu(cls, overlap: bool = True) -> "CudaOps":
@@ -51,10 +49,8 @@ class CudaOps:
         return cls(device, cache(lambda source: DriverModule(source, device, overlap)))
 
     def sampling(self, rows: int, vocabulary: int, sequences: int) -> SamplingKernels:
-        """The way from logits to ids on the device; `embed` knows the ids that it draws from now on."""
-        kernels = SamplingKernels(self._load, self.device, rows, vocabulary, sequences)
-        self._sampled = kernels.results[0]
-        return kernels
+        """The way from logits to ids on the device."""
+        return SamplingKernels(self._load, self.device, rows, vocabulary, sequences)
 
     def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
         return PackedLinear(pack(weight, paired), self.device)
@@ -71,8 +67,9 @@ class CudaOps:
     def head(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
         return self._linear.head(x.to(torch.float16), _linear(weight))
 
-    def embed(self, token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return self._elementwise.embed(token_ids.to(torch.int32), self._sampled, table)
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        known = None if sampled is None else sampled.to(torch.int32)
+        return self._elementwise.embed(token_ids.to(torch.int32), known, table)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, rows: torch.Tensor | None = None
