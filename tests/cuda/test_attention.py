@@ -184,7 +184,7 @@ def check_invariance(
 
 
 def on(batch: Batch, device: str) -> Batch:
-    return Batch(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
+    return Batch(**{name: None if tensor is None else tensor.to(device) for name, tensor in vars(batch).items()})
 
 
 def test_padding_is_neither_read_nor_written(rng: random.Random, guards: None) -> None:
