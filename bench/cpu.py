@@ -27,6 +27,7 @@ import torch
 from bench import full_size, full_size_gguf
 from bench.peer import Peer
 from starling.model.batch import Batch
+from starling.model.huge_pages import wait_for_moves
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops.cpu import CpuOps
@@ -214,7 +215,9 @@ def main() -> None:
     torch.set_num_threads(ops.threads)
     folder = full_size.make(options.folder)
     loaded_s = _timed(lambda: Mistral.load(folder, ops))
+    wait_for_moves()
     model = Mistral.load(folder, ops)
+    wait_for_moves()
     peers = open_peers(options.peers_python, folder, ops.threads, options.skip_onnx) if options.peers_python else []
     names = "".join(f" {peer.name} tok/s |" for peer in peers)
     process = psutil.Process()

@@ -28,6 +28,7 @@ from typing import BinaryIO
 
 import torch
 
+from starling.model.huge_pages import move_to_huge_pages
 from starling.model.ops import Packed
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,13 @@ def _map(path: Path, key: str) -> Weights:
             raise UnusableError(f"{size} bytes are no cache of weights")
         # A private mapping: torch wants to be able to write, and what it wrote would stay in this process.
         mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        weights = _weights(mapped, key)
+        move_to_huge_pages(mapped, file.fileno())
+    return weights
+
+
+def _weights(mapped: mmap.mmap, key: str) -> Weights:
+    size = len(mapped)
     magic, offset, length, digest = FOOTER.unpack_from(mapped, size - FOOTER.size)
     if magic != MAGIC or offset + length + FOOTER.size != size:
         raise UnusableError("it was cut short, or is something else")

@@ -1,0 +1,92 @@
+"""A mapped file's bytes move to huge pages while they are being read.
+
+The page cache holds a file in whatever pages it was read or written by: of 4 KiB on most file systems. Through a
+mapping of those a decode step of 7B on two cores took 153 ms where it takes 128 in pages of 2 MiB, because fetching
+ahead stops at the end of a page. A copy made at the start would cost seconds; so the file is mapped, used at once, and
+replaced piece by piece under its readers' eyes, at the same addresses. Linux 5.7 and later can; else the mapping stays.
+"""
+
+import ctypes
+import logging
+import mmap
+import os
+import threading
+from functools import lru_cache
+
+import torch
+
+from starling.model.memory import free_bytes
+
+log = logging.getLogger(__name__)
+
+HUGE_BYTES = 2 << 20
+PIECE_BYTES = 64 << 20  # replaced at once
+NICENESS = 10  # who computes goes first: a tenth of a busy core is left for this
+THREAD = "huge-pages"
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
+
+
+def move_to_huge_pages(mapped: mmap.mmap, file: int, piece_bytes: int = PIECE_BYTES) -> threading.Thread | None:
+    """Begin to replace `mapped`, a private mapping of all of the open `file` that nobody writes to.
+
+    The thread ends when it is done, or logs why it stopped. None where memory is short: as much again must stay free.
+    """
+    if free_bytes(torch.device("cpu")) < 2 * len(mapped):
+        return None
+    thread = threading.Thread(target=_move, args=(mapped, os.dup(file), piece_bytes), name=THREAD, daemon=True)
+    thread.start()
+    return thread
+
+
+def wait_for_moves() -> None:
+    """Until all that were begun have ended: for who measures."""
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join()
+
+
+def _move(mapped: mmap.mmap, file: int, piece_bytes: int) -> None:
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+    first, end = _aligned(begin), (begin + len(mapped)) // HUGE_BYTES * HUGE_BYTES
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        with mmap.mmap(-1, piece_bytes + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as spare:
+            spare.madvise(mmap.MADV_HUGEPAGE)
+            start = _aligned(ctypes.addressof(ctypes.c_char.from_buffer(spare)))
+            for address in range(first, end, piece_bytes):
+                size = min(piece_bytes, end - address)
+                _read(file, address - begin, memoryview((ctypes.c_char * size).from_address(start)).cast("B"))
+                # In one step for every other thread: one that reads there now waits, and then finds the same bytes.
+                _remap(start, size, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, address)
+    except OSError as error:
+        log.info("Weights stay as the page cache holds them: %s.", error)
+    finally:
+        os.close(file)
+
+
+def _aligned(address: int) -> int:
+    return -(-address // HUGE_BYTES) * HUGE_BYTES
+
+
+def _read(file: int, offset: int, target: memoryview) -> None:
+    done = 0
+    while done < len(target):
+        read = os.preadv(file, [target[done:]], offset + done)
+        if read == 0:
+            raise OSError("the file has become shorter")
+        done += read
+
+
+def _remap(source: int, size: int, flags: int, target: int) -> None:
+    """The pages of `source` lie at `target` from now on, and fresh ones at `source`. Raises OSError."""
+    if _mremap()(source, size, size, flags, target) == ctypes.c_void_p(-1).value:
+        error = ctypes.get_errno()
+        raise OSError(error, f"mremap: {os.strerror(error)}")
+
+
+@lru_cache(maxsize=1)
+def _mremap() -> "ctypes._FuncPointer":
+    function = ctypes.CDLL(None, use_errno=True).mremap
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+    function.restype = ctypes.c_void_p
+    return function
