@@ -55,12 +55,6 @@ DEVICE u32 and_or(u32 x, u32 mask, u32 bits) {  // x & mask | bits, in one instr
   return y;
 }
 
-DEVICE u32 half2_add(u32 a, u32 b) {
-  u32 y;
-  asm("add.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-  return y;
-}
-
 DEVICE u32 half2_sub(u32 a, u32 b) {
   u32 y;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
@@ -117,14 +111,6 @@ DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) {
 }
 
 // -- memory -------------------------------------------------------------------------------------------------------
-
-// 16 bytes that are read once in a kernel: they need not push others out of the nearest cache.
-DEVICE uint4 load_once(const void* from) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
-  return x;
-}
 
 // 16 bytes from global to shared memory, in the background; zeros where not `valid` (`from` is not read then).
 DEVICE void copy_async(void* shared, const void* from, bool valid = true) {
