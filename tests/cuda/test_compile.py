@@ -34,6 +34,14 @@ def test_kernels_wait_for_the_one_before_where_they_may_begin_early(source: str)
     assert b"griddepcontrol" not in nvrtc.compile_source(source, 86, ptx=True)[0]
 
 
+@pytest.mark.parametrize("source", nvrtc.SOURCES)
+def test_the_compiler_joins_no_product_and_sum_that_are_rounded_apart(source: str) -> None:
+    ptx = nvrtc.compile_source(source, 90, ptx=True)[0].decode()
+    # "An add instruction with no rounding modifier [...] may be optimized aggressively by the code optimizer. In
+    # particular, mul/add sequences with no rounding modifiers may be optimized to use fused-multiply-add": PTX ISA.
+    assert not re.findall(r"\b(?:add|sub|mul)\.(?:ftz\.)?f(?:16|32|64)\S*", ptx)
+
+
 def test_the_cache_keeps_what_was_compiled_by_this_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = nvrtc.SOURCES[0]
     made = nvrtc.cubin(source, 86, tmp_path)

@@ -57,13 +57,13 @@ DEVICE u32 and_or(u32 x, u32 mask, u32 bits) {  // x & mask | bits, in one instr
 
 DEVICE u32 half2_sub(u32 a, u32 b) {
   u32 y;
-  asm("sub.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 }
 
 DEVICE u32 half2_mul(u32 a, u32 b) {
   u32 y;
-  asm("mul.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 }
 
