@@ -6,7 +6,8 @@
 //   all shared memory is dynamic, from shared_memory(); a thread's own index is threadIdx.x;
 //   parameters are pointers, int and float;
 //   no block waits for another one (the last to arrive at a counter may do what remains);
-//   every thread calls wait_for_kernel_before(), and until then touches only what no kernel ever writes: weights.
+//   every thread calls wait_for_kernel_before(), and until then only asks for weights, by asynchronous copies: no kernel
+//   writes them but those that packed them, and another kernel or a copy lies between, as a step's inputs do.
 #ifndef STARLING_DEVICE_H
 #define STARLING_DEVICE_H
 
