@@ -18,8 +18,7 @@ from bench.gpu import models, sections
 from bench.gpu.peers import PEERS
 from starling.errors import DeviceError
 from starling.model.ops.cuda import CudaOps
-from starling.model.ops.cuda.device import architecture
-from starling.model.ops.cuda.driver import OVERLAPPING
+from starling.model.ops.cuda.driver import can_overlap
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
         return
     try:
         ops = CudaOps.on_gpu()
-        apart = CudaOps.on_gpu(overlap=False) if architecture(ops.device) >= OVERLAPPING else None
+        apart = CudaOps.on_gpu(overlap=False) if can_overlap(ops.device) else None
     except DeviceError as error:
         raise SystemExit(str(error)) from error
     bench = sections.Bench(options.folder, ops, apart, options.quick)

@@ -177,7 +177,7 @@ def decode(bench: Bench) -> None:
 def overlap(bench: Bench) -> None:
     """What it gains that kernels begin before the one before has ended: a replayed step each, in turn."""
     if bench.apart is None:
-        say("The kernels of this GPU begin when the one before has ended.")
+        say("On this GPU, with this driver, kernels begin when the one before has ended.")
         return
     apart = Decoding(replace(bench.model, ops=bench.apart), bench.cache, bench.decoding.most)
     head("batch", "context", "floor ms", "overlapping ms", "apart ms", "gain")

@@ -5,7 +5,7 @@ and replayed as one graph, from the embedding to the drawn ids; any other step i
 step of a size is queued that way too, and captured behind.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,7 +161,10 @@ class GraphRunner:
         try:
             self._compute(decodes.frame, decodes.batch)
         except BaseException:
-            graph.capture_end()  # or what is queued from now on would be recorded, and never computed
+            # Or what is queued from now on would be recorded, and never computed. It fails where a call has broken the
+            # capture, and would hide what that call said.
+            with suppress(torch.AcceleratorError):
+                graph.capture_end()
             self._pool = torch.cuda.graph_pool_handle()  # torch refuses one whose last graph is gone
             raise
         graph.capture_end()

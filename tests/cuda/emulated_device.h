@@ -309,7 +309,6 @@ DEVICE u32 pack_halves(float low, float high) { return float_to_half(low) | (u32
 DEVICE float low_half(u32 x) { return half_to_float((half_t)x); }
 DEVICE float high_half(u32 x) { return half_to_float((half_t)(x >> 16)); }
 DEVICE u32 and_or(u32 x, u32 mask, u32 bits) { return (x & mask) | bits; }
-DEVICE u32 half2_add(u32 a, u32 b) { return pack_halves(low_half(a) + low_half(b), high_half(a) + high_half(b)); }
 DEVICE u32 half2_sub(u32 a, u32 b) { return pack_halves(low_half(a) - low_half(b), high_half(a) - high_half(b)); }
 DEVICE u32 half2_mul(u32 a, u32 b) { return pack_halves(low_half(a) * low_half(b), high_half(a) * high_half(b)); }
 DEVICE half_t half_fma(float a, float b, float c) {
@@ -364,11 +363,6 @@ inline void matrices(u32 (&m)[4], const void* row, bool transposed) {
 
 DEVICE void load_matrices(u32 (&m)[4], const void* row) { emulator::matrices(m, row, false); }
 DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) { emulator::matrices(m, row, true); }
-
-DEVICE uint4 load_once(const void* from) {
-  emulator::check_aligned(from, 16);
-  return *(const uint4*)from;
-}
 
 DEVICE void copy_async(void* shared, const void* from, bool valid = true) {
   using namespace emulator;

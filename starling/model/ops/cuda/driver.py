@@ -15,7 +15,9 @@ from starling.model.ops.cuda.module import Argument, Grid
 
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may use without being asked about it
-OVERLAPPING = 90  # the first architecture whose kernels may begin before the one before has ended
+# The first architecture whose kernels may begin before the one before has ended; and CUDA 12.3, as a driver tells its
+# version, the first whose graphs have edges that say so (programming guide, "Edge Data").
+OVERLAPPING_ARCH, OVERLAPPING_DRIVER = 90, 12030
 _UINT32, _FLOAT32 = struct.Struct("<I"), struct.Struct("<f")
 # CUlaunchConfig: the grid, the threads of a block [3], bytes of shared memory; stream, attributes, how many of them.
 _CONFIG = struct.Struct("@7IPPI0P")
@@ -27,12 +29,11 @@ class DriverModule:
     """native/`source`.cu on one GPU. Raises DeviceError."""
 
     def __init__(self, source: str, device: torch.device, overlap: bool = True) -> None:
-        """`overlap`: kernels begin while the one before still runs, where the GPU knows how (see native/device.h)."""
+        """`overlap`: kernels begin while the one before still runs, where they can (see native/device.h)."""
         self._cuda, self._launch = _library(), _launch_kernel()
-        arch = architecture(device)
-        code = nvrtc.cubin(source, arch)
+        code = nvrtc.cubin(source, architecture(device))
         self._attributes = ctypes.create_string_buffer(_OVERLAP, len(_OVERLAP))
-        self._attribute_count = int(overlap and arch >= OVERLAPPING)
+        self._attribute_count = int(overlap and can_overlap(device))
         with torch.cuda.device(device):
             self._device_index = torch.cuda.current_device()
             torch.cuda.synchronize()  # makes torch create the context that the module is loaded into
@@ -65,6 +66,19 @@ class DriverModule:
             text = ctypes.c_char_p()
             self._cuda.cuGetErrorString(result, ctypes.byref(text))
             raise DeviceError(f"The CUDA driver failed: {(text.value or b'unknown error').decode()} ({result}).")
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether kernels on `device` can begin before the one before has ended, in a graph too. Raises DeviceError."""
+    driver = ctypes.c_int()
+    if _library().cuDriverGetVersion(ctypes.byref(driver)):
+        raise DeviceError("The CUDA driver does not tell its version.")
+    return knows_overlap(architecture(device), driver.value)
+
+
+def knows_overlap(arch: int, driver: int) -> bool:
+    """`arch` is 90 for compute capability 9.0, `driver` 12030 for CUDA 12.3."""
+    return arch >= OVERLAPPING_ARCH and driver >= OVERLAPPING_DRIVER
 
 
 class Arguments:

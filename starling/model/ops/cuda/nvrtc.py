@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 NATIVE = Path(__file__).parent / "native"
 ARCHS = (80, 86, 89, 90)  # A100; A10, A40, RTX 30; L4, L40, RTX 40; H100
 SOURCES = tuple(sorted(path.stem for path in NATIVE.glob("*.cu")))
-# --fmad is on by default, as for every CUDA kernel: a product and a sum are rounded once, in all kernels alike.
-OPTIONS = ("--std=c++17", "--extra-device-vectorization")
+# Products and sums are rounded as they are written, fmaf where one rounding is meant: what two kernels must agree on to
+# the bit is not left to where a compiler finds a pair worth contracting.
+OPTIONS = ("--std=c++17", "--extra-device-vectorization", "--fmad=false")
 LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
 

@@ -6,7 +6,8 @@
 //   all shared memory is dynamic, from shared_memory(); a thread's own index is threadIdx.x;
 //   parameters are pointers, int and float;
 //   no block waits for another one (the last to arrive at a counter may do what remains);
-//   every thread calls wait_for_kernel_before(), and until then touches only what no kernel ever writes: weights.
+//   every thread calls wait_for_kernel_before(), and until then only asks for weights, by asynchronous copies: no kernel
+//   writes them but those that packed them, and another kernel or a copy lies between, as a step's inputs do.
 #ifndef STARLING_DEVICE_H
 #define STARLING_DEVICE_H
 
@@ -55,21 +56,15 @@ DEVICE u32 and_or(u32 x, u32 mask, u32 bits) {  // x & mask | bits, in one instr
   return y;
 }
 
-DEVICE u32 half2_add(u32 a, u32 b) {
-  u32 y;
-  asm("add.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-  return y;
-}
-
 DEVICE u32 half2_sub(u32 a, u32 b) {
   u32 y;
-  asm("sub.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 }
 
 DEVICE u32 half2_mul(u32 a, u32 b) {
   u32 y;
-  asm("mul.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 }
 
@@ -117,14 +112,6 @@ DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) {
 }
 
 // -- memory -------------------------------------------------------------------------------------------------------
-
-// 16 bytes that are read once in a kernel: they need not push others out of the nearest cache.
-DEVICE uint4 load_once(const void* from) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
-  return x;
-}
 
 // 16 bytes from global to shared memory, in the background; zeros where not `valid` (`from` is not read then).
 DEVICE void copy_async(void* shared, const void* from, bool valid = true) {
