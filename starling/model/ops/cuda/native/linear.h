@@ -337,9 +337,9 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
 // Grid: tokens / (8 * TOKEN_TILES), row tiles / (8 * ROW_TILES), 1 or kSplits. Shared memory: STAGES panels of
 // PANEL tiles for all tokens; 8 * ROW_TILES streams; ROW_TILES * TOKEN_TILES * 16 bytes of each thread.
 template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE void linear_wide(const Linear& l) {
+  constexpr bool kAlone = TOKEN_TILES <= 4;  // up to 32 tokens are one block's, so its weights no other's
   // With a single stage ahead, of a single tile, the scales of a chunk have been read when the next ones are asked for.
-  // Up to 32 tokens are one block's, so its weights no other's.
-  typedef Stream<W, STAGES * PANEL, (STAGES - 1) * PANEL == 1 ? 1 : 2, TOKEN_TILES <= 4> Weights;
+  typedef Stream<W, STAGES * PANEL, (STAGES - 1) * PANEL == 1 ? 1 : 2, kAlone> Weights;
   static_assert((STAGES - 1) * PANEL <= kChunkTiles && kChunkTiles % PANEL == 0, "");
   constexpr int kTokens = 8 * TOKEN_TILES, kPanelBytes = kTokens * PANEL * kPanelTileBytes;
   constexpr int kSums = ROW_TILES * TOKEN_TILES;
@@ -356,7 +356,7 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
   for (int r = 0; r < ROW_TILES; r++)
     weights[r] = Weights(l, first_row_tile + r, end, streams + (warp * ROW_TILES + r) * Weights::kBytes);
 #pragma unroll
-  for (int r = 0; r < ROW_TILES; r++) weights[r].prefetch_from(begin);
+  for (int r = 0; kAlone && r < ROW_TILES; r++) weights[r].prefetch_from(begin);
   wait_for_kernel_before();
 
   // Thread i copies 16 bytes of rows i / (8 * PANEL), and every so many after it; zeros beyond the last token and k.
