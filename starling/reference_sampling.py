@@ -1,6 +1,5 @@
 """Our sampling parameters as transformers' logits processors, in the order of `starling/engine/sampling.py`."""
 
-import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import (
@@ -12,7 +11,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from starling.engine.sampling import permitted, uniform
+from starling.engine.sampling import forbid, permitted, uniform
 from starling.engine.sequence import SamplingParams, TokenConstraint
 
 
@@ -73,10 +72,9 @@ class Grammar(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         banned = self._stop_ids if input_ids.shape[1] < self._first_end else ()
-        words = torch.from_numpy(permitted(self._constraint, banned).view(np.int32)).to(scores.device)
-        bits = torch.arange(scores.shape[1], device=scores.device)
-        allowed = (words[bits >> 5] >> (bits & 31)) & 1
-        return scores.masked_fill(allowed == 0, -torch.inf)
+        scores = scores.clone()
+        forbid(scores, permitted(self._constraint, banned))
+        return scores
 
 
 class Draw(LogitsProcessor):

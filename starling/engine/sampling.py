@@ -55,9 +55,7 @@ class RowRules:
         if self.banned:
             row[self.banned] = -torch.inf
         if self.allowed is not None:
-            words = torch.from_numpy(self.allowed.view(np.int32)).to(row.device)
-            bits = torch.arange(row.numel(), device=row.device)
-            row.masked_fill_((words[bits >> 5] >> (bits & 31)) & 1 == 0, -torch.inf)
+            forbid(row, self.allowed)
 
     def _penalize(self, row: torch.Tensor) -> None:
         params = self.params
@@ -114,6 +112,13 @@ def clear(mask: np.ndarray, tokens: Iterable[int]) -> None:
     """Take `tokens` out of uint32 [ceil(V / 32)]."""
     for token in tokens:
         mask[token // 32] &= ~np.uint32(1 << token % 32)
+
+
+def forbid(logits: torch.Tensor, allowed: np.ndarray) -> None:
+    """-inf in float32 [..., V] for every token that is not in `allowed`, uint32 [ceil(V / 32)]; in place."""
+    words = torch.from_numpy(allowed.view(np.int32)).to(logits.device)
+    bits = torch.arange(logits.shape[-1], device=logits.device)
+    logits.masked_fill_((words[bits >> 5] >> (bits & 31)) & 1 == 0, -torch.inf)
 
 
 def _history(work: Work, ahead: int) -> tuple[list[int], list[int]]:

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 
 from starling.model.memory import free_bytes
+from starling.model.reading import fill
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,11 @@ def _move(mapped: mmap.mmap, file: int, piece_bytes: int) -> None:
             start = _aligned(ctypes.addressof(ctypes.c_char.from_buffer(spare)))
             for address in range(first, end, piece_bytes):
                 size = min(piece_bytes, end - address)
-                _read(file, address - begin, memoryview((ctypes.c_char * size).from_address(start)).cast("B"))
+                piece = memoryview((ctypes.c_char * size).from_address(start)).cast("B")
+                if fill(piece, file, address - begin) < size:
+                    raise OSError("the file has become shorter")
                 # In one step for every other thread: one that reads there now waits, and then finds the same bytes.
-                _remap(start, size, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, address)
+                _remap(start, size, address)
     except OSError as error:
         log.info("Weights stay as the page cache holds them: %s.", error)
     finally:
@@ -68,17 +71,9 @@ def _aligned(address: int) -> int:
     return -(-address // HUGE_BYTES) * HUGE_BYTES
 
 
-def _read(file: int, offset: int, target: memoryview) -> None:
-    done = 0
-    while done < len(target):
-        read = os.preadv(file, [target[done:]], offset + done)
-        if read == 0:
-            raise OSError("the file has become shorter")
-        done += read
-
-
-def _remap(source: int, size: int, flags: int, target: int) -> None:
+def _remap(source: int, size: int, target: int) -> None:
     """The pages of `source` lie at `target` from now on, and fresh ones at `source`. Raises OSError."""
+    flags = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
     if _mremap()(source, size, size, flags, target) == ctypes.c_void_p(-1).value:
         error = ctypes.get_errno()
         raise OSError(error, f"mremap: {os.strerror(error)}")

@@ -1,10 +1,11 @@
 """Bytes of a file → a GPU's memory, by two pinned buffers: one is filled from the file while the other is copied."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from starling.model.reading import fill
 
 BUFFER_BYTES = 32 << 20
 # One thread copies some 9 GB/s out of the page cache, less than a bus to a GPU takes; two or more fill it.
@@ -50,12 +51,10 @@ class Staging:
         """Fill `into` from `offset` on, in parts side by side."""
 
         def read_part(begin: int) -> None:
-            end = min(begin + self._part_bytes, len(into))
-            while begin < end:
-                read = os.preadv(file, [into[begin:end]], offset + begin)
-                if read == 0:
-                    raise OSError(f"{path} ends at byte {offset + begin}, in the middle of a tensor")
-                begin += read
+            part = into[begin : begin + self._part_bytes]
+            read = fill(part, file, offset + begin)
+            if read < len(part):
+                raise OSError(f"{path} ends at byte {offset + begin + read}, in the middle of a tensor")
 
         parts = range(0, len(into), self._part_bytes)
         if len(parts) == 1:

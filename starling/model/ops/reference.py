@@ -142,8 +142,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 def resolved(token_ids: torch.Tensor, sampled: torch.Tensor | None) -> torch.Tensor:
     """Ids without those below 0 that Ops.embed takes."""
-    below = token_ids < 0
-    if sampled is None or not below.any():
+    if sampled is None or not (below := token_ids < 0).any():
         return token_ids
     token_ids = token_ids.clone()
     token_ids[below] = sampled[-1 - token_ids[below]].to(token_ids.dtype)
