@@ -10,13 +10,13 @@ namespace {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of one kind, cut into the tiles that the kernels have: 16, 8, 4, 3, 2 or 1 rows.
+// Rows of one kind, cut into the tiles that the kernels have: 8, 4, 3, 2 or 1 rows.
 void cut_tiles(int rows, int planes, int widest, int columns, std::vector<Tile>& tiles) {
   int first = tiles.empty() ? 0 : tiles.back().first + tiles.back().rows;
   int64_t offset = tiles.empty() ? 0 : tiles.back().offset + (int64_t)tiles.back().rows * tiles.back().planes * columns;
   while (rows > 0) {
     int take = 0;
-    for (int size : {16, 8, 4, 3, 2, 1})
+    for (int size : {8, 4, 3, 2, 1})
       if (size <= rows && size * planes <= widest) {
         take = size;
         break;
@@ -78,9 +78,10 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
       pool_.run(a.tiles, tile);
   }
   const int64_t blocks = ceil_div(w.rows, kBlockRows);
-  // Chunks small enough to even out a busy core, large enough to stream: a stripe, or a half, a quarter... of one.
+  // Chunks small enough to even out a busy core, large enough to stream: a stripe, or a half, a quarter... of one. Two
+  // blocks, which some kernels take together, part only where a thread would have less than two chunks.
   int64_t chunk = kStripeBlocks;
-  while (chunk > 1 && chunk * 8 * pool_.threads() > blocks) chunk /= 2;
+  while (chunk > 1 && chunk * (chunk > 2 ? 8 : 2) * pool_.threads() > blocks) chunk /= 2;
   pool_.run(ceil_div(blocks, chunk), [&](int64_t i) {
     kernels_->linear(&w, &a, precision, y, i * chunk, std::min(blocks, (i + 1) * chunk));
   });

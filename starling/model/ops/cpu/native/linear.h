@@ -1,4 +1,4 @@
-// y = x W for one block of 16 output rows at a time.
+// y = x W for a block of 16 output rows at a time, or two: an activation that is in a register then serves both.
 //
 // Every output element is summed in one order, whatever the tile it is computed in: groups of columns in ascending
 // order, a group's products as an exact integer (or, in float32, as two chains over its even and odd columns). So
@@ -7,17 +7,23 @@
 
 namespace {
 
-constexpr int kUnpackColumns = 512;        // columns unpacked to L1 at a time: 16 rows * 512 bytes
-constexpr int64_t kTileBytes = 512 * 1024; // activations that blocks of weights pass by
+constexpr int kUnpackColumns = 512;  // columns unpacked to L1 at a time: 16 rows * 512 bytes
 
 inline float tile_limit(const Tile& tile) { return tile.planes == 1 ? 127.0f : 32639.0f; }  // 127 * 256 + 127
+
+// 16 columns of one of `planes` planes: four columns to a word, between the words of the others.
+inline void store_columns(int8_t* at, int planes, I q) {
+  int8_t bytes[16];
+  i_store_bytes(bytes, q);
+  for (int j = 0; j < 4; j++) memcpy(at + j * planes * 4, bytes + j * 4, 4);
+}
 
 void quantize(const Activations* a, int index, int row) {
   const Tile& tile = a->tile[index];
   const int64_t group = a->group, groups = a->columns / group;
   const int stride = tile.rows * tile.planes;
   const float* x = a->x + (int64_t)a->order[tile.first + row] * a->columns;
-  int8_t* planes = a->planes + tile.offset + row * tile.planes * group;
+  int8_t* planes = a->planes + tile.offset + row * tile.planes * 4;
   int32_t* minus_sums = a->minus_sums + tile.offset / group + row * tile.planes;
   float* scales = a->scales + (int64_t)tile.first * groups + row;
   const float limit = tile_limit(tile);
@@ -32,7 +38,7 @@ void quantize(const Activations* a, int index, int row) {
       for (int64_t k = 0; k < group; k += 16) {
         I q = i_from(f_mul(f_load(x + k), inverse));
         sum = i_add(sum, q);
-        i_store_bytes(planes + k, q);
+        store_columns(planes + k * stride, stride, q);
       }
       minus_sums[0] = -i_sum(sum) & 0xffff;
     } else {
@@ -42,8 +48,8 @@ void quantize(const Activations* a, int index, int row) {
         I high = i_right<8>(i_add(q, i_set(128))), low = i_sub(q, i_left<8>(high));
         high_sum = i_add(high_sum, high);
         low_sum = i_add(low_sum, low);
-        i_store_bytes(planes + k, high);
-        i_store_bytes(planes + group + k, low);
+        store_columns(planes + k * stride, stride, high);
+        store_columns(planes + k * stride + 4, stride, low);
       }
       minus_sums[0] = -i_sum(high_sum) & 0xffff;
       minus_sums[1] = -i_sum(low_sum) & 0xffff;
@@ -51,19 +57,24 @@ void quantize(const Activations* a, int index, int row) {
   }
 }
 
-// One group of a tile of R rows of P planes each: sums[r] += scale * activation scale * (integer sum).
-template <int R, int P, class Weights>
-STARLING_INLINE void integer_group(const Weights& weights, const int8_t* a, const int32_t* minus_sums, const float* scales,
-                          F weight_scale, I zero, F* sums, int group) {
-  I acc[R * P];
-#pragma GCC unroll 16
-  for (int i = 0; i < R * P; i++) acc[i] = i_times_int16(zero, minus_sums[i]);
-  dots<R * P>(acc, weights, a, group, group);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-    I total = P == 1 ? acc[r] : i_add(i_left<8>(acc[r * P]), acc[r * P + P - 1]);
-    sums[r] = f_fma(f_from(total), f_mul(weight_scale, f_set(scales[r])), sums[r]);
-  }
+// One group of B blocks and a tile of R rows of P planes each: sums[b][r] += scale * activation scale * (integer sum).
+template <int B, int R, int P, class Weights>
+STARLING_INLINE void integer_group(const Weights* weights, const int8_t* a, const int32_t* minus_sums,
+                                   const float* scales, const F* weight_scales, const I* zeros, F (*sums)[R], int group) {
+  I acc[B][R * P];
+#pragma GCC unroll 2
+  for (int b = 0; b < B; b++)
+#pragma GCC unroll 8
+    for (int i = 0; i < R * P; i++) acc[b][i] = i_times_int16(zeros[b], minus_sums[i]);
+  if constexpr (kTogether == 1) dots<R * P>(acc[0], weights[0], a, group);
+  else dots<B, R * P>(acc, weights, a, group);
+#pragma GCC unroll 2
+  for (int b = 0; b < B; b++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      I total = P == 1 ? acc[b][r] : i_add(i_left<8>(acc[b][r * P]), acc[b][r * P + P - 1]);
+      sums[b][r] = f_fma(f_from(total), f_mul(weight_scales[b], f_set(scales[r])), sums[b][r]);
+    }
 }
 
 inline void store_rows(float* y, F sum, int64_t rows) {
@@ -100,9 +111,9 @@ STARLING_INLINE void prefetch_scales(const Units& units, int64_t count) {
   for (int64_t i = 0; units.zeros && i < count; i += 8) __builtin_prefetch(units.zeros + i * 8);
 }
 
-// Blocks [first_block, last_block), all of one stripe, times one tile, weights straight from memory: for a step of few
-// tokens. A panel's activations stay in L1 while the blocks' weights pass by.
-template <int R, int P, class Weights>
+// Blocks [first_block, last_block), all of one stripe and a multiple of B of them, times one tile, weights straight from
+// memory: for a step of few tokens. A panel's activations stay in L1 while the blocks' weights pass by.
+template <int B, int R, int P, class Weights>
 void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float* y, int64_t first_block,
                  int64_t last_block) {
   alignas(64) float kept[kStripeBlocks][R * 16];
@@ -112,52 +123,92 @@ void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float*
   const int32_t* minus_sums = a->minus_sums + tile.offset / group;
   const float* scales = a->scales + tile.first * groups;
   const int64_t step = kPanelColumns / group;
-  const int64_t ahead = kPrefetchBytes / (group * kBlockRows * w->bits / 8);
+  const int64_t ahead = kPrefetchBytes / B / (group * kBlockRows * w->bits / 8);
   Units start = units_at(w, first_block, 0);
   for (int64_t first = 0; first < groups; first += step) {
-    const int64_t last = first + step < groups ? first + step : groups;
+    const int64_t last = first + step < groups ? first + step : groups, count = last - first;
     const Units next_start = units_at(w, first_block, last < groups ? last : 0);
-    Units units = start;
-    for (int64_t b = first_block; b < last_block; b++) {
-      const Units next = b + 1 < last_block ? units.after(last - first) : next_start;
-      prefetch_scales(next, step);
-      F sums[R];
-      for (int r = 0; r < R; r++) sums[r] = first ? f_load(kept[b - first_block] + r * 16) : f_zero();
+    Units units = start;  // of block b; those of the next blocks follow, `count` units each
+    for (int64_t b = first_block; b < last_block; b += B) {
+      const Units next = b + B < last_block ? units.after(B * count) : next_start;
+      prefetch_scales(next, B * step);
+      F sums[B][R];
+      for (int j = 0; j < B; j++)
+        for (int r = 0; r < R; r++) sums[j][r] = first ? f_load(kept[b + j - first_block] + r * 16) : f_zero();
       for (int64_t g = first; g < last; g++) {
-        const int64_t i = g - first, soon = g + ahead - last;
-        const Weights weights{units.weight + i * units.bytes,
-                              soon < 0 ? units.weight + (i + ahead) * units.bytes : next.weight + soon * units.bytes};
-        integer_group<R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R,
-                            units.scale(i), units.zero(i), sums, group);
+        const int64_t soon = g + ahead - last;
+        Weights weights[B];
+        F weight_scales[B];
+        I zeros[B];
+        for (int j = 0; j < B; j++) {
+          const int64_t i = g - first + j * count;
+          const uint8_t* later = soon < 0 ? units.weight + (i + ahead) * units.bytes
+                                          : next.weight + (soon + j * count) * units.bytes;
+          weights[j] = Weights{units.weight + i * units.bytes, later};
+          weight_scales[j] = units.scale(i);
+          zeros[j] = units.zero(i);
+        }
+        integer_group<B, R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R,
+                               weight_scales, zeros, sums, group);
       }
-      for (int r = 0; r < R; r++) {
-        if (last < groups) f_store(kept[b - first_block] + r * 16, sums[r]);
-        else store_rows(y + a->order[tile.first + r] * w->rows + b * kBlockRows, sums[r], w->rows - b * kBlockRows);
-      }
+      for (int j = 0; j < B; j++)
+        for (int r = 0; r < R; r++) {
+          const int64_t row = (b + j) * kBlockRows;
+          if (last < groups) f_store(kept[b + j - first_block] + r * 16, sums[j][r]);
+          else store_rows(y + a->order[tile.first + r] * w->rows + row, sums[j][r], w->rows - row);
+        }
       units = next;
     }
     start = next_start;
   }
 }
 
-// Groups [first, last) of one tile; `bytes` holds their weights, one to a byte. Sums are kept between calls.
-template <int R, int P, class Weights>
-void panel_tile(const Units& units, const uint8_t* bytes, int64_t first, int64_t last, const Activations* a,
-                const Tile& tile, float* kept) {
+// Weights as they are read, and written to `out` one to a byte besides.
+template <class Packed> struct Unpacking : Packed {
+  uint8_t* out;
+  inline void steps(int pair, I& first, I& second) const {
+    Packed::steps(pair, first, second);
+    i_store(out + pair * 128, first);
+    i_store(out + pair * 128 + 64, second);
+  }
+};
+
+template <class Weights> inline Weights after_columns(Weights weights, int64_t columns) {
+  weights.at += columns * Weights::kColumnBytes;
+  weights.ahead += columns * Weights::kAheadBytes;
+  return weights;
+}
+template <class Packed> inline Unpacking<Packed> after_columns(Unpacking<Packed> weights, int64_t columns) {
+  return {after_columns(static_cast<const Packed&>(weights), columns), weights.out + columns * kBlockRows};
+}
+
+// Groups [first, last) of B blocks and one tile. Sums are kept between calls: those of block j and packed row i lie at
+// kept[j][16 * i].
+template <int B, int R, int P, class Weights>
+void panel_tile(const Units* units, const Weights* start, int64_t first, int64_t last, const Activations* a,
+                const Tile& tile, float (*kept)[kMaxTokens * 16]) {
   const int64_t groups = a->columns / a->group;
   const int group = (int)a->group;
   const int8_t* planes = a->planes + tile.offset;
   const int32_t* minus_sums = a->minus_sums + tile.offset / group;
   const float* scales = a->scales + tile.first * groups;
-  F sums[R];
-  for (int r = 0; r < R; r++) sums[r] = f_load(kept + (tile.first + r) * 16);
+  F sums[B][R];
+  for (int j = 0; j < B; j++)
+    for (int r = 0; r < R; r++) sums[j][r] = f_load(kept[j] + (tile.first + r) * 16);
   for (int64_t g = first; g < last; g++) {
-    const int64_t i = g - first;
-    const uint8_t* at = bytes + i * group * kBlockRows;
-    integer_group<R, P>(Weights{at, at + kPrefetchBytes}, planes + g * R * P * group, minus_sums + g * R * P,
-                        scales + g * R, units.scale(i), units.zero(i), sums, group);
+    Weights weights[B];
+    F weight_scales[B];
+    I zeros[B];
+    for (int j = 0; j < B; j++) {
+      weights[j] = after_columns(start[j], (g - first) * group);
+      weight_scales[j] = units[j].scale(g - first);
+      zeros[j] = units[j].zero(g - first);
+    }
+    integer_group<B, R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R, weight_scales,
+                           zeros, sums, group);
   }
-  for (int r = 0; r < R; r++) f_store(kept + (tile.first + r) * 16, sums[r]);
+  for (int j = 0; j < B; j++)
+    for (int r = 0; r < R; r++) f_store(kept[j] + (tile.first + r) * 16, sums[j][r]);
 }
 
 // Calls f.template run<rows, planes per row>() for the tile's shape.
@@ -169,7 +220,6 @@ template <class Run> inline void for_shape(const Tile& tile, const Run& run) {
       case 3: return run.template call<3, 1>();
       case 4: return run.template call<4, 1>();
       case 8: if constexpr (kPlanes >= 8) return run.template call<8, 1>(); break;
-      case 16: if constexpr (kPlanes >= 16) return run.template call<16, 1>(); break;
     }
   } else {
     switch (tile.rows) {
@@ -177,7 +227,6 @@ template <class Run> inline void for_shape(const Tile& tile, const Run& run) {
       case 2: return run.template call<2, 2>();
       case 3: if constexpr (kPlanes >= 8) return run.template call<3, 2>(); break;
       case 4: if constexpr (kPlanes >= 8) return run.template call<4, 2>(); break;
-      case 8: if constexpr (kPlanes >= 16) return run.template call<8, 2>(); break;
     }
   }
   __builtin_trap();  // the tiler makes no other shape
@@ -189,49 +238,66 @@ template <class Weights> struct Stream {
   const Tile& tile;
   float* y;
   int64_t first, last;
-  template <int R, int P> void call() const { stream_tile<R, P, Weights>(w, a, tile, y, first, last); }
+  template <int R, int P> void call() const {
+    constexpr int B = kTogether;
+    const int64_t middle = last - (last - first) % B;
+    if (first < middle) stream_tile<B, R, P, Weights>(w, a, tile, y, first, middle);
+    if (middle < last) stream_tile<1, R, P, Weights>(w, a, tile, y, middle, last);
+  }
 };
 
-template <class Weights> struct Panel {
-  const Units& units;
-  const uint8_t* bytes;
+template <int B, class Weights> struct Panel {
+  const Units* units;
+  const Weights* start;
   int64_t first, last;
   const Activations* a;
   const Tile& tile;
-  float* kept;
-  template <int R, int P> void call() const { panel_tile<R, P, Weights>(units, bytes, first, last, a, tile, kept); }
+  float (*kept)[kMaxTokens * 16];
+  template <int R, int P> void call() const { panel_tile<B, R, P>(units, start, first, last, a, tile, kept); }
 };
 
-// Tiles [first, last) of block b, weights unpacked to L1 a few columns at a time.
-void panel_block(const Linear* w, int64_t b, const Activations* a, int first_tile, int last_tile, float* y) {
-  alignas(64) float kept[kMaxTokens * 16];  // of packed row i at 16 * i
-  alignas(64) uint8_t bytes[kUnpackColumns * kBlockRows];
+// Tiles [first, last) of B blocks from b on, a few columns at a time. The first tile unpacks their weights to L1 for the
+// others. Those that come next are asked for by one tile after the other, a block each: by the first alone, memory would
+// be idle while the others compute.
+template <int B>
+void panel_blocks(const Linear* w, int64_t b, const Activations* a, int first_tile, int last_tile, float* y) {
+  alignas(64) float kept[B][kMaxTokens * 16];
+  alignas(64) uint8_t bytes[B][kUnpackColumns * kBlockRows];
   const int64_t group = w->group, groups = w->columns / group, step = kUnpackColumns / group;
+  const int64_t next_block = (b + 2 * B) * kBlockRows <= w->rows ? b + B : b;
   const int from_row = a->tile[first_tile].first;
   const int to_row = a->tile[last_tile - 1].first + a->tile[last_tile - 1].rows;
-  for (int i = from_row; i < to_row; i++) f_store(kept + i * 16, f_zero());
+  for (int j = 0; j < B; j++)
+    for (int i = from_row; i < to_row; i++) f_store(kept[j] + i * 16, f_zero());
   for (int64_t first = 0; first < groups; first += step) {
     const int64_t last = first + step < groups ? first + step : groups;
-    const Units units = units_at(w, b, first);
-    if (w->bits == 4) {
-      const Nibbles nibbles{units.weight, units_at(w, b, last < groups ? last : first).weight};
-      for (int64_t pair = 0; pair < (last - first) * group / 8; pair++) {
-        I low, high;
-        nibbles.steps((int)pair, low, high);
-        nibbles.prefetch((int)pair);
-        i_store(bytes + pair * 128, low);
-        i_store(bytes + pair * 128 + 64, high);
+    Units units[B], next[B];
+    for (int j = 0; j < B; j++) {
+      units[j] = units_at(w, b + j, first);
+      next[j] = last < groups ? units_at(w, b + j, last) : units_at(w, next_block + j, 0);
+    }
+    for (int t = first_tile; t < last_tile; t++) {
+      const Tile& tile = a->tile[t];
+      const bool unpacks = t == first_tile;
+      EightBits eight[B];
+      Unpacking<Nibbles> packed[B];
+      Bytes unpacked[B];
+      for (int j = 0; j < B; j++) {
+        const uint8_t *at = units[j].weight, *ahead = t - first_tile == j ? next[j].weight : at;
+        eight[j] = {{at, ahead}};
+        packed[j] = {{at, ahead}, bytes[j]};
+        unpacked[j] = {bytes[j], ahead};
       }
-      for (int t = first_tile; t < last_tile; t++)
-        for_shape(a->tile[t], Panel<Bytes>{units, bytes, first, last, a, a->tile[t], kept});
-    } else {
-      for (int t = first_tile; t < last_tile; t++)
-        for_shape(a->tile[t], Panel<EightBits>{units, units.weight, first, last, a, a->tile[t], kept});
+      if (w->bits == 8) for_shape(tile, Panel<B, EightBits>{units, eight, first, last, a, tile, kept});
+      else if (unpacks) for_shape(tile, Panel<B, Unpacking<Nibbles>>{units, packed, first, last, a, tile, kept});
+      else for_shape(tile, Panel<B, Bytes>{units, unpacked, first, last, a, tile, kept});
     }
   }
-  float* at = y + b * kBlockRows;
   for (int i = from_row; i < to_row; i++)
-    store_rows(at + a->order[i] * w->rows, f_load(kept + i * 16), w->rows - b * kBlockRows);
+    for (int j = 0; j < B; j++) {
+      const int64_t row = (b + j) * kBlockRows;
+      store_rows(y + a->order[i] * w->rows + row, f_load(kept[j] + i * 16), w->rows - row);
+    }
 }
 
 // R rows of float32 activations times `columns` columns; `weights` [columns][16] as floats or as fp16.
@@ -323,7 +389,9 @@ void linear(const Linear* w, const Activations* a, Precision precision, float* y
         bytes += a->tile[end].rows * a->tile[end].planes * w->columns;
         end++;
       } while (end < a->tiles && bytes < kTileBytes);
-      for (int64_t b = first; b < last; b++) panel_block(w, b, a, t, end, y);
+      int64_t b = first;
+      for (; b + kTogether <= last; b += kTogether) panel_blocks<kTogether>(w, b, a, t, end, y);
+      for (; b < last; b++) panel_blocks<1>(w, b, a, t, end, y);
       t = end;
     }
   }

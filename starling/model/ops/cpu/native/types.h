@@ -57,7 +57,7 @@ struct Activations {
   const float* x;         // [rows, columns], as given
   const int32_t* order;   // [rows]: packed row → row of x and y
   const Tile* tile;
-  int8_t* planes;         // per tile: [groups][rows * planes][group]
+  int8_t* planes;         // per tile: [columns / 4][rows * planes][4]
   float* scales;          // per tile: [groups][rows]
   int32_t* minus_sums;    // per tile: [groups][rows * planes]: minus the plane's sum, as int16 in the low half
   int64_t columns;

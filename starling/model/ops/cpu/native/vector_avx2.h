@@ -10,6 +10,8 @@ struct I { __m256i a, b; };  // 16 int32
 constexpr int kLanes = 8;
 constexpr int kDepth = 2;
 constexpr int kPlanes = 4;
+constexpr int kTogether = 1;
+constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
 
@@ -112,6 +114,7 @@ inline I i_times_int16(I x, int32_t low16) {
 
 struct Nibbles {
   static constexpr bool kEight = false;
+  static constexpr int kColumnBytes = 8, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
@@ -123,6 +126,7 @@ struct Nibbles {
 };
 struct Bytes {
   static constexpr bool kEight = false;
+  static constexpr int kColumnBytes = 16, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
@@ -133,6 +137,7 @@ struct Bytes {
 };
 struct EightBits : Bytes {
   static constexpr bool kEight = true;
+  static constexpr int kAheadBytes = 16;
   STARLING_INLINE void prefetch(int pair) const {
     _mm_prefetch((const char*)ahead + pair * 128, _MM_HINT_T0);
     _mm_prefetch((const char*)ahead + pair * 128 + 64, _MM_HINT_T0);
@@ -147,7 +152,7 @@ inline __m256i four_columns(const int8_t* a) {
 
 #if defined(__AVXVNNI__)
 template <int P, class Weights>
-STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int columns) {
 #pragma GCC unroll 4
   for (int pair = 0; pair < columns / 8; pair++) {
     I step[2];
@@ -157,7 +162,7 @@ STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int 
     for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
-        __m256i x = four_columns(a + p * stride + pair * 8 + half * 4);
+        __m256i x = four_columns(a + ((pair * 2 + half) * P + p) * 4);
         sums[p].a = _mm256_dpbusd_avx_epi32(sums[p].a, step[half].a, x);
         sums[p].b = _mm256_dpbusd_avx_epi32(sums[p].b, step[half].b, x);
       }
@@ -166,7 +171,7 @@ STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int 
 }
 #else
 template <int P, class Weights>
-STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int columns) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int span = 0; span < columns / 32; span++) {  // 8 products of at most 2 * 15 * 128 fit int16
     I low[P];
@@ -179,7 +184,7 @@ STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int 
       for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
-          __m256i x = four_columns(a + p * stride + span * 32 + i * 8 + half * 4);
+          __m256i x = four_columns(a + ((span * 8 + i * 2 + half) * P + p) * 4);
           I product = {_mm256_maddubs_epi16(step[half].a, x), _mm256_maddubs_epi16(step[half].b, x)};
           const bool begin = i == 0 && half == 0;
           low[p].a = begin ? product.a : _mm256_add_epi16(low[p].a, product.a);
@@ -195,7 +200,7 @@ STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int 
 
 // Two products of 8-bit weights overflow vpmaddubsw's int16, so both nibbles are summed apart: w = 16 * high + low.
 template <int P>
-STARLING_INLINE void dots(I* sums, const EightBits& weights, const int8_t* a, int stride, int columns) {
+STARLING_INLINE void dots(I* sums, const EightBits& weights, const int8_t* a, int columns) {
   const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16), mask = _mm256_set1_epi8(15);
   for (int p = 0; p < P; p++) {
     for (int span = 0; span < columns / 32; span++) {
@@ -207,7 +212,7 @@ STARLING_INLINE void dots(I* sums, const EightBits& weights, const int8_t* a, in
         if (p == 0) weights.prefetch(span * 4 + i);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
-          __m256i x = four_columns(a + p * stride + span * 32 + i * 8 + half * 4);
+          __m256i x = four_columns(a + ((span * 8 + i * 2 + half) * P + p) * 4);
           I top = {_mm256_srli_epi16(step[half].a, 4), _mm256_srli_epi16(step[half].b, 4)};
           low.a = _mm256_add_epi16(low.a, _mm256_maddubs_epi16(_mm256_and_si256(step[half].a, mask), x));
           low.b = _mm256_add_epi16(low.b, _mm256_maddubs_epi16(_mm256_and_si256(step[half].b, mask), x));

@@ -17,6 +17,8 @@ typedef uint32_t U __attribute__((vector_size(64)));
 constexpr int kLanes = 4;
 constexpr int kDepth = 4;
 constexpr int kPlanes = 4;
+constexpr int kTogether = 1;
+constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
 
@@ -175,6 +177,7 @@ inline I i_times_int16(I a, int32_t low16) { return a * (int32_t)(int16_t)low16;
 
 struct Nibbles {
   static constexpr bool kEight = false;
+  static constexpr int kColumnBytes = 8, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
@@ -186,6 +189,7 @@ struct Nibbles {
 };
 struct Bytes {
   static constexpr bool kEight = false;
+  static constexpr int kColumnBytes = 16, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
   inline void steps(int pair, I& first, I& second) const {
@@ -196,6 +200,7 @@ struct Bytes {
 };
 struct EightBits : Bytes {
   static constexpr bool kEight = true;
+  static constexpr int kAheadBytes = 16;
 };
 
 // sum += for each row, the products of its 4 bytes (unsigned; below 16 unless `eight`) and the 4 bytes of `a` (signed).
@@ -238,14 +243,14 @@ inline I dot_four(I sum, I bytes, const int8_t* a, bool eight) {
 #endif
 }
 template <int P, class Weights>
-STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int stride, int columns) {
+STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int columns) {
   for (int pair = 0; pair < columns / 8; pair++) {
     I first, second;
     weights.steps(pair, first, second);
     weights.prefetch(pair);
     for (int p = 0; p < P; p++) {
-      sums[p] = dot_four(sums[p], first, a + p * stride + pair * 8, Weights::kEight);
-      sums[p] = dot_four(sums[p], second, a + p * stride + pair * 8 + 4, Weights::kEight);
+      sums[p] = dot_four(sums[p], first, a + (pair * 2 * P + p) * 4, Weights::kEight);
+      sums[p] = dot_four(sums[p], second, a + ((pair * 2 + 1) * P + p) * 4, Weights::kEight);
     }
   }
 }
