@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from starling.dense import DenseWeights, empty_model, loaded_model
 from starling.engine.engine import Delivery, TokenStream
+from starling.engine.runner import device_faults
 from starling.engine.scheduler import Counters
 from starling.engine.sequence import FinishReason, SamplingParams, TokenConstraint
 from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError, StarlingError
@@ -163,11 +164,16 @@ class ReferenceEngine:
     # -- the engine's thread -------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while (task := self._next()) is not None:
-            self._answer(task)
         error = EngineStoppedError("The engine was stopped while the request waited.")
+        try:
+            while (task := self._next()) is not None:
+                self._answer(task)
+        except BaseException as fault:
+            logger.critical("the engine's thread died", exc_info=True)
+            error = EngineStoppedError(f"The engine died: {type(fault).__name__}. Restart the container.")
         with self._change:
-            for task in self._waiting:
+            self._closed = True
+            for task in filter(None, (self._running, *self._waiting)):
                 task.deliver(Delivery([], "error", error))
             self._waiting.clear()
 
@@ -191,7 +197,7 @@ class ReferenceEngine:
         )
         self._step_began_s = time.monotonic()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), device_faults():
                 self._model.generate(  # type: ignore[operator]
                     prompt,
                     attention_mask=torch.ones_like(prompt),
@@ -202,6 +208,8 @@ class ReferenceEngine:
                 )
         except EngineError as error:
             task.deliver(Delivery([], "error", error))
+        except DeviceError:
+            raise  # no later request can do better
         except Exception as fault:
             logger.error("a request failed", exc_info=True)
             message = f"The request failed: {type(fault).__name__}. The server goes on; try again."
