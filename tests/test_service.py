@@ -13,12 +13,13 @@ import jsonschema
 import pytest
 
 from starling.engine.engine import Delivery, TokenStream
-from starling.errors import EngineError, GenerationCancelled, RequestError
+from starling.errors import DeviceError, EngineError, GenerationCancelled, RequestError
 from starling.generation import Generation, GenerationResult
 from starling.request import Request
-from starling.service import Service
+from starling.service import Service, load_engine
 from starling.settings import Settings
 from starling.tokenizer import IncrementalDecoder, Tokenizer
+from tests.model.tiny import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -243,6 +244,14 @@ def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:
     stream._queue.put(Delivery([], "length"))
     generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
     assert "".join(generation) == text
+
+
+def test_a_kv_cache_that_memory_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    monkeypatch.setattr("starling.service.kv_cache_room", lambda device, step_bytes: 50_000)
+    with pytest.raises(DeviceError, match=r"STARLING_KV_CACHE_BYTES is 60000\. .* room for 50000\. Lower it"):
+        load_engine(tmp_path, Settings(kv_cache_bytes=60_000, max_concurrency=256))
+    load_engine(tmp_path, Settings(kv_cache_bytes=50_000, max_concurrency=256)).close()
 
 
 def test_the_start_line_says_what_is_served(demo_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
