@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -116,6 +117,17 @@ def test_many_at_once_each_get_their_own_answer(overlaps: bool) -> None:
         streams = [engine.submit(prompt, params(12)) for prompt in prompts]
         for prompt, stream in zip(prompts, streams, strict=True):
             assert drain(stream)[0] == expected_answer(prompt, 12, frozenset({0}))
+
+
+def test_every_delivery_says_how_much_of_the_prompt_was_cached(overlaps: bool) -> None:
+    with running(FakeRunner, overlaps) as (engine, _):
+        for cached in (0, 8):  # a block holds 4, and the last token is always computed
+            stream = engine.submit([1, 2, 3, 4, 5, 6, 1, 2, 3], params(6, stops=False))
+            finish = None
+            while finish is None:
+                delivery = stream.get(HANG_S)
+                assert delivery is not None and delivery.cached_tokens == cached
+                finish = delivery.finish
 
 
 @pytest.mark.parametrize("stage", ["queued", "prefilling", "decoding"])
@@ -299,6 +311,42 @@ def test_a_closed_engine_ends_what_runs_and_refuses_the_rest(overlaps: bool) -> 
         assert runner.steps == runner.started  # the device does nothing any more
         with pytest.raises(EngineStoppedError):
             engine.submit([1], params())
+
+
+class SlowInbox:
+    """An engine's inbox into which a request is put as late as can be: once the engine's thread is gone, or waits."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._inbox = engine._inbox
+        self._thread = engine._thread
+        self.entered = threading.Event()
+
+    def put(self, command: Any) -> None:
+        if command.kind == "submit":
+            self.entered.set()
+            self._thread.join(0.2)
+        self._inbox.put(command)
+
+    def get(self) -> Any:
+        return self._inbox.get()
+
+    def empty(self) -> bool:
+        return self._inbox.empty()
+
+
+def test_a_request_that_comes_as_the_engine_ends_is_answered(overlaps: bool) -> None:
+    with running(Gated, overlaps) as (engine, runner), ThreadPoolExecutor() as pool:
+        engine.submit([1, 2], params())
+        wait_for(lambda: runner.started)
+        engine._inbox = inbox = SlowInbox(engine)  # type: ignore[assignment]
+        closing = pool.submit(engine.close)
+        wait_for(lambda: not inbox.empty())
+        late = pool.submit(engine.submit, [1, 2], params())
+        inbox.entered.wait()  # it has found the engine open
+        runner.gate.release(1000)
+        closing.result()
+        delivery = late.result().get(0)
+        assert delivery is not None and isinstance(delivery.error, EngineStoppedError)
 
 
 def test_a_step_that_hangs_is_unhealthy_until_it_ends(overlaps: bool) -> None:
