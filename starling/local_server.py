@@ -20,7 +20,7 @@ from types import TracebackType
 import httpx
 
 from starling.errors import StarlingError
-from starling.openapi import read_signature
+from starling.openapi import slots
 from starling.settings import Settings
 from starling.weights import locate_weights
 
@@ -50,10 +50,9 @@ def server_environment(root: Path, port: int, environ: Mapping[str, str], predic
 
     As many requests at a time as predict.py's @concurrent says, as in an image, unless COG_MAX_CONCURRENCY is set.
     """
-    concurrency = read_signature((root / "predict.py").read_text()).concurrency
     interpreter_dir = str(Path(sys.executable).parent)  # the worker is started as bare `python`
     return {
-        "COG_MAX_CONCURRENCY": str(concurrency),
+        "COG_MAX_CONCURRENCY": str(slots(root / "predict.py")),
         **environ,
         "COG_PREDICT_TYPE_STUB": predictor,
         "PATH": os.pathsep.join([interpreter_dir, environ.get("PATH", os.defpath)]),

@@ -62,6 +62,11 @@ def read_signature(source: str, class_name: str = "Predictor") -> Signature:
     raise SignatureError(f"no class {class_name} with a method predict was found. Define it at the module's top level")
 
 
+def slots(predictor: Path) -> int:
+    """Requests at a time of the predict.py at `predictor`: COG_MAX_CONCURRENCY in an image that holds it."""
+    return read_signature(predictor.read_text(encoding="utf-8")).concurrency
+
+
 def _signature(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Signature:
     if method.returns is None or ast.unparse(method.returns) != "ConcatenateIterator[str]":
         raise SignatureError(f"line {method.lineno}: predict must be annotated as returning ConcatenateIterator[str]")

@@ -24,10 +24,11 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from starling.dense import DenseWeights, empty_model, loaded_model
-from starling.engine.engine import Delivery, TokenStream
+from starling.engine.engine import Delivery, TokenStream, check_request
+from starling.engine.runner import device_faults
 from starling.engine.scheduler import Counters
 from starling.engine.sequence import FinishReason, SamplingParams, TokenConstraint
-from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError, StarlingError
+from starling.errors import DeviceError, EngineError, EngineStoppedError, StarlingError
 from starling.model.config import ModelConfig
 from starling.model.memory import free_bytes
 from starling.reference_sampling import processors
@@ -87,28 +88,11 @@ class ReferenceEngine:
 
     # -- from any thread -----------------------------------------------------------------------------------------
 
-    def check(self, prompt_length: int, max_tokens: int) -> None:
-        """Raises RequestError when such a request could never finish."""
-        if prompt_length + max_tokens > self._context_limit:
-            raise RequestError(
-                f"The prompt is {prompt_length} tokens long and max_tokens is {max_tokens}, "
-                f"{prompt_length + max_tokens} together; the model's context holds {self._context_limit}. "
-                "Lower max_tokens, or shorten the prompt."
-            )
-
     def submit(
         self, prompt: list[int], params: SamplingParams, constraint: TokenConstraint | None = None
     ) -> TokenStream:
         """Queue a request. Raises RequestError when it can never run, EngineStoppedError when nothing runs any more."""
-        if not prompt:
-            raise RequestError("The prompt has no tokens; at least one is needed.")
-        foreign = [token for token in prompt if not 0 <= token < self._vocab_size]
-        if foreign:
-            raise RequestError(
-                f"The prompt holds token id {foreign[0]}; "
-                f"the model's embedding table has ids 0 to {self._vocab_size - 1}."
-            )
-        self.check(len(prompt), params.max_tokens)
+        check_request(prompt, params.max_tokens, self._context_limit, self._vocab_size)
         task = _Task(prompt, params, constraint)
         task.stream = TokenStream(lambda: self._cancel(task))
         with self._change:
@@ -163,11 +147,16 @@ class ReferenceEngine:
     # -- the engine's thread -------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while (task := self._next()) is not None:
-            self._answer(task)
         error = EngineStoppedError("The engine was stopped while the request waited.")
+        try:
+            while (task := self._next()) is not None:
+                self._answer(task)
+        except BaseException as fault:
+            logger.critical("the engine's thread died", exc_info=True)
+            error = EngineStoppedError(f"The engine died: {type(fault).__name__}. Restart the container.")
         with self._change:
-            for task in self._waiting:
+            self._closed = True
+            for task in filter(None, (self._running, *self._waiting)):
                 task.deliver(Delivery([], "error", error))
             self._waiting.clear()
 
@@ -191,7 +180,7 @@ class ReferenceEngine:
         )
         self._step_began_s = time.monotonic()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), device_faults():
                 self._model.generate(  # type: ignore[operator]
                     prompt,
                     attention_mask=torch.ones_like(prompt),
@@ -202,6 +191,8 @@ class ReferenceEngine:
                 )
         except EngineError as error:
             task.deliver(Delivery([], "error", error))
+        except DeviceError:
+            raise  # no later request can do better
         except Exception as fault:
             logger.error("a request failed", exc_info=True)
             message = f"The request failed: {type(fault).__name__}. The server goes on; try again."

@@ -29,7 +29,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from starling.errors import EngineError, RequestError, StarlingError
-from starling.openapi import read_signature
+from starling.openapi import slots
 from starling.request import Request
 from starling.settings import Settings
 from starling.weights import locate_weights
@@ -197,9 +197,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.least < 0 or options.most < max(1, options.least):
         parser.error(f"--least is {options.least} and --most {options.most}; give 0 <= least <= most, and most above 0")
-    slots = read_signature((Path(__file__).parent.parent / "predict.py").read_text()).concurrency  # as in an image
+    as_in_an_image = {"COG_MAX_CONCURRENCY": str(slots(Path(__file__).parent.parent / "predict.py"))}
     try:
-        settings = Settings.from_env({"COG_MAX_CONCURRENCY": str(slots), **os.environ})
+        settings = Settings.from_env(as_in_an_image | os.environ)
         locate_weights(settings)  # once, before Ray starts: else each replica would fail, or fetch them for itself
     except StarlingError as error:
         sys.exit(str(error))

@@ -18,7 +18,7 @@ from starling.generation import Generation, GenerationResult
 from starling.grammar import Grammars
 from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
-from starling.model.memory import activation_bytes, kv_cache_budget, settle
+from starling.model.memory import activation_bytes, kv_cache_budget, kv_cache_room, settle
 from starling.model.mistral import Mistral
 from starling.model.ops import Ops, choose_ops
 from starling.request import MAX_SEED, Request
@@ -223,13 +223,19 @@ def _plan_blocks(model: Mistral, ops: Ops, settings: Settings, limits: Limits) -
     per_block = KVCache.bytes_per_block(config, size, ops.kv_dtype)
     positions = config.max_position_embeddings
     most = limits.max_running * (-(-positions // size) + 1)
-    step_tokens = limits.prefill_tokens + limits.max_running + limits.speculative_rows
-    budget = settings.kv_cache_bytes or kv_cache_budget(ops.device, activation_bytes(config, step_tokens))
+    step_bytes = activation_bytes(config, limits.prefill_tokens + limits.max_running + limits.speculative_rows)
+    budget = settings.kv_cache_bytes or kv_cache_budget(ops.device, step_bytes)
     blocks = min(most, budget // per_block)
     if blocks < 1:
         raise DeviceError(
             f"The KV cache may take {budget} bytes, and one block of {size} positions needs {per_block}. "
             "Free some memory, or raise STARLING_KV_CACHE_BYTES."
+        )
+    room = kv_cache_room(ops.device, step_bytes)
+    if settings.kv_cache_bytes and blocks * per_block > room:
+        raise DeviceError(
+            f"STARLING_KV_CACHE_BYTES is {settings.kv_cache_bytes}. The KV cache would take {blocks * per_block} bytes "
+            f"of that; memory has room for {room}. Lower it, or leave it unset."
         )
     logger.info("KV cache: %d blocks of %d positions, %.2f GB", blocks, size, blocks * per_block / 1e9)
     return blocks

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,44 @@ def test_cancelling_frees_the_engine_for_those_who_wait(service: Service) -> Non
 def test_what_cannot_run_is_refused(service: Service) -> None:
     with pytest.raises(RequestError, match="8192"):
         service.generate(Request.parse(prompt="word " * 9000))
+
+
+@pytest.mark.parametrize("fault", [torch.AcceleratorError("an illegal memory access was encountered"), SystemExit()])
+def test_a_lost_device_or_a_dead_thread_ends_everything(tmp_path: Path, fault: BaseException) -> None:
+    write_checkpoint(tmp_path)
+    engine = ReferenceEngine.from_folder(tmp_path, EXACT)
+    both_wait = threading.Event()
+
+    def breaks(*inputs: Any) -> None:
+        both_wait.wait()
+        raise fault
+
+    engine._model.register_forward_pre_hook(breaks)
+    streams = [engine.submit([5, 6], SamplingParams(8, frozenset(), 0)) for _ in range(2)]
+    both_wait.set()
+    for stream in streams:
+        last = stream.get(timeout_s=120)
+        assert last is not None and isinstance(last.error, EngineStoppedError)
+        assert "Restart the container" in str(last.error)
+    with pytest.raises(EngineStoppedError):
+        engine.submit([5], SamplingParams(1, frozenset(), 0))
+    assert not engine.healthy
+
+
+def test_a_request_that_fails_ends_alone(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    engine = ReferenceEngine.from_folder(tmp_path, EXACT)
+
+    def breaks(*inputs: Any) -> None:
+        raise RuntimeError("a secret of the step")
+
+    hook = engine._model.register_forward_pre_hook(breaks)
+    last = engine.submit([5, 6], SamplingParams(8, frozenset(), 0)).get(timeout_s=120)
+    assert last is not None and str(last.error) == "The request failed: RuntimeError. The server goes on; try again."
+    hook.remove()
+    assert len(tokens_of(engine.submit([5, 6], SamplingParams(8, frozenset(), 0)))[0]) == 8
+    assert engine.healthy
+    engine.close()
 
 
 def test_closing_ends_every_request(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from starling.client import AnswerError, Client
 from starling.local_server import free_port
-from tests.server.conftest import HANG_S, wait_for
+from tests.waiting import HANG_S, wait_for
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,12 +13,13 @@ import jsonschema
 import pytest
 
 from starling.engine.engine import Delivery, TokenStream
-from starling.errors import EngineError, GenerationCancelled, RequestError
+from starling.errors import DeviceError, EngineError, GenerationCancelled, RequestError
 from starling.generation import Generation, GenerationResult
 from starling.request import Request
-from starling.service import Service
+from starling.service import Service, load_engine
 from starling.settings import Settings
 from starling.tokenizer import IncrementalDecoder, Tokenizer
+from tests.model.tiny import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,6 +148,30 @@ def test_anchors_say_nothing_new(service: Service, regex: str, answer: str) -> N
         assert result.finish_reason == "stop"
 
 
+ARGUMENTS = {
+    "type": "object",
+    "properties": {f"arg{i}": {"type": "number"} if i % 2 else {"type": "string", "maxLength": 200} for i in range(8)},
+    "required": ["arg0", "arg1"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"properties": {"name": {"const": f"tool{i}"}, "arguments": ARGUMENTS}} for i in range(120)]},
+        {"properties": {str(i): {"type": "integer"} for i in range(1500)}, "required": list(map(str, range(1500)))},
+        {"properties": {str(i): {} for i in range(300)}},
+        {"type": "string", "enum": [f"value {i}" for i in range(2000)]},
+        {"patternProperties": {f"^{i:02}.*$": {"multipleOf": 0.25} for i in range(16)}},
+    ],
+    ids=["tools", "required", "optional", "enum", "patterns"],
+)
+def test_a_large_schema_can_be_followed(service: Service, schema: dict[str, Any]) -> None:
+    result = ask(service, prompt="x", json_schema=json.dumps(schema), temperature=5, max_tokens=60)
+    assert result.finish_reason in ("stop", "length")
+
+
 def test_a_grammar_that_grows_without_bound_ends_its_request_alone(service: Service) -> None:
     other = service.generate(Request.parse(prompt=FRANCE, temperature=0))
     with pytest.raises(EngineError, match="too many expressions") as error:
@@ -161,9 +186,17 @@ def test_a_grammar_that_grows_without_bound_ends_its_request_alone(service: Serv
         ({"json_schema": '{"items":' * 6000 + "{}" + "}" * 6000}, "not JSON"),
         ({"regex": "(" * 20000 + "a" + ")" * 20000}, "regex"),
         ({"json_schema": "{"}, "not JSON"),
+        ({"json_schema": '{"const": ' + "1" * 5000 + "}"}, "not JSON"),
         ({"json_schema": "[]"}, "give an object"),
         ({"json_schema": '{"type": "animal"}'}, "animal"),
         ({"json_schema": '{"not": {}}'}, "not"),
+        ({"json_schema": json.dumps({"properties": {str(i): {} for i in range(3000)}})}, "grammar size"),
+        (
+            {"json_schema": json.dumps({"patternProperties": {f"^{i}": {} for i in range(500)}})},
+            "500 patterns.*most 16",
+        ),
+        ({"json_schema": '{"items": {"multipleOf": 999983}}'}, "multipleOf.*more than 10000"),
+        ({"json_schema": '{"allOf": [{"multipleOf": 997}, {"multipleOf": 0.991}]}'}, "multipleOf.*more than 10000"),
         ({"regex": "(a"}, "unclosed group"),
         ({"regex": "\ud800"}, "lone surrogate"),
         ({"json_schema": '{"const": "\ud800"}'}, "json_schema"),
@@ -211,6 +244,14 @@ def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:
     stream._queue.put(Delivery([], "length"))
     generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
     assert "".join(generation) == text
+
+
+def test_a_kv_cache_that_memory_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    monkeypatch.setattr("starling.service.kv_cache_room", lambda device, step_bytes: 50_000)
+    with pytest.raises(DeviceError, match=r"STARLING_KV_CACHE_BYTES is 60000\. .* room for 50000\. Lower it"):
+        load_engine(tmp_path, Settings(kv_cache_bytes=60_000, max_concurrency=256))
+    load_engine(tmp_path, Settings(kv_cache_bytes=50_000, max_concurrency=256)).close()
 
 
 def test_the_start_line_says_what_is_served(demo_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

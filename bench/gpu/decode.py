@@ -22,7 +22,6 @@ LOWEST_ID = 3  # ids below are the tokenizer's own
 
 @dataclass(frozen=True)
 class StepTimes:
-    device_s: float  # of a step that is replayed again and again
     wall_s: float  # from result to result
     host_s: float  # of that, what the host did beside waiting
     first_s: float  # of the first step of this size, which is captured
@@ -100,10 +99,12 @@ class Decoding:
             self.step()
         wall_s = (time.perf_counter() - began_s) / steps
         host_s = wall_s - self.waited_s / steps
-        self.land()
-        device_s = self._clock.median(lambda: self.runner.replay(requests))
         self.clear()
-        return StepTimes(device_s, wall_s, host_s, first_s)
+        return StepTimes(wall_s, host_s, first_s)
+
+    def device_s(self, requests: int) -> float:
+        """Of the latest step of so many sequences, replayed again and again."""
+        return self._clock.median(lambda: self.runner.replay(requests))
 
     def _sequence(self, tokens: int) -> Sequence:
         self._arrivals += 1

@@ -162,10 +162,10 @@ def decode(bench: Bench) -> None:
     head("context", "floor ms", "device ms", "of the floor", "step ms", "tok/s", "of the floor", "host ms", "first ms")
     for context in CONTEXTS:
         if not bench.quick or context <= 1024:
-            found = bench.decoding.measure(1, context)
+            found, device_s = bench.decoding.measure(1, context), bench.decoding.device_s(1)
             floor_s = bench.floor_s(1, context)
             row(
-                context, ms(floor_s), ms(found.device_s), f"{floor_s / found.device_s:.0%}", ms(found.wall_s),
+                context, ms(floor_s), ms(device_s), f"{floor_s / device_s:.0%}", ms(found.wall_s),
                 f"**{1 / found.wall_s:.0f}**", f"{floor_s / found.wall_s:.0%}", ms(found.host_s), ms(found.first_s),
             )  # fmt: skip
     say(
@@ -207,12 +207,12 @@ def batches(bench: Bench) -> None:
     for requests, context in BATCHES:
         if bench.quick and requests not in (1, 8, 32):
             continue
-        found = bench.decoding.measure(requests, context, 32)
+        found, device_s = bench.decoding.measure(requests, context, 32), bench.decoding.device_s(requests)
         floor_s = bench.floor_s(requests, context)
         rate = requests / found.wall_s
         single = single or rate
         row(
-            requests, context, ms(floor_s), ms(found.device_s), ms(found.wall_s), f"**{rate:.0f}**",
+            requests, context, ms(floor_s), ms(device_s), ms(found.wall_s), f"**{rate:.0f}**",
             f"{rate / single:.1f}x", f"{floor_s / found.wall_s:.0%}", ms(found.host_s), ms(found.first_s),
         )  # fmt: skip
 

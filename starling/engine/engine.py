@@ -56,6 +56,24 @@ class TokenStream:
         self._cancel()
 
 
+def check_request(prompt: list[int], max_tokens: int, context_limit: int, vocab_size: int) -> None:
+    """Raises RequestError when no engine could serve it with a model of these sizes, both in tokens."""
+    if not prompt:
+        raise RequestError("The prompt has no tokens; at least one is needed.")
+    foreign = [token for token in prompt if not 0 <= token < vocab_size]
+    if foreign:
+        raise RequestError(
+            f"The prompt holds token id {foreign[0]}; the model's embedding table has ids 0 to {vocab_size - 1}."
+        )
+    together, room = len(prompt) + max_tokens, context_limit - len(prompt)
+    if together > context_limit:
+        remedy = f"Lower max_tokens to {room} or less" if room > 0 else "Shorten the prompt"
+        raise RequestError(
+            f"The prompt is {len(prompt)} tokens long and max_tokens is {max_tokens}, {together} together; "
+            f"the model's context holds {context_limit}. {remedy}."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Flight:
     plan: list[Work]
@@ -101,36 +119,17 @@ class Engine:
 
     # -- from any thread -----------------------------------------------------------------------------------------
 
-    def check(self, prompt_length: int, max_tokens: int) -> None:
-        """Raises RequestError when such a request could never finish."""
-        limit = self._context_limit
-        if prompt_length + max_tokens > limit:
-            room = limit - prompt_length
-            remedy = f"Lower max_tokens to {room} or less" if room > 0 else "Shorten the prompt"
-            raise RequestError(
-                f"The prompt is {prompt_length} tokens long and max_tokens is {max_tokens}, "
-                f"{prompt_length + max_tokens} together; the model's context holds {limit}. {remedy}."
-            )
-        if not self._scheduler.fits(prompt_length, max_tokens):
-            blocks, size = self._scheduler.cache.blocks, self._scheduler.cache.block_size
-            raise RequestError(
-                f"The prompt is {prompt_length} tokens long and max_tokens is {max_tokens}; this server's KV cache "
-                f"holds {blocks * size} tokens in all. Lower max_tokens, or give the server more memory."
-            )
-
     def submit(
         self, prompt: list[int], params: SamplingParams, constraint: TokenConstraint | None = None
     ) -> TokenStream:
         """Queue a request. Raises RequestError when it can never run, EngineStoppedError when nothing runs any more."""
-        if not prompt:
-            raise RequestError("The prompt has no tokens; at least one is needed.")
-        foreign = [token for token in prompt if not 0 <= token < self._vocab_size]
-        if foreign:
+        check_request(prompt, params.max_tokens, self._context_limit, self._vocab_size)
+        if not self._scheduler.fits(len(prompt), params.max_tokens):
+            blocks, size = self._scheduler.cache.blocks, self._scheduler.cache.block_size
             raise RequestError(
-                f"The prompt holds token id {foreign[0]}; "
-                f"the model's embedding table has ids 0 to {self._vocab_size - 1}."
+                f"The prompt is {len(prompt)} tokens long and max_tokens is {params.max_tokens}; this server's KV "
+                f"cache holds {blocks * size} tokens in all. Lower max_tokens, or give the server more memory."
             )
-        self.check(len(prompt), params.max_tokens)
         if self._hangs:
             raise EngineStoppedError("The engine hangs in a step and takes no requests. Restart the container.")
         lookup = PromptLookup() if self._scheduler.limits.speculative_rows > 0 else None

@@ -30,9 +30,10 @@ MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 def move_to_huge_pages(mapped: mmap.mmap, file: int, piece_bytes: int = PIECE_BYTES) -> threading.Thread | None:
     """Begin to replace `mapped`, a private mapping of all of the open `file` that nobody writes to.
 
-    The thread ends when it is done, or logs why it stopped. None where memory is short: as much again must stay free.
+    The thread ends when it is done, or logs why it stopped. None where the file fills no huge page, or memory is short:
+    as much again must stay free.
     """
-    if free_bytes(torch.device("cpu")) < 2 * len(mapped):
+    if len(mapped) < HUGE_BYTES or free_bytes(torch.device("cpu")) < 2 * len(mapped):
         return None
     thread = threading.Thread(target=_move, args=(mapped, os.dup(file), piece_bytes), name=THREAD, daemon=True)
     thread.start()

@@ -24,13 +24,24 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    return min(psutil.virtual_memory().available, _cgroup_free_bytes(CGROUP, MEMBERSHIP))
+    groups = _group_limits(CGROUP, MEMBERSHIP)
+    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in groups)])
 
 
 def kv_cache_budget(device: torch.device, step_bytes: int) -> int:
-    """Bytes that the KV cache may take, once the weights are loaded. `step_bytes`: activations of the largest step."""
-    free = free_bytes(device)
-    return max(0, free - GPU_RESERVE_BYTES - step_bytes) if device.type == "cuda" else int(free * CPU_SHARE)
+    """Bytes that the KV cache takes unasked, once the weights are loaded. `step_bytes`: as in `kv_cache_room`."""
+    return kv_cache_room(device, step_bytes) if device.type == "cuda" else int(free_bytes(device) * CPU_SHARE)
+
+
+def kv_cache_room(device: torch.device, step_bytes: int) -> int:
+    """Bytes that the KV cache can hold at most, once the weights are loaded.
+
+    On a GPU all that steps leave; `step_bytes` are the activations of the largest. On a CPU what a control group uses
+    does not count, as its page cache makes way.
+    """
+    if device.type == "cuda":
+        return max(0, free_bytes(device) - GPU_RESERVE_BYTES - step_bytes)
+    return min([psutil.virtual_memory().available, *(limit for limit, _ in _group_limits(CGROUP, MEMBERSHIP))])
 
 
 def activation_bytes(config: ModelConfig, tokens: int) -> int:
@@ -62,17 +73,15 @@ def check_fits(free: int, weights: int, cache: int) -> None:
         )
 
 
-def _cgroup_free_bytes(root: Path, membership: Path) -> int:
-    """The least that this process's control group, and each one around it, leave; in version 2 and in version 1."""
-    found = [2**63]
+def _group_limits(root: Path, membership: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use in bytes of this process's control group, and of each one around it, in version 2 and version 1."""
     for folder, limit_name, used_name in _groups(root, membership):
         try:
             limit, used = (folder / limit_name).read_text().strip(), (folder / used_name).read_text().strip()
         except OSError:
             continue
         if limit != "max":
-            found.append(max(0, int(limit) - int(used)))
-    return min(found)
+            yield int(limit), int(used)
 
 
 def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, str, str]]:

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,9 +19,9 @@ from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams
 from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError
 from tests.engine.fake_model import FakeRunner, Rhythm, Rule, expected_answer
+from tests.waiting import HANG_S, wait_for
 
 CONTEXT = 128
-HANG_S = 120.0  # a bound for what would otherwise wait for ever; nothing is judged by it
 
 
 class Gated(FakeRunner):
@@ -100,13 +101,6 @@ def params(max_tokens: int = 10, stops: bool = True) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, stop_ids=frozenset({0} if stops else ()), seed=0)
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + HANG_S
-    while not holds():
-        assert time.monotonic() < end_s, "waited in vain"
-        time.sleep(0.001)
-
-
 def drain(stream: TokenStream) -> tuple[list[int], Delivery]:
     tokens: list[int] = []
     while True:
@@ -125,6 +119,17 @@ def test_many_at_once_each_get_their_own_answer(overlaps: bool) -> None:
             assert drain(stream)[0] == expected_answer(prompt, 12, frozenset({0}))
 
 
+def test_every_delivery_says_how_much_of_the_prompt_was_cached(overlaps: bool) -> None:
+    with running(FakeRunner, overlaps) as (engine, _):
+        for cached in (0, 8):  # a block holds 4, and the last token is always computed
+            stream = engine.submit([1, 2, 3, 4, 5, 6, 1, 2, 3], params(6, stops=False))
+            finish = None
+            while finish is None:
+                delivery = stream.get(HANG_S)
+                assert delivery is not None and delivery.cached_tokens == cached
+                finish = delivery.finish
+
+
 @pytest.mark.parametrize("stage", ["queued", "prefilling", "decoding"])
 def test_cancel_ends_a_request_within_one_step(stage: str, overlaps: bool) -> None:
     with running(Gated, overlaps, max_running=1) as (engine, runner):
@@ -132,7 +137,7 @@ def test_cancel_ends_a_request_within_one_step(stage: str, overlaps: bool) -> No
         second = engine.submit([2, 3], params(60, stops=False))
         runner.gate.release(1 if stage == "prefilling" else 3)
         victim, other = (second, first) if stage == "queued" else (first, second)
-        wait_until(lambda: runner.steps >= (1 if stage == "prefilling" else 3))
+        wait_for(lambda: runner.steps >= (1 if stage == "prefilling" else 3))
         victim.cancel()
         victim.cancel()
         runner.gate.release(1000)
@@ -198,7 +203,7 @@ def test_a_step_built_on_one_that_fails_serves_the_others() -> None:
     with running(FailsWithOneInFlight, overlaps=True) as (engine, runner):
         first = engine.submit([1, 2], params(20, stops=False))
         runner.gate.release(1)
-        wait_until(lambda: runner.steps >= 1)
+        wait_for(lambda: runner.steps >= 1)
         # The second and the third step are of the first request alone; the third is started before the second is let
         # through, and this one comes in before the fourth is planned.
         second = engine.submit([3, 4], params(20, stops=False))
@@ -247,7 +252,7 @@ def test_a_lost_device_ends_everything(overlaps: bool) -> None:
     with running(Lost, overlaps) as (engine, _):
         stream = engine.submit([1, 2], params())
         assert isinstance(drain(stream)[1].error, EngineStoppedError)
-        wait_until(lambda: not engine.healthy)
+        wait_for(lambda: not engine.healthy)
 
 
 def test_a_cancelled_request_leaves_no_step_behind() -> None:
@@ -255,13 +260,13 @@ def test_a_cancelled_request_leaves_no_step_behind() -> None:
     with running(Gated, overlaps=True, hang_after_s=0.05) as (engine, runner):
         stream = engine.submit([1, 2], params(60, stops=False))
         runner.gate.release(3)
-        wait_until(lambda: runner.steps == 3)
+        wait_for(lambda: runner.steps == 3)
         stream.cancel()
         runner.gate.release(1)
         assert drain(stream)[1].finish == "cancelled"
         runner.gate.release(1000)
-        wait_until(lambda: engine._in_flight is None)
-        wait_until(lambda: engine.healthy)
+        wait_for(lambda: engine._in_flight is None)
+        wait_for(lambda: engine.healthy)
         time.sleep(0.1)  # longer than a step may take
         assert engine.healthy
 
@@ -292,10 +297,10 @@ def test_the_context_can_be_filled_to_its_last_token(length: int, overlaps: bool
 def test_a_closed_engine_ends_what_runs_and_refuses_the_rest(overlaps: bool) -> None:
     with running(Gated, overlaps) as (engine, runner):
         first = engine.submit([1, 2], params())
-        wait_until(lambda: runner.started)
+        wait_for(lambda: runner.started)
         closer = threading.Thread(target=engine.close)
         closer.start()
-        wait_until(lambda: not engine._inbox.empty())
+        wait_for(lambda: not engine._inbox.empty())
         second = engine.submit([1, 2], params())  # behind the command to stop
         runner.gate.release(1000)
         closer.join()
@@ -308,16 +313,52 @@ def test_a_closed_engine_ends_what_runs_and_refuses_the_rest(overlaps: bool) -> 
             engine.submit([1], params())
 
 
+class SlowInbox:
+    """An engine's inbox into which a request is put as late as can be: once the engine's thread is gone, or waits."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._inbox = engine._inbox
+        self._thread = engine._thread
+        self.entered = threading.Event()
+
+    def put(self, command: Any) -> None:
+        if command.kind == "submit":
+            self.entered.set()
+            self._thread.join(0.2)
+        self._inbox.put(command)
+
+    def get(self) -> Any:
+        return self._inbox.get()
+
+    def empty(self) -> bool:
+        return self._inbox.empty()
+
+
+def test_a_request_that_comes_as_the_engine_ends_is_answered(overlaps: bool) -> None:
+    with running(Gated, overlaps) as (engine, runner), ThreadPoolExecutor() as pool:
+        engine.submit([1, 2], params())
+        wait_for(lambda: runner.started)
+        engine._inbox = inbox = SlowInbox(engine)  # type: ignore[assignment]
+        closing = pool.submit(engine.close)
+        wait_for(lambda: not inbox.empty())
+        late = pool.submit(engine.submit, [1, 2], params())
+        inbox.entered.wait()  # it has found the engine open
+        runner.gate.release(1000)
+        closing.result()
+        delivery = late.result().get(0)
+        assert delivery is not None and isinstance(delivery.error, EngineStoppedError)
+
+
 def test_a_step_that_hangs_is_unhealthy_until_it_ends(overlaps: bool) -> None:
     with running(Gated, overlaps, hang_after_s=0.05) as (engine, runner):
         assert engine.healthy
         stream = engine.submit([1, 2], params())
-        wait_until(lambda: not engine.healthy)
+        wait_for(lambda: not engine.healthy)
         with pytest.raises(EngineStoppedError, match="hangs"):
             engine.submit([1, 2], params())
         runner.gate.release(1000)
         drain(stream)
-        wait_until(lambda: engine.healthy)
+        wait_for(lambda: engine.healthy)
 
 
 def test_broken_books_end_everything(overlaps: bool) -> None:
@@ -332,7 +373,7 @@ def test_broken_books_end_everything(overlaps: bool) -> None:
         runner.gate.release(1000)
         for stream in streams:
             assert isinstance(drain(stream)[1].error, EngineStoppedError)
-        wait_until(lambda: not engine.healthy)
+        wait_for(lambda: not engine.healthy)
 
 
 def test_a_dead_thread_ends_everything(overlaps: bool) -> None:
@@ -343,6 +384,6 @@ def test_a_dead_thread_ends_everything(overlaps: bool) -> None:
     with running(Exits, overlaps) as (engine, _):
         stream = engine.submit([1, 2], params())
         assert isinstance(drain(stream)[1].error, EngineStoppedError)
-        wait_until(lambda: not engine.healthy)
+        wait_for(lambda: not engine.healthy)
         with pytest.raises(EngineStoppedError):
             engine.submit([1], params())

@@ -79,3 +79,10 @@ def test_where_memory_is_short_nothing_moves(file: Path, monkeypatch: pytest.Mon
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         assert move_to_huge_pages(mapped, opened.fileno()) is None
     assert mapped_from(file) >= SIZE
+
+
+def test_what_fills_no_huge_page_stays(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(HUGE_BYTES - 1))
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        assert move_to_huge_pages(mapped, opened.fileno()) is None

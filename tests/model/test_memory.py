@@ -2,19 +2,32 @@
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from starling.model.memory import _cgroup_free_bytes, activation_bytes
+from starling.model import memory
+from starling.model.memory import activation_bytes, free_bytes, kv_cache_room
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 from tests.model.sequences import Sequence, step
 from tests.model.tiny import write_checkpoint
 
 GB = 10**9
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of control groups, on a machine that has a terabyte free."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * GB))
+    return tmp_path
 
 
 def group(folder: Path, limit: str, used: int, version: int = 2) -> None:
@@ -25,32 +38,32 @@ def group(folder: Path, limit: str, used: int, version: int = 2) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "wanted"),
+    ("lines", "free", "room"),
     [
-        ("0::/\n", 5 * GB),  # as in a container: the group is the root of what it sees
-        ("0::/system.slice/starling.service\n", 2 * GB),
-        ("0::/system.slice/another.service\n", 3 * GB),  # the one around it decides
-        ("", 5 * GB),
+        ("0::/\n", 5 * GB, 6 * GB),  # as in a container: the group is the root of what it sees
+        ("0::/system.slice/starling.service\n", 2 * GB, 2 * GB),
+        ("0::/system.slice/another.service\n", 3 * GB, 4 * GB),  # the one around it decides
+        ("", 5 * GB, 6 * GB),
     ],
 )
-def test_version_2(tmp_path: Path, lines: str, wanted: int) -> None:
-    group(tmp_path, str(6 * GB), 1 * GB)
-    group(tmp_path / "system.slice", str(4 * GB), 1 * GB)
-    group(tmp_path / "system.slice" / "starling.service", str(2 * GB), 0)
-    group(tmp_path / "system.slice" / "another.service", "max", 0)
-    (tmp_path / "membership").write_text(lines)
-    assert _cgroup_free_bytes(tmp_path, tmp_path / "membership") == wanted
+def test_version_2(groups: Path, lines: str, free: int, room: int) -> None:
+    group(groups, str(6 * GB), 1 * GB)
+    group(groups / "system.slice", str(4 * GB), 1 * GB)
+    group(groups / "system.slice" / "starling.service", str(2 * GB), 0)
+    group(groups / "system.slice" / "another.service", "max", 0)
+    (groups / "membership").write_text(lines)
+    assert (free_bytes(CPU), kv_cache_room(CPU, 0)) == (free, room)
 
 
-def test_version_1(tmp_path: Path) -> None:
-    group(tmp_path / "memory", str(2**63 - 4096), 9 * GB, version=1)
-    group(tmp_path / "memory" / "box", str(8 * GB), 3 * GB, version=1)
-    (tmp_path / "membership").write_text("5:cpu,cpuacct:/other\n4:memory:/box\n")
-    assert _cgroup_free_bytes(tmp_path, tmp_path / "membership") == 5 * GB
+def test_version_1(groups: Path) -> None:
+    group(groups / "memory", str(2**63 - 4096), 9 * GB, version=1)
+    group(groups / "memory" / "box", str(8 * GB), 3 * GB, version=1)
+    (groups / "membership").write_text("5:cpu,cpuacct:/other\n4:memory:/box\n")
+    assert (free_bytes(CPU), kv_cache_room(CPU, 0)) == (5 * GB, 8 * GB)
 
 
-def test_without_groups_there_is_no_limit(tmp_path: Path) -> None:
-    assert _cgroup_free_bytes(tmp_path, tmp_path / "none") == 2**63
+def test_without_groups_the_machine_is_the_limit(groups: Path) -> None:
+    assert free_bytes(CPU) == kv_cache_room(CPU, 0) == 1000 * GB
 
 
 class NoKernels:

@@ -15,21 +15,11 @@ from starling.client import Client
 from starling.local_server import LocalServer
 from starling.tokenizer import byte_alphabet
 from tests.model.tiny import write_checkpoint
+from tests.waiting import HANG_S
 
 SLOTS = 8
 CONTEXT = 4096  # positions of the tiny model
 BOS, END_OF_TURN = 256, 257
-# A bound for what would otherwise wait for ever; nothing is judged by it.
-HANG_S = 120.0
-
-
-def wait_for(happened: Callable[[], Any]) -> Any:
-    """The first true value of `happened()`."""
-    end_s = time.monotonic() + HANG_S
-    while not (value := happened()):
-        assert time.monotonic() < end_s, "waited in vain"
-        time.sleep(0.005)
-    return value
 
 
 def events(log: str) -> list[dict[str, Any]]:

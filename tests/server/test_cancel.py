@@ -13,7 +13,8 @@ import httpx
 import pytest
 from httpx_sse import connect_sse
 
-from tests.server.conftest import HANG_S, Echo, wait_for
+from tests.server.conftest import Echo
+from tests.waiting import HANG_S, wait_for
 
 
 def said_two_words(echo: Echo, name: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from starling.client import Answer, AnswerError, Client
 from starling.local_server import LocalServer
-from tests.server.conftest import CONTEXT, HANG_S, events, wait_for
+from tests.server.conftest import CONTEXT, events
+from tests.waiting import HANG_S, wait_for
 
 LONG = CONTEXT - 100  # tokens
 HANG_AFTER_S = 2.0  # far above a step of the tiny model, which takes a millisecond

@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from starling.local_server import LocalServer, ServerError, port_from
-from tests.server.conftest import HANG_S, Echo, wait_for
+from tests.server.conftest import Echo
+from tests.waiting import HANG_S, wait_for
 
 
 def worker(echo: Echo) -> psutil.Process:

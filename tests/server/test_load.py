@@ -14,7 +14,8 @@ from starling.client import Client
 from starling.local_server import LocalServer
 from starling.tokenizer import byte_alphabet
 from tests.model.tiny import write_checkpoint
-from tests.server.conftest import HANG_S, events, wait_for
+from tests.server.conftest import events
+from tests.waiting import HANG_S, wait_for
 
 CONCURRENCY = 32
 BOS, END_OF_TURN = 256, 257

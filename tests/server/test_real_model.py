@@ -13,7 +13,8 @@ from starling.local_server import LocalServer
 from starling.request import Request
 from starling.service import Service
 from starling.settings import Settings
-from tests.server.conftest import CONTEXT, HANG_S, SLOTS
+from tests.server.conftest import CONTEXT, SLOTS
+from tests.waiting import HANG_S
 
 ENVIRONMENT = {"STARLING_DEVICE": "cpu", "COG_MAX_CONCURRENCY": str(SLOTS)}
 

@@ -6,7 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import HANG_S, Echo, wait_for
+from tests.server.conftest import Echo
+from tests.waiting import HANG_S, wait_for
 
 
 @pytest.mark.parametrize(

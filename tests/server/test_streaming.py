@@ -5,7 +5,8 @@ import threading
 import httpx
 from httpx_sse import connect_sse
 
-from tests.server.conftest import HANG_S, SLOTS, Echo, wait_for
+from tests.server.conftest import SLOTS, Echo
+from tests.waiting import HANG_S, wait_for
 
 
 def test_eight_streams_start_before_any_goes_on(echo: Echo, background) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from starling.local_server import ROOT
 from starling.terminal import main
-from tests.server.conftest import HANG_S, Echo, wait_for
+from tests.server.conftest import Echo
+from tests.waiting import HANG_S, wait_for
 
 
 class Terminal:

@@ -4,7 +4,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from starling.weights import inspect
+from tests.waiting import wait_for
 from tests.weights.conftest import assert_whole, lock_for
 
 MODEL = "model.safetensors"
@@ -36,9 +36,8 @@ def pulling(lock_path: Path, url: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def wait_until(holds: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    while not holds():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    wait_for(lambda: holds() or process.poll() is not None)
+    assert holds(), process.communicate()
 
 
 def test_killed_before_every_touch_of_a_file(hub, files, tmp_path):
