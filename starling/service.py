@@ -231,8 +231,7 @@ def _plan_blocks(model: Mistral, ops: Ops, settings: Settings, limits: Limits) -
             f"The KV cache may take {budget} bytes, and one block of {size} positions needs {per_block}. "
             "Free some memory, or raise STARLING_KV_CACHE_BYTES."
         )
-    room = kv_cache_room(ops.device, step_bytes)
-    if settings.kv_cache_bytes and blocks * per_block > room:
+    if settings.kv_cache_bytes and blocks * per_block > (room := kv_cache_room(ops.device, step_bytes)):
         raise DeviceError(
             f"STARLING_KV_CACHE_BYTES is {settings.kv_cache_bytes}. The KV cache would take {blocks * per_block} bytes "
             f"of that; memory has room for {room}. Lower it, or leave it unset."
