@@ -10,13 +10,13 @@ namespace {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of one kind, cut into the tiles that the kernels have: 8, 4, 3, 2 or 1 rows.
+// Rows of one kind, cut into the tiles that the kernels have: the widest, and 4, 3, 2 or 1 rows.
 void cut_tiles(int rows, int planes, int widest, int columns, std::vector<Tile>& tiles) {
   int first = tiles.empty() ? 0 : tiles.back().first + tiles.back().rows;
   int64_t offset = tiles.empty() ? 0 : tiles.back().offset + (int64_t)tiles.back().rows * tiles.back().planes * columns;
   while (rows > 0) {
     int take = 0;
-    for (int size : {8, 4, 3, 2, 1})
+    for (int size : {widest / planes, 4, 3, 2, 1})
       if (size <= rows && size * planes <= widest) {
         take = size;
         break;

@@ -6,6 +6,13 @@
 // the calls of a function that only prefetches, since it finds no effect in it, unless it must be inlined first.
 #define STARLING_INLINE inline __attribute__((always_inline))
 
+// A sum in vector register `x` is made here: GCC would add many products only where their sum is used, and keep them in
+// memory until then.
+#define STARLING_NOW(x) asm("" : "+v"(x))
+
+// What is read before this is not kept in a register for later, nor read here ahead of its use.
+#define STARLING_APART asm volatile("" : : : "memory")
+
 #if defined(__AVX512F__)
 #include "vector_avx512.h"
 #elif defined(__AVX2__)

@@ -166,10 +166,10 @@ void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float*
 // Weights as they are read, and written to `out` one to a byte besides.
 template <class Packed> struct Unpacking : Packed {
   uint8_t* out;
-  inline void steps(int pair, I& first, I& second) const {
-    Packed::steps(pair, first, second);
-    i_store(out + pair * 128, first);
-    i_store(out + pair * 128 + 64, second);
+  inline I step(int pair, int half) const {
+    const I step = Packed::step(pair, half);
+    i_store(out + pair * 128 + half * 64, step);
+    return step;
   }
 };
 
@@ -219,14 +219,15 @@ template <class Run> inline void for_shape(const Tile& tile, const Run& run) {
       case 2: return run.template call<2, 1>();
       case 3: return run.template call<3, 1>();
       case 4: return run.template call<4, 1>();
-      case 8: if constexpr (kPlanes >= 8) return run.template call<8, 1>(); break;
+      case 6: if constexpr (kPlanes == 6) return run.template call<6, 1>(); break;
+      case 8: if constexpr (kPlanes == 8) return run.template call<8, 1>(); break;
     }
   } else {
     switch (tile.rows) {
       case 1: return run.template call<1, 2>();
       case 2: return run.template call<2, 2>();
-      case 3: if constexpr (kPlanes >= 8) return run.template call<3, 2>(); break;
-      case 4: if constexpr (kPlanes >= 8) return run.template call<4, 2>(); break;
+      case 3: if constexpr (kPlanes >= 6) return run.template call<3, 2>(); break;
+      case 4: if constexpr (kPlanes == 8) return run.template call<4, 2>(); break;
     }
   }
   __builtin_trap();  // the tiler makes no other shape

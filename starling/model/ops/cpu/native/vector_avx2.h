@@ -9,11 +9,16 @@ struct I { __m256i a, b; };  // 16 int32
 
 constexpr int kLanes = 8;
 constexpr int kDepth = 2;
+#if defined(__AVXVNNI__)
+constexpr int kPlanes = 6;  // twelve sums, to hide the latency of vpdpbusd, and three registers for what they are made of
+#else
 constexpr int kPlanes = 4;
+#endif
 constexpr int kTogether = 1;
 constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
-constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchBytes = 8192;  // two distances, as in vector_avx512.h
+constexpr int kNearBytes = 1024;
 
 using V = __m256;
 inline V v_zero() { return _mm256_setzero_ps(); }
@@ -117,30 +122,32 @@ struct Nibbles {
   static constexpr int kColumnBytes = 8, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
-  inline void steps(int pair, I& first, I& second) const {
-    I bytes = i_load(at + pair * 64), mask = {_mm256_set1_epi8(15), _mm256_set1_epi8(15)};
-    first = i_and(bytes, mask);
-    second = i_and({_mm256_srli_epi16(bytes.a, 4), _mm256_srli_epi16(bytes.b, 4)}, mask);
+  inline I step(int pair, int half) const {
+    const I bytes = i_load(at + pair * 64), mask = {_mm256_set1_epi8(15), _mm256_set1_epi8(15)};
+    return i_and(half ? I{_mm256_srli_epi16(bytes.a, 4), _mm256_srli_epi16(bytes.b, 4)} : bytes, mask);
   }
-  STARLING_INLINE void prefetch(int pair) const { _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T0); }
+  STARLING_INLINE void prefetch(int pair) const {
+    _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T1);
+    _mm_prefetch((const char*)at + kNearBytes + pair * 64, _MM_HINT_T0);
+  }
 };
 struct Bytes {
   static constexpr bool kEight = false;
   static constexpr int kColumnBytes = 16, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
-  inline void steps(int pair, I& first, I& second) const {
-    first = i_load(at + pair * 128);
-    second = i_load(at + pair * 128 + 64);
-  }
+  inline I step(int pair, int half) const { return i_load(at + pair * 128 + half * 64); }
   STARLING_INLINE void prefetch(int) const {}
 };
 struct EightBits : Bytes {
   static constexpr bool kEight = true;
   static constexpr int kAheadBytes = 16;
   STARLING_INLINE void prefetch(int pair) const {
-    _mm_prefetch((const char*)ahead + pair * 128, _MM_HINT_T0);
-    _mm_prefetch((const char*)ahead + pair * 128 + 64, _MM_HINT_T0);
+#pragma GCC unroll 2
+    for (int line = 0; line < 128; line += 64) {
+      _mm_prefetch((const char*)ahead + pair * 128 + line, _MM_HINT_T1);
+      _mm_prefetch((const char*)at + kNearBytes + pair * 128 + line, _MM_HINT_T0);
+    }
   }
 };
 
@@ -153,18 +160,20 @@ inline __m256i four_columns(const int8_t* a) {
 #if defined(__AVXVNNI__)
 template <int P, class Weights>
 STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int columns) {
+  for (int span = 0; span < columns / 32; span++) {
 #pragma GCC unroll 4
-  for (int pair = 0; pair < columns / 8; pair++) {
-    I step[2];
-    weights.steps(pair, step[0], step[1]);
-    weights.prefetch(pair);
+    for (int i = 0; i < 4; i++) {
+      weights.prefetch(span * 4 + i);
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-#pragma GCC unroll 4
-      for (int p = 0; p < P; p++) {
-        __m256i x = four_columns(a + ((pair * 2 + half) * P + p) * 4);
-        sums[p].a = _mm256_dpbusd_avx_epi32(sums[p].a, step[half].a, x);
-        sums[p].b = _mm256_dpbusd_avx_epi32(sums[p].b, step[half].b, x);
+      for (int half = 0; half < 2; half++) {
+        const I step = weights.step(span * 4 + i, half);
+#pragma GCC unroll 6
+        for (int p = 0; p < P; p++) {
+          __m256i x = four_columns(a + ((span * 8 + i * 2 + half) * P + p) * 4);
+          sums[p].a = _mm256_dpbusd_avx_epi32(sums[p].a, step.a, x);
+          sums[p].b = _mm256_dpbusd_avx_epi32(sums[p].b, step.b, x);
+        }
+        STARLING_APART;
       }
     }
   }
@@ -177,18 +186,19 @@ STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int 
     I low[P];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      I step[2];
-      weights.steps(span * 4 + i, step[0], step[1]);
       weights.prefetch(span * 4 + i);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
+        const I step = weights.step(span * 4 + i, half);
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
           __m256i x = four_columns(a + ((span * 8 + i * 2 + half) * P + p) * 4);
-          I product = {_mm256_maddubs_epi16(step[half].a, x), _mm256_maddubs_epi16(step[half].b, x)};
+          I product = {_mm256_maddubs_epi16(step.a, x), _mm256_maddubs_epi16(step.b, x)};
           const bool begin = i == 0 && half == 0;
           low[p].a = begin ? product.a : _mm256_add_epi16(low[p].a, product.a);
           low[p].b = begin ? product.b : _mm256_add_epi16(low[p].b, product.b);
+          STARLING_NOW(low[p].a);
+          STARLING_NOW(low[p].b);
         }
       }
     }
@@ -207,15 +217,14 @@ STARLING_INLINE void dots(I* sums, const EightBits& weights, const int8_t* a, in
       I low = i_zero(), high = i_zero();
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        I step[2];
-        weights.steps(span * 4 + i, step[0], step[1]);
         if (p == 0) weights.prefetch(span * 4 + i);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
+          const I step = weights.step(span * 4 + i, half);
           __m256i x = four_columns(a + ((span * 8 + i * 2 + half) * P + p) * 4);
-          I top = {_mm256_srli_epi16(step[half].a, 4), _mm256_srli_epi16(step[half].b, 4)};
-          low.a = _mm256_add_epi16(low.a, _mm256_maddubs_epi16(_mm256_and_si256(step[half].a, mask), x));
-          low.b = _mm256_add_epi16(low.b, _mm256_maddubs_epi16(_mm256_and_si256(step[half].b, mask), x));
+          I top = {_mm256_srli_epi16(step.a, 4), _mm256_srli_epi16(step.b, 4)};
+          low.a = _mm256_add_epi16(low.a, _mm256_maddubs_epi16(_mm256_and_si256(step.a, mask), x));
+          low.b = _mm256_add_epi16(low.b, _mm256_maddubs_epi16(_mm256_and_si256(step.b, mask), x));
           high.a = _mm256_add_epi16(high.a, _mm256_maddubs_epi16(_mm256_and_si256(top.a, mask), x));
           high.b = _mm256_add_epi16(high.b, _mm256_maddubs_epi16(_mm256_and_si256(top.b, mask), x));
         }

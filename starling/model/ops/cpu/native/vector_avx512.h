@@ -102,10 +102,9 @@ struct Nibbles {  // 64 bytes: 16 rows x 8 columns of 4 bits
   static constexpr int kColumnBytes = 8, kAheadBytes = 8;  // of `at` and of `ahead` for each column
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
-  inline void steps(int pair, I& first, I& second) const {
-    I bytes = _mm512_loadu_si512(at + pair * 64), mask = _mm512_set1_epi8(15);
-    first = _mm512_and_si512(bytes, mask);
-    second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
+  inline I step(int pair, int half) const {
+    const I bytes = i_load(at + pair * 64);
+    return i_and(half ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
   }
   STARLING_INLINE void prefetch(int pair) const {
     _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T1);
@@ -117,10 +116,7 @@ struct Bytes {  // 64 bytes: 16 rows x 4 columns of 8 bits, of which nibbles unp
   static constexpr int kColumnBytes = 16, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
-  inline void steps(int pair, I& first, I& second) const {
-    first = _mm512_loadu_si512(at + pair * 128);
-    second = _mm512_loadu_si512(at + pair * 128 + 64);
-  }
+  inline I step(int pair, int half) const { return i_load(at + pair * 128 + half * 64); }
   STARLING_INLINE void prefetch(int pair) const { _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T1); }
 };
 struct EightBits : Bytes {
@@ -153,21 +149,20 @@ STARLING_INLINE void dots(I (*sums)[P], const Weights* weights, const int8_t* a,
   for (int span = 0; span < columns / 32; span++) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      I step[B][2];
 #pragma GCC unroll 2
-      for (int b = 0; b < B; b++) {
-        weights[b].steps(span * 4 + i, step[b][0], step[b][1]);
-        weights[b].prefetch(span * 4 + i);
-      }
+      for (int b = 0; b < B; b++) weights[b].prefetch(span * 4 + i);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
+        I step[B];
+#pragma GCC unroll 2
+        for (int b = 0; b < B; b++) step[b] = weights[b].step(span * 4 + i, half);
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
           const I x = four_columns(a + ((span * 8 + i * 2 + half) * P + p) * 4);
 #pragma GCC unroll 2
           for (int b = 0; b < B; b++) {
             I& sum = chains[(i * 2 + half) % kChains][b][p];
-            sum = _mm512_dpbusd_epi32(sum, step[b][half], x);
+            sum = _mm512_dpbusd_epi32(sum, step[b], x);
           }
         }
       }
@@ -187,22 +182,23 @@ STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int 
     I low[P], high[Weights::kEight ? P : 1];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      I step[2];
-      weights.steps(span * 4 + i, step[0], step[1]);
       weights.prefetch(span * 4 + i);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
+        const I step = weights.step(span * 4 + i, half);
         const bool begin = i == 0 && half == 0;
-        I w = Weights::kEight ? _mm512_and_si512(step[half], mask) : step[half];
-        I top = Weights::kEight ? _mm512_and_si512(_mm512_srli_epi16(step[half], 4), mask) : w;
+        I w = Weights::kEight ? _mm512_and_si512(step, mask) : step;
+        I top = Weights::kEight ? _mm512_and_si512(_mm512_srli_epi16(step, 4), mask) : w;
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
           I x = four_columns(a + ((span * 8 + i * 2 + half) * P + p) * 4);
           I product = _mm512_maddubs_epi16(w, x);
           low[p] = begin ? product : _mm512_add_epi16(low[p], product);
+          STARLING_NOW(low[p]);
           if (Weights::kEight) {
             product = _mm512_maddubs_epi16(top, x);
             high[p] = begin ? product : _mm512_add_epi16(high[p], product);
+            STARLING_NOW(high[p]);
           }
         }
       }

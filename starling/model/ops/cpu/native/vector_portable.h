@@ -180,10 +180,9 @@ struct Nibbles {
   static constexpr int kColumnBytes = 8, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
-  inline void steps(int pair, I& first, I& second) const {
-    I bytes = i_load(at + pair * 64);
-    first = bytes & 0x0f0f0f0f;
-    second = (I)((U)bytes >> 4) & 0x0f0f0f0f;
+  inline I step(int pair, int half) const {
+    const I bytes = i_load(at + pair * 64);
+    return (half ? (I)((U)bytes >> 4) : bytes) & 0x0f0f0f0f;
   }
   STARLING_INLINE void prefetch(int pair) const { __builtin_prefetch(ahead + pair * 64); }
 };
@@ -192,10 +191,7 @@ struct Bytes {
   static constexpr int kColumnBytes = 16, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
-  inline void steps(int pair, I& first, I& second) const {
-    first = i_load(at + pair * 128);
-    second = i_load(at + pair * 128 + 64);
-  }
+  inline I step(int pair, int half) const { return i_load(at + pair * 128 + half * 64); }
   STARLING_INLINE void prefetch(int) const {}
 };
 struct EightBits : Bytes {
@@ -245,12 +241,11 @@ inline I dot_four(I sum, I bytes, const int8_t* a, bool eight) {
 template <int P, class Weights>
 STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int columns) {
   for (int pair = 0; pair < columns / 8; pair++) {
-    I first, second;
-    weights.steps(pair, first, second);
     weights.prefetch(pair);
-    for (int p = 0; p < P; p++) {
-      sums[p] = dot_four(sums[p], first, a + (pair * 2 * P + p) * 4, Weights::kEight);
-      sums[p] = dot_four(sums[p], second, a + ((pair * 2 + 1) * P + p) * 4, Weights::kEight);
+    for (int half = 0; half < 2; half++) {
+      const I step = weights.step(pair, half);
+      for (int p = 0; p < P; p++)
+        sums[p] = dot_four(sums[p], step, a + ((pair * 2 + half) * P + p) * 4, Weights::kEight);
     }
   }
 }
