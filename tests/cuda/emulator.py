@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class EmulatedModule:
 
     def __init__(self, source: Path | str, seed: int | None = None, stream: "EmulatedStream | None" = None) -> None:
         path = NATIVE / f"{source}.cu" if isinstance(source, str) else source
-        self._library = ctypes.CDLL(str(_build(path)))
+        self._library = ctypes.CDLL(str(build(path)))
         self._random = random.Random(seed)
         self._stream = stream
 
@@ -105,24 +106,26 @@ class EmulatedStream:
 
 
 @lru_cache(maxsize=16)
-def _build(path: Path) -> Path:
+def build(path: Path) -> Path:
+    """The shared library of a .cu file's emulated kernels."""
+    kernels = map(KERNEL_CALLS.format, KERNEL.findall(path.read_text()))
+    text = "\n".join([f'#include "{HEADER}"', f'#include "{path}"', *kernels, CALLS])
+    return compiled(path.stem, text, (HEADER, path, *sorted(NATIVE.glob("*.h"))))
+
+
+def compiled(name: str, text: str, parts: Iterable[Path]) -> Path:
+    """The shared library of the C++ `text`, which includes `parts`, from a cache if it is there."""
     compiler = find_compiler()
     assert compiler is not None
-    digest = hashlib.sha256(repr(FLAGS).encode())
-    for part in (HEADER, Path(__file__), path, *sorted(NATIVE.glob("*.h"))):
+    digest = hashlib.sha256(repr((FLAGS, text)).encode())
+    for part in parts:
         digest.update(part.read_bytes())
-    built = user_cache() / f"starling-emulated-{path.stem}-{digest.hexdigest()[:20]}.so"
+    built = user_cache() / f"starling-emulated-{name}-{digest.hexdigest()[:20]}.so"
     with locked(built.with_suffix(".lock")):
         if not built.exists():
             with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
-                lines = [
-                    f'#include "{HEADER}"',
-                    f'#include "{path}"',
-                    *map(KERNEL_CALLS.format, KERNEL.findall(path.read_text())),
-                    CALLS,
-                ]
                 wrapper = Path(scratch) / "wrapper.cpp"
-                wrapper.write_text("\n".join(lines))
+                wrapper.write_text(text)
                 command = [*compiler, *FLAGS, f"-I{NATIVE}", str(wrapper), "-o", f"{scratch}/built.so"]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 assert not done.returncode, done.stderr

@@ -113,3 +113,13 @@ KERNEL(64) scale_without_waiting(const float* x, const float* factors, float* y)
   wait_for_kernel_before();
   y[threadIdx.x] = factors[threadIdx.x] * x[threadIdx.x];
 }
+
+// Of each kind of parameter some, in an order that leaves a gap.
+KERNEL(32) parameters(int* ints, int a, float* floats, float b, int c, float d, const float* e, float f, int g,
+                      const float* null, int h) {
+  wait_for_kernel_before();
+  const int all[] = {a, c, g, h, null == nullptr};
+  const float others[] = {b, d, f, e[0]};
+  if (threadIdx.x < 5) ints[threadIdx.x] = all[threadIdx.x];
+  if (threadIdx.x < 4) floats[threadIdx.x] = others[threadIdx.x];
+}

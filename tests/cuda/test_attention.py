@@ -315,7 +315,7 @@ def test_machine_code(arch: int) -> None:
 
 def on_gpu(shape: Shape, ranges: int | None = None) -> AttentionKernels:
     def load(source: str) -> Module:
-        return DriverModule(source, torch.device("cuda"))
+        return DriverModule.on_gpu(source, torch.device("cuda"))
 
     return AttentionKernels(load, torch.device("cuda"), *shape, 8192, ranges)
 

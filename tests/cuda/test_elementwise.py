@@ -31,7 +31,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def kernels(device: str) -> ElementwiseKernels:
     return ElementwiseKernels(
-        EmulatedModule if device == "cpu" else lambda source: DriverModule(source, torch.device(device))
+        EmulatedModule if device == "cpu" else lambda source: DriverModule.on_gpu(source, torch.device(device))
     )
 
 

@@ -59,7 +59,7 @@ def gpu_kernels() -> Guarded:
     from starling.model.ops.cuda.driver import DriverModule
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return Guarded(lambda source: DriverModule(source, device), device)
+    return Guarded(lambda source: DriverModule.on_gpu(source, device), device)
 
 
 def random_awq(inputs: int, outputs: int, group: int) -> AwqWeight:

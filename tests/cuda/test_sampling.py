@@ -32,7 +32,7 @@ class Device:
     vocabularies: tuple[int, ...]
 
     def kernels(self, rows: int, vocabulary: int, sequences: int = 1) -> SamplingKernels:
-        load = EmulatedModule if self.device.type == "cpu" else lambda source: DriverModule(source, self.device)
+        load = EmulatedModule if self.device.type == "cpu" else lambda source: DriverModule.on_gpu(source, self.device)
         return SamplingKernels(load, self.device, rows, vocabulary, sequences)
 
 

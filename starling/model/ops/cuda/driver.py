@@ -4,7 +4,7 @@ import ctypes
 import struct
 from array import array
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -13,6 +13,7 @@ from starling.model.ops.cuda import nvrtc
 from starling.model.ops.cuda.device import architecture
 from starling.model.ops.cuda.module import Argument, Grid
 
+LIBRARY = "libcuda.so.1"
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may use without being asked about it
 # The first architecture whose kernels may begin before the one before has ended; and CUDA 12.3, as a driver tells its
@@ -22,58 +23,60 @@ _UINT32, _FLOAT32 = struct.Struct("<I"), struct.Struct("<f")
 # CUlaunchConfig: the grid, the threads of a block [3], bytes of shared memory; stream, attributes, how many of them.
 _CONFIG = struct.Struct("@7IPPI0P")
 # CUlaunchAttribute: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and 64 bytes of value, which is 1.
-_OVERLAP = struct.pack("@i4xi60x", 6, 1)
+_OVERLAP = ctypes.create_string_buffer(struct.pack("@i4xi60x", 6, 1), 72)
 
 
 class DriverModule:
-    """native/`source`.cu on one GPU. Raises DeviceError."""
+    """Kernels on one GPU. Raises DeviceError."""
 
-    def __init__(self, source: str, device: torch.device, overlap: bool = True) -> None:
-        """`overlap`: kernels begin while the one before still runs, where they can (see native/device.h)."""
-        self._cuda, self._launch = _library(), _launch_kernel()
-        code = nvrtc.cubin(source, architecture(device))
-        self._attributes = ctypes.create_string_buffer(_OVERLAP, len(_OVERLAP))
-        self._attribute_count = int(overlap and can_overlap(device))
-        with torch.cuda.device(device):
-            self._device_index = torch.cuda.current_device()
-            torch.cuda.synchronize()  # makes torch create the context that the module is loaded into
-            self._module = ctypes.c_void_p()
-            self._check(self._cuda.cuModuleLoadData(ctypes.byref(self._module), code))
+    def __init__(self, code: bytes, stream: Callable[[], int], overlap: bool) -> None:
+        """`code` (a cubin, or PTX) is loaded into the current context. `stream`: the handle of the current one.
+        `overlap`: kernels begin while the one before still runs (see native/device.h), as can_overlap must allow."""
+        self._cuda, self._launch, self._stream = _library(), _launch_kernel(), stream
+        self._attributes = ctypes.addressof(_OVERLAP), int(overlap)
+        self._module = ctypes.c_void_p()
+        _check(self._cuda.cuModuleLoadData(ctypes.byref(self._module), code), "load", "the kernels")
         self._kernels: dict[str, ctypes.c_void_p] = {}
         self._shared_bytes: dict[str, int] = {}
+
+    @classmethod
+    def on_gpu(cls, source: str, device: torch.device, overlap: bool = True) -> "DriverModule":
+        """native/`source`.cu on `device` and torch's current stream there. `overlap`: where its kernels can."""
+        code = nvrtc.cubin(source, architecture(device))
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # makes torch create the context that the module is loaded into
+            # As torch.cuda.current_stream(), without the objects that it makes each time.
+            stream = partial(torch._C._cuda_getCurrentRawStream, torch.cuda.current_device())
+            return cls(code, stream, overlap and can_overlap(device))
 
     def launch(self, kernel: str, grid: Grid, threads: int, shared_bytes: int, *arguments: Argument) -> None:
         function = self._kernels.get(kernel) or self._find(kernel)
         if shared_bytes > self._shared_bytes[kernel]:
-            self._check(self._cuda.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_BYTES, shared_bytes))
+            result = self._cuda.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
+            _check(result, "reserve", f"{shared_bytes} bytes of shared memory for {kernel}")
             self._shared_bytes[kernel] = shared_bytes
-        # As torch.cuda.current_stream(), without the objects that it makes each time.
-        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
-        config = _CONFIG.pack(
-            *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(self._attributes), self._attribute_count
-        )
-        self._check(self._launch(config, function, Arguments(arguments), None))
+        config = _CONFIG.pack(*grid, threads, 1, 1, shared_bytes, self._stream(), *self._attributes)
+        _check(self._launch(config, function, Arguments(arguments), None), "launch", kernel)
 
     def _find(self, kernel: str) -> ctypes.c_void_p:
         function = ctypes.c_void_p()
-        self._check(self._cuda.cuModuleGetFunction(ctypes.byref(function), self._module, kernel.encode()))
+        result = self._cuda.cuModuleGetFunction(ctypes.byref(function), self._module, kernel.encode())
+        _check(result, "find", kernel)
         self._kernels[kernel] = function
         self._shared_bytes[kernel] = DEFAULT_SHARED_BYTES
         return function
 
-    def _check(self, result: int) -> None:
-        if result:
-            text = ctypes.c_char_p()
-            self._cuda.cuGetErrorString(result, ctypes.byref(text))
-            raise DeviceError(f"The CUDA driver failed: {(text.value or b'unknown error').decode()} ({result}).")
-
 
 def can_overlap(device: torch.device) -> bool:
     """Whether kernels on `device` can begin before the one before has ended, in a graph too. Raises DeviceError."""
-    driver = ctypes.c_int()
-    if _library().cuDriverGetVersion(ctypes.byref(driver)):
-        raise DeviceError("The CUDA driver does not tell its version.")
-    return knows_overlap(architecture(device), driver.value)
+    return knows_overlap(architecture(device), driver_version())
+
+
+def driver_version() -> int:
+    """The newest CUDA that the driver knows: 12030 for 12.3. Raises DeviceError where there is no driver."""
+    version = ctypes.c_int()
+    _check(_library().cuDriverGetVersion(ctypes.byref(version)), "tell", "its version")
+    return version.value
 
 
 def knows_overlap(arch: int, driver: int) -> bool:
@@ -112,12 +115,20 @@ def _word(argument: Argument) -> int:
     return int(word)
 
 
+def _check(result: int, action: str, what: str) -> None:
+    if result:
+        text = ctypes.c_char_p()
+        _library().cuGetErrorString(result, ctypes.byref(text))
+        reason = (text.value or b"unknown error").decode()
+        raise DeviceError(f"The CUDA driver could not {action} {what}: {reason} ({result}).")
+
+
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
     try:
-        library = ctypes.CDLL("libcuda.so.1")
+        library = ctypes.CDLL(LIBRARY)
     except OSError as error:
-        raise DeviceError(f"The NVIDIA driver (libcuda.so.1) cannot be loaded: {error}.") from error
+        raise DeviceError(f"The NVIDIA driver ({LIBRARY}) cannot be loaded: {error}.") from error
     pointer = ctypes.c_void_p
     library.cuFuncSetAttribute.argtypes = (pointer, ctypes.c_int, ctypes.c_int)
     library.cuModuleGetFunction.argtypes = (pointer, pointer, ctypes.c_char_p)
@@ -129,6 +140,6 @@ def _library() -> ctypes.CDLL:
 def _launch_kernel() -> Callable[[bytes, ctypes.c_void_p, "Arguments", None], int]:
     """cuLaunchKernelEx. Called with Python's lock held: other threads would take it at each of a step's launches, for
     up to 5 ms, and a launch only queues."""
-    function = ctypes.PyDLL("libcuda.so.1").cuLaunchKernelEx
+    function = ctypes.PyDLL(LIBRARY).cuLaunchKernelEx
     function.argtypes = (ctypes.c_char_p, *(ctypes.c_void_p,) * 3)
     return function

@@ -46,7 +46,7 @@ class CudaOps:
         """`overlap`: see DriverModule. Raises DeviceError where there is no usable GPU."""
         device = usable_gpu()
         nvrtc.compile_ahead((architecture(device),))  # here, side by side, and not in the first step one by one
-        return cls(device, cache(lambda source: DriverModule(source, device, overlap)))
+        return cls(device, cache(lambda source: DriverModule.on_gpu(source, device, overlap)))
 
     def sampling(self, rows: int, vocabulary: int, sequences: int) -> SamplingKernels:
         """The way from logits to ids on the device."""
