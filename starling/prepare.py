@@ -1,12 +1,13 @@
 """`python -m starling prepare`: now what a first start would do, for an image's build or a machine's set-up.
 
-The CUDA kernels are compiled for every kind of GPU that they know, which needs none; or the CPU kernels for this CPU,
-and where the weights are there, they are repacked for it. Later starts find both.
+The CUDA kernels are compiled for every kind of GPU that they know, which needs none; or the CPU kernels for every
+instruction set, and where the weights are there, they are repacked. Later starts find both.
 """
 
 import argparse
 import os
 import sys
+from contextlib import suppress
 
 from starling.errors import StarlingError, WeightsError
 from starling.settings import Settings
@@ -25,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from starling.model.mistral import Mistral
     from starling.model.ops import choose_ops
+    from starling.model.ops.cpu.compiler import NoCompilerError, compile_ahead
     from starling.model.ops.cuda import nvrtc
 
     try:
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"CUDA kernels: compiled for {', '.join(f'sm_{arch}' for arch in nvrtc.ARCHS)}.")
         if settings.device == "cuda":
             return 0  # a GPU repacks the weights as it reads them
+        with suppress(NoCompilerError):  # of which choose_ops warns
+            compile_ahead()  # also for what an image's later machines may have
         ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
         print(f"Operations: {ops.name} on {ops.device}.")
         try:

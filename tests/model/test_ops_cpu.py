@@ -15,7 +15,7 @@ from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops.cpu import CpuOps, TorchCpuOps, cores, cpu_ops
 from starling.model.ops.cpu import compiler as compiler_module
-from starling.model.ops.cpu.compiler import NoCompilerError, library_path
+from starling.model.ops.cpu.compiler import NoCompilerError, compile_ahead, library_paths
 from starling.model.ops.cpu.library import usable_instruction_sets
 from starling.model.ops.cpu.ops import PRECISIONS
 from starling.model.ops.reference import ReferenceOps
@@ -212,23 +212,23 @@ def test_plain_torch_keeps_weights_at_four_bits() -> None:
 def test_no_compiler_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compiler_module, "find_compiler", lambda: None)
     with pytest.raises(NoCompilerError, match="apt-get install"):
-        library_path(tmp_path)
+        library_paths("isa", cache=tmp_path)
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compiler_module, "find_compiler", lambda: ("false",))
     with pytest.raises(NoCompilerError, match=r"false .* failed"):
-        library_path(tmp_path)
+        compile_ahead(tmp_path)
     assert not list(tmp_path.glob("*.so")) and not list(tmp_path.glob("build-*"))
 
 
 def _count_compiles(folder: str, compiled: "multiprocessing.queues.Queue[str]") -> None:
-    def fake(compiler: object, path: Path) -> None:
-        compiled.put(str(path))
+    def fake(compiler: object, part: str, path: Path) -> None:
+        compiled.put(part)
         path.write_bytes(b"library")
 
-    compiler_module._compile = fake  # type: ignore[assignment]
-    library_path(Path(folder))
+    compiler_module._compile = fake
+    library_paths("context", "portable", cache=Path(folder))
 
 
 def test_two_processes_that_start_together_compile_once(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_two_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    compiled.get(timeout=10)
+    assert {compiled.get(timeout=10), compiled.get(timeout=10)} == {"context", "portable"}
     assert compiled.empty()
 
 

@@ -1,5 +1,6 @@
-// The kernels against plain loops in double precision, on every instruction set of this machine: what scripts/sanitize
-// runs under the sanitizers, and what can be run where there is no Python (another architecture, an emulator).
+// The kernels of one instruction set, named by the argument, against plain loops in double precision: what
+// scripts/sanitize runs under the sanitizers, and what can be run where there is no Python (another architecture, an
+// emulator).
 // Buffers are exactly as large as the interface says, so that a read beyond one is found.
 #include <algorithm>
 #include <cmath>
@@ -206,25 +207,32 @@ static void test_rows(Context& context, const std::string& name) {
   check(name + " silu", out, silu, 1e-6);
 }
 
-int main() {
+int main(int count, char** arguments) {
+  if (count != 2) {
+    std::printf("usage: %s INSTRUCTION_SET\n", arguments[0]);
+    return 2;
+  }
   const unsigned seed = std::random_device()();
   rng.seed(seed);
-  std::printf("seed %u\n", seed);
-  for (int i = 0; usable_isa(i); i++) {
-    const std::string name = usable_isa(i);
-    std::printf("%s\n", name.c_str());
-    Context context(3, find_kernels(name.c_str())), alone(1, find_kernels(name.c_str()));
-    for (int round = 0; round < 2; round++) {
-      Weight awq, head8, head16;
-      const int64_t group = 32 << below(3);
-      make_awq(context, awq, 8 * (1 + below(12)), group * (1 + below(4)), group);
-      make_head(context, head8, 1 + below(50), 32 * (1 + below(5)), 8);
-      make_head(context, head16, 1 + below(50), 32 * (1 + below(5)), 16);
-      for (const Weight* w : {&awq, &head8, &head16}) test_linear(context, alone, name, *w);
-      for (int64_t window : {0, 100})
-        for (bool as_half : {true, false}) test_attention(context, name, as_half, window);
-      test_rows(context, name);
-    }
+  const std::string name = arguments[1];
+  std::printf("%s, seed %u\n", name.c_str(), seed);
+  bool usable = false;
+  for (int i = 0; starling_usable_isa(i); i++) usable |= name == starling_usable_isa(i);
+  if (!usable) {
+    std::printf("this machine lacks it\n");
+    return 0;
+  }
+  Context context(3, &starling_kernels), alone(1, &starling_kernels);
+  for (int round = 0; round < 2; round++) {
+    Weight awq, head8, head16;
+    const int64_t group = 32 << below(3);
+    make_awq(context, awq, 8 * (1 + below(12)), group * (1 + below(4)), group);
+    make_head(context, head8, 1 + below(50), 32 * (1 + below(5)), 8);
+    make_head(context, head16, 1 + below(50), 32 * (1 + below(5)), 16);
+    for (const Weight* w : {&awq, &head8, &head16}) test_linear(context, alone, name, *w);
+    for (int64_t window : {0, 100})
+      for (bool as_half : {true, false}) test_attention(context, name, as_half, window);
+    test_rows(context, name);
   }
   std::printf(failures ? "%d failures\n" : "all good\n", failures);
   return failures != 0;

@@ -1,4 +1,4 @@
-"""The kernels' shared library: found in a cache, or compiled by the system's C++ compiler."""
+"""The kernels' shared libraries: found in a cache, or compiled by the system's C++ compiler."""
 
 import hashlib
 import importlib.util
@@ -26,7 +26,7 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
 ARM_DOT = "-march=armv8.2-a+dotprod"
 ZIG_SPELLING = {ARM_DOT: "-mcpu=generic+dotprod"}  # zig's own names of processors
-# kernels.cpp is compiled once with each of these; isa.cpp chooses among them at run time.
+# kernels.cpp is compiled for each of these; isa.cpp tells which the machine has, best first.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx512vnni": (*AVX512, "-mavx512vnni"),
@@ -37,7 +37,8 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "aarch64": {"neondot": (ARM_DOT,), "portable": ()},
 }
-SOURCES = ("api.cpp", "context.cpp", "isa.cpp", "pool.cpp", "repack.cpp", "sampling.cpp")
+# Libraries beside those of the kernels: what calls them, and what chooses among them.
+SOURCES = {"context": ("api.cpp", "context.cpp", "pool.cpp", "repack.cpp", "sampling.cpp"), "isa": ("isa.cpp",)}
 COMPILE_TIMEOUT_S = 1800  # against one that hangs: beside much other work it took more than 300
 
 
@@ -45,29 +46,27 @@ class NoCompilerError(DeviceError):
     """This machine has no C++ compiler that can build the kernels."""
 
 
-def library_path(cache: Path | None = None) -> Path:
-    """The compiled library, built first if the cache lacks it. Raises NoCompilerError.
+def library_paths(*parts: str, cache: Path | None = None) -> list[Path]:
+    """The compiled libraries of `parts`, built first, side by side, where the cache lacks them. Raises NoCompilerError.
 
-    The cache's key covers the sources, the flags and the architecture; not the compiler, which an image may drop after
-    its build. Two processes that start together compile once; the file appears by renaming, whole.
+    A part is "context", "isa", or an instruction set for its kernels. The cache's key covers the sources, the flags and
+    the architecture; not the compiler, which an image may drop after its build. Two processes that start together
+    compile once; a file appears by renaming, whole.
     """
     try:
         folder = cache or user_cache()
     except DeviceError as error:
         raise NoCompilerError(str(error)) from error
-    path = folder / f"starling-cpu-{_key()}{'.dylib' if sys.platform == 'darwin' else '.so'}"
-    if path.exists():
-        return path
-    compiler = find_compiler()
-    if compiler is None:
-        raise NoCompilerError(
-            "No C++ compiler (c++, g++, clang++ or the ziglang package) was found, so the CPU kernels cannot be built: "
-            "install one, for instance `apt-get install g++` or `pip install ziglang`."
-        )
-    with locked(folder / f"{path.name}.lock"):
-        if not path.exists():
-            _compile(compiler, path)
-    return path
+    key, suffix = _key(), ".dylib" if sys.platform == "darwin" else ".so"
+    paths = [folder / f"starling-cpu-{key}-{part}{suffix}" for part in parts]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(_build, parts, paths))
+    return paths
+
+
+def compile_ahead(cache: Path | None = None) -> None:
+    """Every library of this architecture, for machines that may have no compiler. Raises NoCompilerError."""
+    library_paths(*SOURCES, *_instruction_sets(), cache=cache)
 
 
 def find_compiler() -> tuple[str, ...] | None:
@@ -89,34 +88,40 @@ def _key() -> str:
     digest = hashlib.sha256()
     for path in sorted(NATIVE.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    for part in (*FLAGS, str(INSTRUCTION_SETS), _machine(), sys.platform):
+    for part in (*FLAGS, str(INSTRUCTION_SETS), str(SOURCES), _machine(), sys.platform):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
 
 
-def _compile(compiler: tuple[str, ...], path: Path) -> None:
+def _instruction_sets() -> dict[str, tuple[str, ...]]:
+    return INSTRUCTION_SETS.get(_machine(), {"portable": ()})
+
+
+def _build(part: str, path: Path) -> None:
+    if path.exists():
+        return
+    compiler = find_compiler()
+    if compiler is None:
+        raise NoCompilerError(
+            "No C++ compiler (c++, g++, clang++ or the ziglang package) was found, so the CPU kernels cannot be built: "
+            "install one, for instance `apt-get install g++` or `pip install ziglang`."
+        )
+    with locked(path.with_name(f"{path.name}.lock")):
+        if not path.exists():
+            _compile(compiler, part, path)
+
+
+def _compile(compiler: tuple[str, ...], part: str, path: Path) -> None:
     started = time.monotonic()
-    sets = INSTRUCTION_SETS.get(_machine(), {"portable": ()})
+    sources, flags = SOURCES.get(part, ("kernels.cpp",)), _instruction_sets().get(part, ())
     if "ziglang" in compiler:
-        sets = {isa: tuple(ZIG_SPELLING.get(flag, flag) for flag in flags) for isa, flags in sets.items()}
+        flags = tuple(ZIG_SPELLING.get(flag, flag) for flag in flags)
+    log.info("Compiling the CPU kernels (%s) with %s (once; kept in %s).", part, " ".join(compiler), path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
-        folder = Path(scratch)
-        jobs = [
-            (folder / f"kernels_{isa}.o", "kernels.cpp", (*flags, f"-DSTARLING_ISA={isa}"))
-            for isa, flags in sets.items()
-        ]
-        jobs += [(folder / f"{Path(source).stem}.o", source, ()) for source in SOURCES]
-        log.info("Compiling the CPU kernels with %s (once; kept in %s).", " ".join(compiler), path.parent)
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            commands = [
-                (*compiler, *FLAGS, *flags, "-c", str(NATIVE / source), "-o", str(out)) for out, source, flags in jobs
-            ]
-            list(pool.map(_run, commands))
-        built = folder / path.name
-        objects = [str(out) for out, _, _ in jobs]
-        _run((*compiler, "-shared", "-pthread", *objects, "-o", str(built)))
+        built = Path(scratch) / path.name
+        _run((*compiler, *FLAGS, *flags, "-shared", *(str(NATIVE / source) for source in sources), "-o", str(built)))
         built.replace(path)
-    log.info("Compiled the CPU kernels in %.1f s.", time.monotonic() - started)
+    log.info("Compiled the CPU kernels (%s) in %.1f s.", part, time.monotonic() - started)
 
 
 def _run(command: Sequence[str]) -> None:

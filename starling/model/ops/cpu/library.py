@@ -1,9 +1,9 @@
-"""The C interface of native/api.cpp, as ctypes sees it."""
+"""The C interface of native/api.cpp and isa.cpp, as ctypes sees it."""
 
 import ctypes
 from functools import lru_cache
 
-from starling.model.ops.cpu.compiler import library_path
+from starling.model.ops.cpu.compiler import library_paths
 
 POINTER, INT64, INT32, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -46,8 +46,7 @@ class Layer(ctypes.Structure):
 
 # name → (result, arguments)
 FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
-    "starling_usable_isa": (ctypes.c_char_p, (INT32,)),
-    "starling_open": (POINTER, (INT32, ctypes.c_char_p)),
+    "starling_open": (POINTER, (INT32, POINTER)),
     "starling_close": (None, (POINTER,)),
     "starling_linear": (None, (POINTER, POINTER, POINTER, INT64, POINTER, INT32, POINTER)),
     "starling_add_norm": (None, (POINTER, POINTER, POINTER, POINTER, POINTER, INT64, INT64, FLOAT)),
@@ -62,20 +61,27 @@ FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
 }
 
 
-@lru_cache(maxsize=1)
-def load() -> ctypes.CDLL:
-    """The compiled library (built first if need be), with its functions' types declared. Raises NoCompilerError."""
-    library = ctypes.CDLL(str(library_path()))
+@lru_cache
+def load(isa: str) -> tuple[ctypes.CDLL, int]:
+    """The library that calls the kernels, with its functions' types declared, and the address of those for `isa`.
+
+    They are compiled first if need be. Raises NoCompilerError.
+    """
+    context, kernels = map(str, library_paths("context", isa))
+    library = ctypes.CDLL(context)
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return library
+    return library, ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(kernels), "starling_kernels"))
 
 
-def usable_instruction_sets() -> list[str]:
-    """The names that CpuOps' `isa` accepts on this machine, best first."""
+@lru_cache(maxsize=1)
+def usable_instruction_sets() -> tuple[str, ...]:
+    """The names that CpuOps' `isa` accepts on this machine, best first. Raises NoCompilerError."""
+    (path,) = library_paths("isa")
+    tell = ctypes.CDLL(str(path)).starling_usable_isa
+    tell.restype, tell.argtypes = ctypes.c_char_p, (INT32,)
     found: list[str] = []
-    library = load()
-    while (name := library.starling_usable_isa(len(found))) is not None:
+    while (name := tell(len(found))) is not None:
         found.append(name.decode())
-    return found
+    return tuple(found)

@@ -94,11 +94,13 @@ class CpuOps:
         self._head_bits = 16 if precision in ("float32", "int16") else 8
         self.layout: str | None = f"cpu-2-head{self._head_bits}"
         self._precision = PRECISIONS[precision]
-        self._lib = library.load()
-        self._context: int | None = self._lib.starling_open(self.threads, isa.encode())
-        if self._context is None:
-            usable = ", ".join(library.usable_instruction_sets())
-            raise DeviceError(f"Instruction set {isa!r} is not to be had on this machine: use one of {usable}.")
+        usable = library.usable_instruction_sets()
+        if isa not in ("auto", *usable):
+            raise DeviceError(
+                f"Instruction set {isa!r} is not to be had on this machine: use one of {', '.join(usable)}."
+            )
+        self._lib, kernels = library.load(usable[0] if isa == "auto" else isa)
+        self._context: int | None = self._lib.starling_open(self.threads, kernels)
         self._close = weakref.finalize(self, self._lib.starling_close, self._context)
         self._step_batch: Batch | None = None
         self._step_struct = library.Step()

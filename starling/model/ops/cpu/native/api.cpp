@@ -1,19 +1,7 @@
 // The C interface that library.py calls. Pointers are the caller's; nothing is kept beyond a call but the context.
 #include "context.h"
-#include "isa.h"
 
-#if defined(_WIN32)
-#define STARLING_API extern "C" __declspec(dllexport)
-#else
-#define STARLING_API extern "C" __attribute__((visibility("default")))
-#endif
-
-STARLING_API const char* starling_usable_isa(int i) { return usable_isa(i); }
-
-STARLING_API Context* starling_open(int threads, const char* isa) {
-  const Kernels* kernels = find_kernels(isa);
-  return kernels ? new Context(threads, kernels) : nullptr;
-}
+STARLING_API Context* starling_open(int threads, const Kernels* kernels) { return new Context(threads, kernels); }
 
 STARLING_API void starling_close(Context* context) { delete context; }
 

@@ -2,11 +2,6 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-extern const Kernels kernels_avx512vnni, kernels_avx512, kernels_avxvnni, kernels_avx2;
-#endif
-extern const Kernels kernels_portable;
-#if defined(__aarch64__)
-extern const Kernels kernels_neondot;
 #endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -16,7 +11,6 @@ namespace {
 
 struct Set {
   const char* name;
-  const Kernels* kernels;
   bool usable;
 };
 
@@ -45,12 +39,12 @@ const Set* sets() {
 #if defined(__x86_64__)
   static const Cpu cpu;
   static const Set all[] = {
-      {"avx512vnni", &kernels_avx512vnni, cpu.avx512vnni},
-      {"avxvnni", &kernels_avxvnni, cpu.avxvnni},
-      {"avx512", &kernels_avx512, cpu.avx512},
-      {"avx2", &kernels_avx2, cpu.avx2},
-      {"portable", &kernels_portable, true},
-      {nullptr, nullptr, false},
+      {"avx512vnni", cpu.avx512vnni},
+      {"avxvnni", cpu.avxvnni},
+      {"avx512", cpu.avx512},
+      {"avx2", cpu.avx2},
+      {"portable", true},
+      {nullptr, false},
   };
 #elif defined(__aarch64__)
 #if defined(__linux__)
@@ -59,25 +53,19 @@ const Set* sets() {
   const bool dot = true;  // every Apple chip with arm64 macOS
 #endif
   static const Set all[] = {
-      {"neondot", &kernels_neondot, dot},
-      {"portable", &kernels_portable, true},
-      {nullptr, nullptr, false},
+      {"neondot", dot},
+      {"portable", true},
+      {nullptr, false},
   };
 #else
-  static const Set all[] = {{"portable", &kernels_portable, true}, {nullptr, nullptr, false}};
+  static const Set all[] = {{"portable", true}, {nullptr, false}};
 #endif
   return all;
 }
 
 }  // namespace
 
-const Kernels* find_kernels(const char* name) {
-  for (const Set* set = sets(); set->name; set++)
-    if (set->usable && (!strcmp(name, "auto") || !strcmp(name, set->name))) return set->kernels;
-  return nullptr;
-}
-
-const char* usable_isa(int i) {
+const char* starling_usable_isa(int i) {
   for (const Set* set = sets(); set->name; set++)
     if (set->usable && i-- == 0) return set->name;
   return nullptr;

@@ -1,8 +1,6 @@
-// Which instruction sets this machine can run.
+// Which instruction sets this machine has.
 #pragma once
 #include "types.h"
 
-// The kernels of `name`, or of the best set for "auto". Null if this build or this machine lacks it.
-const Kernels* find_kernels(const char* name);
-// The i-th name that find_kernels accepts here, best first; null past the end.
-const char* usable_isa(int i);
+// The name of the i-th that the kernels are compiled for and this machine can run, best first; null beyond the last.
+STARLING_API const char* starling_usable_isa(int i);

@@ -1,5 +1,4 @@
-// The kernels, compiled once per instruction set with STARLING_ISA naming it. Nothing here may call an inline
-// function of the C++ library: the linker could keep the copy that another instruction set compiled.
+// The kernels of the instruction set that this is compiled for.
 #include "types.h"
 
 // Sums that stay in registers are lost if the compiler thinks that a loop's body is too long to inline; and GCC drops
@@ -25,10 +24,6 @@
 #include "elementwise.h"
 #include "attention.h"
 
-#define STARLING_JOIN(a, b) a##b
-#define STARLING_NAME(isa) STARLING_JOIN(kernels_, isa)
-
-extern const Kernels STARLING_NAME(STARLING_ISA);
-const Kernels STARLING_NAME(STARLING_ISA) = {
+const Kernels starling_kernels = {
     kPlanes, quantize, linear, attend, merge, rotate_and_write, add_norm, silu_mul, widen, exp_scaled,
 };

@@ -1,4 +1,5 @@
-// y = x W for a block of 16 output rows at a time, or two: an activation that is in a register then serves both.
+// y = x W for a block of 16 output rows at a time, or two: an activation that is in a register then serves both. Where
+// one of two is missing, the last block is computed twice, and written once.
 //
 // Every output element is summed in one order, whatever the tile it is computed in: groups of columns in ascending
 // order, a group's products as an exact integer (or, in float32, as two chains over its even and odd columns). So
@@ -57,19 +58,19 @@ void quantize(const Activations* a, int index, int row) {
   }
 }
 
-// One group of B blocks and a tile of R rows of P planes each: sums[b][r] += scale * activation scale * (integer sum).
-template <int B, int R, int P, class Weights>
+// One group of kTogether blocks and a tile of R rows of P planes: sums[b][r] += scale * activation scale * (integer sum).
+template <int R, int P, class Weights>
 STARLING_INLINE void integer_group(const Weights* weights, const int8_t* a, const int32_t* minus_sums,
                                    const float* scales, const F* weight_scales, const I* zeros, F (*sums)[R], int group) {
-  I acc[B][R * P];
+  I acc[kTogether][R * P];
 #pragma GCC unroll 2
-  for (int b = 0; b < B; b++)
+  for (int b = 0; b < kTogether; b++)
 #pragma GCC unroll 8
     for (int i = 0; i < R * P; i++) acc[b][i] = i_times_int16(zeros[b], minus_sums[i]);
   if constexpr (kTogether == 1) dots<R * P>(acc[0], weights[0], a, group);
-  else dots<B, R * P>(acc, weights, a, group);
+  else dots<kTogether, R * P>(acc, weights, a, group);
 #pragma GCC unroll 2
-  for (int b = 0; b < B; b++)
+  for (int b = 0; b < kTogether; b++)
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       I total = P == 1 ? acc[b][r] : i_add(i_left<8>(acc[b][r * P]), acc[b][r * P + P - 1]);
@@ -106,16 +107,22 @@ inline Units units_at(const Linear* w, int64_t b, int64_t g) {
                w->zeros ? w->zeros + unit * 8 : nullptr, bytes};
 }
 
+// How many of the kTogether blocks from b on there are before `last`.
+inline int blocks_here(int64_t b, int64_t last) {
+  return last - b < kTogether ? (int)(last - b) : kTogether;
+}
+
 STARLING_INLINE void prefetch_scales(const Units& units, int64_t count) {
   for (int64_t i = 0; i < count; i += 2) __builtin_prefetch(units.scales + i * kBlockRows);
   for (int64_t i = 0; units.zeros && i < count; i += 8) __builtin_prefetch(units.zeros + i * 8);
 }
 
-// Blocks [first_block, last_block), all of one stripe and a multiple of B of them, times one tile, weights straight from
-// memory: for a step of few tokens. A panel's activations stay in L1 while the blocks' weights pass by.
-template <int B, int R, int P, class Weights>
+// Blocks [first_block, last_block), all of one stripe, times one tile, weights straight from memory: for a step of few
+// tokens. A panel's activations stay in L1 while the blocks' weights pass by.
+template <int R, int P, class Weights>
 void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float* y, int64_t first_block,
                  int64_t last_block) {
+  constexpr int B = kTogether;
   alignas(64) float kept[kStripeBlocks][R * 16];
   const int64_t groups = a->columns / a->group;
   const int group = (int)a->group;
@@ -130,29 +137,31 @@ void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float*
     const Units next_start = units_at(w, first_block, last < groups ? last : 0);
     Units units = start;  // of block b; those of the next blocks follow, `count` units each
     for (int64_t b = first_block; b < last_block; b += B) {
+      const int own = blocks_here(b, last_block);
       const Units next = b + B < last_block ? units.after(B * count) : next_start;
       prefetch_scales(next, B * step);
       F sums[B][R];
       for (int j = 0; j < B; j++)
-        for (int r = 0; r < R; r++) sums[j][r] = first ? f_load(kept[b + j - first_block] + r * 16) : f_zero();
+        for (int r = 0; r < R; r++)
+          sums[j][r] = first && j < own ? f_load(kept[b + j - first_block] + r * 16) : f_zero();
       for (int64_t g = first; g < last; g++) {
         const int64_t soon = g + ahead - last;
         Weights weights[B];
         F weight_scales[B];
         I zeros[B];
         for (int j = 0; j < B; j++) {
-          const int64_t i = g - first + j * count;
+          const int64_t i = g - first + (j < own ? j : own - 1) * count;
           const uint8_t* later = soon < 0 ? units.weight + (i + ahead) * units.bytes
                                           : next.weight + (soon + j * count) * units.bytes;
           weights[j] = Weights{units.weight + i * units.bytes, later};
           weight_scales[j] = units.scale(i);
           zeros[j] = units.zero(i);
         }
-        integer_group<B, R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R,
-                               weight_scales, zeros, sums, group);
+        integer_group<R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R,
+                            weight_scales, zeros, sums, group);
       }
       for (int j = 0; j < B; j++)
-        for (int r = 0; r < R; r++) {
+        for (int r = 0; r < R && j < own; r++) {
           const int64_t row = (b + j) * kBlockRows;
           if (last < groups) f_store(kept[b + j - first_block] + r * 16, sums[j][r]);
           else store_rows(y + a->order[tile.first + r] * w->rows + row, sums[j][r], w->rows - row);
@@ -182,11 +191,12 @@ template <class Packed> inline Unpacking<Packed> after_columns(Unpacking<Packed>
   return {after_columns(static_cast<const Packed&>(weights), columns), weights.out + columns * kBlockRows};
 }
 
-// Groups [first, last) of B blocks and one tile. Sums are kept between calls: those of block j and packed row i lie at
+// Groups [first, last) of kTogether blocks and one tile. Sums are kept between calls: those of block j and packed row i lie at
 // kept[j][16 * i].
-template <int B, int R, int P, class Weights>
+template <int R, int P, class Weights>
 void panel_tile(const Units* units, const Weights* start, int64_t first, int64_t last, const Activations* a,
                 const Tile& tile, float (*kept)[kMaxTokens * 16]) {
+  constexpr int B = kTogether;
   const int64_t groups = a->columns / a->group;
   const int group = (int)a->group;
   const int8_t* planes = a->planes + tile.offset;
@@ -204,8 +214,8 @@ void panel_tile(const Units* units, const Weights* start, int64_t first, int64_t
       weight_scales[j] = units[j].scale(g - first);
       zeros[j] = units[j].zero(g - first);
     }
-    integer_group<B, R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R, weight_scales,
-                           zeros, sums, group);
+    integer_group<R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R, weight_scales,
+                        zeros, sums, group);
   }
   for (int j = 0; j < B; j++)
     for (int r = 0; r < R; r++) f_store(kept[j] + (tile.first + r) * 16, sums[j][r]);
@@ -239,63 +249,58 @@ template <class Weights> struct Stream {
   const Tile& tile;
   float* y;
   int64_t first, last;
-  template <int R, int P> void call() const {
-    constexpr int B = kTogether;
-    const int64_t middle = last - (last - first) % B;
-    if (first < middle) stream_tile<B, R, P, Weights>(w, a, tile, y, first, middle);
-    if (middle < last) stream_tile<1, R, P, Weights>(w, a, tile, y, middle, last);
-  }
+  template <int R, int P> void call() const { stream_tile<R, P, Weights>(w, a, tile, y, first, last); }
 };
 
-template <int B, class Weights> struct Panel {
+template <class Weights> struct Panel {
   const Units* units;
   const Weights* start;
   int64_t first, last;
   const Activations* a;
   const Tile& tile;
   float (*kept)[kMaxTokens * 16];
-  template <int R, int P> void call() const { panel_tile<B, R, P>(units, start, first, last, a, tile, kept); }
+  template <int R, int P> void call() const { panel_tile<R, P>(units, start, first, last, a, tile, kept); }
 };
 
-// Tiles [first, last) of B blocks from b on, a few columns at a time. The first tile unpacks their weights to L1 for the
-// others. Those that come next are asked for by one tile after the other, a block each: by the first alone, memory would
-// be idle while the others compute.
-template <int B>
-void panel_blocks(const Linear* w, int64_t b, const Activations* a, int first_tile, int last_tile, float* y) {
+// Tiles [first_tile, last_tile) of kTogether blocks from b on, of which `own` are there, a few columns at a time. The
+// first tile unpacks their weights to L1 for the others. Those that come next are asked for by one tile after the other,
+// a block each: by the first alone, memory would be idle while the others compute.
+void panel_blocks(const Linear* w, int64_t b, int own, const Activations* a, int first_tile, int last_tile, float* y) {
+  constexpr int B = kTogether;
   alignas(64) float kept[B][kMaxTokens * 16];
   alignas(64) uint8_t bytes[B][kUnpackColumns * kBlockRows];
   const int64_t group = w->group, groups = w->columns / group, step = kUnpackColumns / group;
-  const int64_t next_block = (b + 2 * B) * kBlockRows <= w->rows ? b + B : b;
+  const int64_t last_block = (w->rows - 1) / kBlockRows, next_block = b + B <= last_block ? b + B : b;
   const int from_row = a->tile[first_tile].first;
   const int to_row = a->tile[last_tile - 1].first + a->tile[last_tile - 1].rows;
   for (int j = 0; j < B; j++)
     for (int i = from_row; i < to_row; i++) f_store(kept[j] + i * 16, f_zero());
   for (int64_t first = 0; first < groups; first += step) {
     const int64_t last = first + step < groups ? first + step : groups;
-    Units units[B], next[B];
+    Units units[B];
+    const uint8_t* next[B];
     for (int j = 0; j < B; j++) {
-      units[j] = units_at(w, b + j, first);
-      next[j] = last < groups ? units_at(w, b + j, last) : units_at(w, next_block + j, 0);
+      const int64_t here = b + (j < own ? j : own - 1), later = next_block + j < last_block ? next_block + j : last_block;
+      units[j] = units_at(w, here, first);
+      next[j] = (last < groups ? units_at(w, here, last) : units_at(w, later, 0)).weight;
     }
     for (int t = first_tile; t < last_tile; t++) {
       const Tile& tile = a->tile[t];
-      const bool unpacks = t == first_tile;
-      EightBits eight[B];
-      Unpacking<Nibbles> packed[B];
-      Bytes unpacked[B];
-      for (int j = 0; j < B; j++) {
-        const uint8_t *at = units[j].weight, *ahead = t - first_tile == j ? next[j].weight : at;
-        eight[j] = {{at, ahead}};
-        packed[j] = {{at, ahead}, bytes[j]};
-        unpacked[j] = {bytes[j], ahead};
-      }
-      if (w->bits == 8) for_shape(tile, Panel<B, EightBits>{units, eight, first, last, a, tile, kept});
-      else if (unpacks) for_shape(tile, Panel<B, Unpacking<Nibbles>>{units, packed, first, last, a, tile, kept});
-      else for_shape(tile, Panel<B, Bytes>{units, unpacked, first, last, a, tile, kept});
+      const auto compute = [&](auto weights_of) {  // from where a block's weights lie, and what comes next
+        decltype(weights_of(0, next[0])) weights[B];
+        for (int j = 0; j < B; j++) weights[j] = weights_of(j, t - first_tile == j ? next[j] : units[j].weight);
+        for_shape(tile, Panel<decltype(weights_of(0, next[0]))>{units, weights, first, last, a, tile, kept});
+      };
+      if (w->bits == 8)
+        compute([&](int j, const uint8_t* ahead) { return EightBits{{units[j].weight, ahead}}; });
+      else if (t == first_tile)
+        compute([&](int j, const uint8_t* ahead) { return Unpacking<Nibbles>{{units[j].weight, ahead}, bytes[j]}; });
+      else
+        compute([&](int j, const uint8_t* ahead) { return Bytes{bytes[j], ahead}; });
     }
   }
   for (int i = from_row; i < to_row; i++)
-    for (int j = 0; j < B; j++) {
+    for (int j = 0; j < own; j++) {
       const int64_t row = (b + j) * kBlockRows;
       store_rows(y + a->order[i] * w->rows + row, f_load(kept[j] + i * 16), w->rows - row);
     }
@@ -390,9 +395,7 @@ void linear(const Linear* w, const Activations* a, Precision precision, float* y
         bytes += a->tile[end].rows * a->tile[end].planes * w->columns;
         end++;
       } while (end < a->tiles && bytes < kTileBytes);
-      int64_t b = first;
-      for (; b + kTogether <= last; b += kTogether) panel_blocks<kTogether>(w, b, a, t, end, y);
-      for (; b < last; b++) panel_blocks<1>(w, b, a, t, end, y);
+      for (int64_t b = first; b < last; b += kTogether) panel_blocks(w, b, blocks_here(b, last), a, t, end, y);
       t = end;
     }
   }

@@ -1,8 +1,11 @@
-// What the kernels, the dispatcher and Python (library.py) agree on. Plain C layout.
+// What the kernels, what calls them and Python (library.py) agree on. Plain C layout.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+
+// What Python finds by its name.
+#define STARLING_API extern "C" __attribute__((visibility("default")))
 
 constexpr int kBlockRows = 16;         // output rows in a block of weights
 constexpr int kStripeBlocks = 16;      // blocks whose panels lie together
@@ -142,3 +145,6 @@ struct Kernels {
   void (*widen)(const uint16_t* half, float* out, int64_t count);
   void (*exp_scaled)(const float* x, float shift, float scale, float* out, int64_t count);
 };
+
+// What kernels.cpp is compiled to: once per instruction set, each in a library of its own.
+STARLING_API const Kernels starling_kernels;
