@@ -1,0 +1,44 @@
+"""`python -m starling prepare` on a CPU: what later starts look for, on whatever machine, is there."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from starling.__main__ import main
+from starling.model.ops.cpu import compiler
+
+
+def test_kernels_of_every_instruction_set_are_compiled_and_weights_repacked(
+    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = unpacked(demo_folder, tmp_path)
+    parts = ["context", "isa", *compiler._instruction_sets()]
+    compiled = dict(zip(parts, compiler.library_paths(*parts), strict=True))
+
+    def copy(compiler: object, part: str, path: Path) -> None:  # in place of half a minute
+        shutil.copy(compiled[part], path)
+
+    monkeypatch.setattr(compiler, "_compile", copy)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("STARLING_DEVICE", "cpu")
+    monkeypatch.setenv("STARLING_WEIGHTS", str(weights))
+    assert main(["prepare"]) == 0
+    assert f"Weights: {weights}, repacked." in capsys.readouterr().out
+    assert list(weights.glob("packed-*"))
+    assert {path.name for path in (tmp_path / ".cache/starling").glob("*.so")} == {p.name for p in compiled.values()}
+
+
+def test_without_a_compiler_weights_are_repacked_for_plain_torch(demo_folder: Path, tmp_path: Path) -> None:
+    weights = unpacked(demo_folder, tmp_path)
+    environment = {"PATH": "", "HOME": str(tmp_path), "STARLING_DEVICE": "cpu", "STARLING_WEIGHTS": str(weights)}
+    command = [sys.executable, "-m", "starling", "prepare"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "Operations: torch-cpu on cpu." in done.stdout and "several times slower" in done.stderr
+    assert list(weights.glob("packed-*-torch-cpu-*"))
+
+
+def unpacked(demo_folder: Path, parent: Path) -> Path:
+    return Path(shutil.copytree(demo_folder, parent / "demo", ignore=shutil.ignore_patterns("packed-*")))
