@@ -16,6 +16,8 @@
 #include "vector_avx512.h"
 #elif defined(__AVX2__)
 #include "vector_avx2.h"
+#elif defined(__aarch64__)
+#include "vector_neon.h"
 #else
 #include "vector_portable.h"
 #endif

@@ -118,7 +118,6 @@ inline I i_times_int16(I x, int32_t low16) {
 }
 
 struct Nibbles {
-  static constexpr bool kEight = false;
   static constexpr int kColumnBytes = 8, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
@@ -132,7 +131,6 @@ struct Nibbles {
   }
 };
 struct Bytes {
-  static constexpr bool kEight = false;
   static constexpr int kColumnBytes = 16, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
@@ -140,7 +138,6 @@ struct Bytes {
   STARLING_INLINE void prefetch(int) const {}
 };
 struct EightBits : Bytes {
-  static constexpr bool kEight = true;
   static constexpr int kAheadBytes = 16;
   STARLING_INLINE void prefetch(int pair) const {
 #pragma GCC unroll 2

@@ -1,10 +1,7 @@
-// Vectors of the compiler (GCC and Clang): whatever the target has, with NEON's and SSE2's own instructions where they
-// matter.
+// Vectors of the compiler (GCC and Clang): whatever the target has, with SSE2's own instructions where they matter.
 #pragma once
 #include <cmath>
-#if defined(__aarch64__)
-#include <arm_neon.h>
-#elif defined(__SSE2__)
+#if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
@@ -23,11 +20,6 @@ constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
 
 inline float float_of_half(uint16_t h) {
-#if defined(__aarch64__)
-  __fp16 x;
-  memcpy(&x, &h, 2);
-  return x;
-#else
   uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
   float x;
   memcpy(&x, &bits, 4);
@@ -37,15 +29,8 @@ inline float float_of_half(uint16_t h) {
   bits |= (uint32_t)(h & 0x8000) << 16;
   memcpy(&x, &bits, 4);
   return x;
-#endif
 }
 inline uint16_t half_of_float(float x) {  // to nearest, ties to even
-#if defined(__aarch64__)
-  __fp16 h = (__fp16)x;
-  uint16_t bits;
-  memcpy(&bits, &h, 2);
-  return bits;
-#else
   uint32_t bits;
   memcpy(&bits, &x, 4);
   const uint32_t sign = (bits >> 16) & 0x8000;
@@ -61,24 +46,8 @@ inline uint16_t half_of_float(float x) {  // to nearest, ties to even
   }
   bits += 0xfff + ((bits >> 13) & 1);
   return (uint16_t)(sign | ((bits - 0x38000000) >> 13));
-#endif
 }
 
-#if defined(__aarch64__)
-using V = float32x4_t;
-inline V v_zero() { return vdupq_n_f32(0); }
-inline V v_set(float x) { return vdupq_n_f32(x); }
-inline V v_load(const float* p) { return vld1q_f32(p); }
-inline V v_load(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-inline void v_store(float* p, V x) { vst1q_f32(p, x); }
-inline V v_fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
-inline V v_sum_rows(const V* r) { return vpaddq_f32(vpaddq_f32(r[0], r[1]), vpaddq_f32(r[2], r[3])); }
-inline F f_fma(F a, F b, F c) {
-  union { F f; float32x4_t q[4]; } x = {a}, y = {b}, z = {c};
-  for (int i = 0; i < 4; i++) z.q[i] = vfmaq_f32(z.q[i], x.q[i], y.q[i]);
-  return z.f;
-}
-#else
 typedef float V __attribute__((vector_size(16)));
 inline V v_zero() { return V{0, 0, 0, 0}; }
 inline V v_set(float x) { return V{x, x, x, x}; }
@@ -98,7 +67,6 @@ inline V v_sum_rows(const V* r) {
   return sums;
 }
 inline F f_fma(F a, F b, F c) { return a * b + c; }
-#endif
 
 inline F f_zero() { return F{}; }
 inline F f_set(float x) { return F{} + x; }
@@ -176,7 +144,6 @@ inline I i_load_nibbles(const uint8_t* p) {
 inline I i_times_int16(I a, int32_t low16) { return a * (int32_t)(int16_t)low16; }
 
 struct Nibbles {
-  static constexpr bool kEight = false;
   static constexpr int kColumnBytes = 8, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
@@ -187,7 +154,6 @@ struct Nibbles {
   STARLING_INLINE void prefetch(int pair) const { __builtin_prefetch(ahead + pair * 64); }
 };
 struct Bytes {
-  static constexpr bool kEight = false;
   static constexpr int kColumnBytes = 16, kAheadBytes = 8;
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
@@ -195,33 +161,12 @@ struct Bytes {
   STARLING_INLINE void prefetch(int) const {}
 };
 struct EightBits : Bytes {
-  static constexpr bool kEight = true;
   static constexpr int kAheadBytes = 16;
 };
 
-// sum += for each row, the products of its 4 bytes (unsigned; below 16 unless `eight`) and the 4 bytes of `a` (signed).
-inline I dot_four(I sum, I bytes, const int8_t* a, bool eight) {
-#if defined(__aarch64__)
-  union { I i; int32x4_t q[4]; } acc = {sum};
-  union { I i; uint8x16_t u[4]; int8x16_t s[4]; } w = {bytes};
-  int32_t word;
-  memcpy(&word, a, 4);
-  const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(word));
-  // Signed multiplications: 8-bit weights go as w - 128, and 128 times the sum of x comes back.
-  const int32x4_t back = vdupq_n_s32(eight ? 128 * (a[0] + a[1] + a[2] + a[3]) : 0);
-  for (int i = 0; i < 4; i++) {
-    const int8x16_t row = eight ? vreinterpretq_s8_u8(veorq_u8(w.u[i], vdupq_n_u8(128))) : w.s[i];
-#if defined(__ARM_FEATURE_DOTPROD)
-    acc.q[i] = vdotq_s32(acc.q[i], row, x);
-#else
-    const int16x8_t low = vmull_s8(vget_low_s8(row), vget_low_s8(x)), high = vmull_high_s8(row, x);
-    acc.q[i] = vaddq_s32(acc.q[i], vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
-#endif
-    acc.q[i] = vaddq_s32(acc.q[i], back);
-  }
-  return acc.i;
-#elif defined(__SSE2__)
-  (void)eight;
+// sum += for each row, the products of its 4 bytes (unsigned) and the 4 bytes of `a` (signed).
+inline I dot_four(I sum, I bytes, const int8_t* a) {
+#if defined(__SSE2__)
   union { I i; __m128i q[4]; } acc = {sum}, w = {bytes};
   const __m128i zero = _mm_setzero_si128();
   const __m128i x = _mm_set_epi16(a[3], a[2], a[1], a[0], a[3], a[2], a[1], a[0]);
@@ -233,7 +178,6 @@ inline I dot_four(I sum, I bytes, const int8_t* a, bool eight) {
   }
   return acc.i;
 #else
-  (void)eight;
   for (int j = 0; j < 4; j++) sum += (I)(((U)bytes >> (8 * j)) & 255u) * (int32_t)a[j];
   return sum;
 #endif
@@ -244,8 +188,7 @@ STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int 
     weights.prefetch(pair);
     for (int half = 0; half < 2; half++) {
       const I step = weights.step(pair, half);
-      for (int p = 0; p < P; p++)
-        sums[p] = dot_four(sums[p], step, a + ((pair * 2 + half) * P + p) * 4, Weights::kEight);
+      for (int p = 0; p < P; p++) sums[p] = dot_four(sums[p], step, a + ((pair * 2 + half) * P + p) * 4);
     }
   }
 }
