@@ -12,6 +12,7 @@ from starling.request import Request
 from starling.stops import StopMatcher
 from starling.tokenizer import IncrementalDecoder
 
+Ending = Literal["stop", "length", "stop_sequence"]
 # Chunks after the first are sent this far apart at least: a reader sees no difference, a server does.
 COALESCE_S = 0.04
 
@@ -21,7 +22,7 @@ class GenerationResult:
     """What one request came to."""
 
     text: str
-    finish_reason: Literal["stop", "length", "stop_sequence"]
+    finish_reason: Ending | None  # None: it was cut off
     input_token_count: int
     output_token_count: int  # without the token that ends the turn
     cached_token_count: int  # prompt tokens that were still in the cache
@@ -83,7 +84,7 @@ class Generation(Iterator[str]):
 
     def _coalesce(self) -> Generator[str, None, None]:
         buffer, sent_s = "", -COALESCE_S
-        finish: str | None = None
+        finish: Ending | None = None
         outcome = "disconnected"  # what it is if nobody asks for the next chunk
         try:
             while finish is None:
@@ -111,14 +112,16 @@ class Generation(Iterator[str]):
                 self._stream.cancel()
             self._on_end(self, outcome)
 
-    def _take(self, delivery: Delivery) -> tuple[str, str | None]:
+    def _take(self, delivery: Delivery) -> tuple[str, Ending | None]:
         """The text that a delivery adds, and why the answer ends with it, if it does."""
+        finish = delivery.finish
         if delivery.error is not None:
             raise delivery.error
-        if delivery.finish == "cancelled":
+        if finish == "cancelled":
             raise GenerationCancelled("The generation was cancelled.")
+        assert finish != "error"  # which would have had one
         self._cached_tokens = delivery.cached_tokens
-        tokens = delivery.tokens[:-1] if delivery.finish == "stop" else delivery.tokens
+        tokens = delivery.tokens[:-1] if finish == "stop" else delivery.tokens
         self._last_s = time.monotonic()
         if self._first_s is None:
             self._first_s = self._last_s
@@ -128,25 +131,25 @@ class Generation(Iterator[str]):
             text += self._show(self._decoder.feed(token))
             if self._stops.matched is not None:
                 return text, "stop_sequence"
-        if delivery.finish is not None:
+        if finish is not None:
             text += self._show(self._decoder.flush())
             if self._stops.matched is not None:
                 return text, "stop_sequence"
             text += self._stops.flush()
-        return text, delivery.finish
+        return text, finish
 
     def _show(self, text: str) -> str:
         text = self._reply.feed(text)
         # A stop counts only once min_tokens have been made; what came before it is plain text.
         return self._stops.feed(text) if self._tokens > self._min_tokens else text
 
-    def summary(self, finish: str) -> GenerationResult:
+    def summary(self, finish: Ending | None = None) -> GenerationResult:
         """What has been made so far."""
         first_s = self._first_s or self._last_s
         since, made = (first_s, self._tokens - 1) if self._tokens > 1 else (self._submitted_s, self._tokens)
         return GenerationResult(
             text="".join(self._text),
-            finish_reason=finish,  # type: ignore[arg-type]
+            finish_reason=finish,
             input_token_count=self._input_token_count,
             output_token_count=self._tokens,
             cached_token_count=self._cached_tokens,

@@ -132,7 +132,7 @@ class Service:
 
     def _journal(self, generation: Generation, outcome: str) -> None:
         """One line of JSON per finished request, for operators. Never a word of what was asked or answered."""
-        summary = generation.summary("")
+        summary = generation.summary()
         request = generation.request
         line = {
             "event": "request",

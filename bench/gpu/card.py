@@ -1,12 +1,12 @@
 """What this machine can do at best: its memory's speed and its tensor cores', measured, and what it is."""
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
 
 from bench.gpu.clock import Clock
 from starling.model.ops.cuda import nvrtc
+from starling.model.ops.cuda.driver import driver_version
 from starling.startup import processor
 
 BANDWIDTH_BYTES = 2 << 30
@@ -45,7 +45,7 @@ def _tensor_rate(clock: Clock, matrix: int) -> float:
 
 def description(device: torch.device) -> str:
     """The card and the versions that matter, on one line."""
-    found = [f"torch {torch.__version__}", f"NVRTC {_nvrtc_version()}", processor()]
+    found = [f"torch {torch.__version__}", f"NVRTC {nvrtc.version()}", processor()]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found = [
@@ -54,7 +54,7 @@ def description(device: torch.device) -> str:
             f"{properties.multi_processor_count} multiprocessors",
             f"{properties.total_memory / 1e9:.1f} GB",
             f"L2 {l2_bytes(device) / 1e6:.0f} MB",
-            f"CUDA driver {_driver_version()}",
+            f"CUDA driver {_driver_name()}",
             *found,
         ]
     return ", ".join(found)
@@ -65,18 +65,11 @@ def l2_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
-def _driver_version() -> str:
+def _driver_name() -> str:
     try:
         with open("/proc/driver/nvidia/version", encoding="utf-8") as file:  # noqa: PTH123 - procfs
             words = file.readline().split()
         return next(word for word in words if word[0].isdigit() and "." in word)
     except (OSError, StopIteration):
-        version = ctypes.c_int()
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-        return f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-
-
-def _nvrtc_version() -> str:
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    nvrtc._library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    return f"{major.value}.{minor.value}"
+        version = driver_version()
+        return f"for CUDA {version // 1000}.{version % 1000 // 10}"
