@@ -93,6 +93,8 @@ class ReferenceEngine:
     ) -> TokenStream:
         """Queue a request. Raises RequestError when it can never run, EngineStoppedError when nothing runs any more."""
         check_request(prompt, params.max_tokens, self._context_limit, self._vocab_size)
+        if self._hangs:
+            raise EngineStoppedError("The engine hangs in a step and takes no requests. Restart the container.")
         task = _Task(prompt, params, constraint)
         task.stream = TokenStream(lambda: self._cancel(task))
         with self._change:
@@ -112,12 +114,12 @@ class ReferenceEngine:
     @property
     def healthy(self) -> bool:
         """The thread lives, and no step has been running for longer than `hang_after_s`."""
+        return self._thread.is_alive() and not self._closed and not self._hangs
+
+    @property
+    def _hangs(self) -> bool:
         began = self._step_began_s
-        return (
-            self._thread.is_alive()
-            and not self._closed
-            and (began is None or time.monotonic() - began < self._hang_after_s)
-        )
+        return began is not None and time.monotonic() - began >= self._hang_after_s
 
     @property
     def counters(self) -> Counters:

@@ -28,6 +28,7 @@ from starling.request import Request
 from starling.service import Service, load_engine
 from starling.settings import Settings
 from tests.model.tiny import write_checkpoint
+from tests.waiting import HANG_S, wait_for
 
 EXACT = Settings(cpu_precision="float32", kv_dtype="float32", max_concurrency=4, device="cpu")
 
@@ -207,6 +208,22 @@ def test_a_request_that_fails_ends_alone(tmp_path: Path) -> None:
     hook.remove()
     assert len(tokens_of(engine.submit([5, 6], SamplingParams(8, frozenset(), 0)))[0]) == 8
     assert engine.healthy
+    engine.close()
+
+
+def test_a_step_that_hangs_is_unhealthy_and_nothing_more_is_taken_until_it_ends(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    engine = ReferenceEngine.from_folder(tmp_path, EXACT.model_copy(update={"hang_after_s": 0.05}))
+    ends = threading.Event()
+    hook = engine._model.register_forward_pre_hook(lambda *inputs: ends.wait(HANG_S) and None)
+    stream = engine.submit([5, 6], SamplingParams(3, frozenset(), 0))
+    wait_for(lambda: not engine.healthy)
+    with pytest.raises(EngineStoppedError, match="hangs in a step"):
+        engine.submit([5], SamplingParams(1, frozenset(), 0))
+    hook.remove()
+    ends.set()
+    assert len(tokens_of(stream)[0]) == 3
+    wait_for(lambda: engine.healthy)
     engine.close()
 
 

@@ -1,7 +1,6 @@
 """Text in, text out, on the small real model: the README's examples, stops, seeds, grammars, and how chunks are cut."""
 
 import json
-import queue
 import re
 import subprocess
 import sys
@@ -221,15 +220,14 @@ def test_the_first_token_comes_at_once_and_later_ones_together(demo_folder: Path
     """The stream is fed by hand: what arrives while a chunk is being read comes out as one chunk."""
     tokenizer = Tokenizer.from_folder(demo_folder, 49152)
     stream = TokenStream(lambda: None)
-    deliveries: queue.SimpleQueue[Delivery] = stream._queue
     generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
     words = tokenizer.encode(" one two three four five")
-    deliveries.put(Delivery(words[:1]))
+    stream.put(Delivery(words[:1]))
     assert next(generation) == "one"
     for word in words[1:]:
-        deliveries.put(Delivery([word]))
+        stream.put(Delivery([word]))
     assert next(generation) == " two three four five"
-    deliveries.put(Delivery([2], "stop"))
+    stream.put(Delivery([2], "stop"))
     assert list(generation) == []
     assert generation.result is not None and generation.result.text == "one two three four five"
 
@@ -240,8 +238,8 @@ def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:
     text = "日本語 🦊\n    indented\n\ttab"
     tokens = tokenizer.encode(" " + text)
     for token in tokens:
-        stream._queue.put(Delivery([token]))
-    stream._queue.put(Delivery([], "length"))
+        stream.put(Delivery([token]))
+    stream.put(Delivery([], "length"))
     generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
     assert "".join(generation) == text
 
