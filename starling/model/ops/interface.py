@@ -58,7 +58,7 @@ class Ops(Protocol):
     `kv_dtype` is what the KV cache stores; activations are `dtype`.
     """
 
-    name: str
+    name: str  # what computes, in words
     layout: str | None  # names the packed layout and its version, for the cache of repacked weights; None: not cached
     device: torch.device
     dtype: torch.dtype

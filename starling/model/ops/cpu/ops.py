@@ -75,8 +75,6 @@ class CpuOps:
     Raises DeviceError where `isa` is not to be had, NoCompilerError where the kernels cannot be built.
     """
 
-    name = "cpu"
-
     def __init__(
         self,
         threads: int | None = None,
@@ -99,7 +97,9 @@ class CpuOps:
             raise DeviceError(
                 f"Instruction set {isa!r} is not to be had on this machine: use one of {', '.join(usable)}."
             )
-        self._lib, kernels = library.load(usable[0] if isa == "auto" else isa)
+        isa = usable[0] if isa == "auto" else isa
+        self.name = f"{isa} kernels with {self.threads} threads"
+        self._lib, kernels = library.load(isa)
         self._context: int | None = self._lib.starling_open(self.threads, kernels)
         self._close = weakref.finalize(self, self._lib.starling_close, self._context)
         self._step_batch: Batch | None = None

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from starling.model.awq import AwqWeight, unpack
 from starling.model.ops.cpu.compiler import NoCompilerError
-from starling.model.ops.cpu.library import usable_instruction_sets
 from starling.model.ops.cpu.ops import CpuOps, Precision
 from starling.model.ops.interface import Ops, Packed
 from starling.model.ops.reference import ReferenceOps
@@ -71,11 +70,9 @@ class TorchCpuOps(ReferenceOps):
 
 
 def cpu_ops(threads: int | None = None, precision: Precision = "auto", kv_dtype: torch.dtype = torch.float16) -> Ops:
-    """The CPU's operations: the kernels, or plain torch with a warning where they cannot be built. Logs which."""
+    """The CPU's operations: the kernels, or plain torch with a warning where they cannot be built."""
     try:
-        ops = CpuOps(threads, precision, kv_dtype)
-        log.info("CPU kernels: %s, %d threads", usable_instruction_sets()[0], ops.threads)
-        return ops
+        return CpuOps(threads, precision, kv_dtype)
     except NoCompilerError as error:
         log.warning("The CPU runs plain torch operations, several times slower. %s", error)
         return TorchCpuOps(threads, kv_dtype)
