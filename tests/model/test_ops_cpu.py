@@ -13,7 +13,7 @@ from starling.errors import DeviceError
 from starling.model.awq import quantize
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
-from starling.model.ops.cpu import CpuOps, TorchCpuOps, cores, cpu_ops
+from starling.model.ops.cpu import CpuOps, TorchCpuOps, cores, cpu_ops, library
 from starling.model.ops.cpu import compiler as compiler_module
 from starling.model.ops.cpu.compiler import NoCompilerError, compile_ahead, library_paths
 from starling.model.ops.cpu.library import usable_instruction_sets
@@ -174,6 +174,23 @@ def test_a_plain_mapping_of_the_packed_tensors_works(rng: random.Random) -> None
 def test_an_unknown_instruction_set_is_refused_by_name() -> None:
     with pytest.raises(DeviceError, match=r"'mmx'.*portable"):
         CpuOps(1, isa="mmx")
+
+
+def test_a_set_that_the_compiler_does_not_know_leaves_the_next_best(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load, (best, *others) = library.load, usable_instruction_sets()
+
+    def older(isa: str) -> object:
+        if isa == best:
+            raise NoCompilerError("c++: error: unrecognized command-line option")
+        return load(isa)
+
+    monkeypatch.setattr(library, "load", older)
+    assert CpuOps(1).name == f"{others[0]} kernels with 1 threads"
+    assert f"Kernels for {best}" in caplog.text and "unrecognized" in caplog.text
+    with pytest.raises(NoCompilerError, match="unrecognized"):
+        CpuOps(1, isa=best)
 
 
 def test_head_dims_beyond_the_kernels_are_refused() -> None:

@@ -1,9 +1,13 @@
 """The C interface of native/api.cpp and isa.cpp, as ctypes sees it."""
 
 import ctypes
+import logging
+from collections.abc import Sequence
 from functools import lru_cache
 
-from starling.model.ops.cpu.compiler import library_paths
+from starling.model.ops.cpu.compiler import NoCompilerError, library_paths
+
+log = logging.getLogger(__name__)
 
 POINTER, INT64, INT32, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -73,6 +77,16 @@ def load(isa: str) -> tuple[ctypes.CDLL, int]:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library, ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(kernels), "starling_kernels"))
+
+
+def load_best(sets: Sequence[str]) -> tuple[str, ctypes.CDLL, int]:
+    """The first of `sets` that the compiler knows, and what `load` returns for it. Raises NoCompilerError."""
+    for isa in sets[:-1]:
+        try:
+            return isa, *load(isa)
+        except NoCompilerError as error:
+            log.warning("Kernels for %s, which this machine has, cannot be built; the next best run. %s", isa, error)
+    return sets[-1], *load(sets[-1])
 
 
 @lru_cache(maxsize=1)

@@ -97,9 +97,8 @@ class CpuOps:
             raise DeviceError(
                 f"Instruction set {isa!r} is not to be had on this machine: use one of {', '.join(usable)}."
             )
-        isa = usable[0] if isa == "auto" else isa
+        isa, self._lib, kernels = library.load_best(usable if isa == "auto" else (isa,))
         self.name = f"{isa} kernels with {self.threads} threads"
-        self._lib, kernels = library.load(isa)
         self._context: int | None = self._lib.starling_open(self.threads, kernels)
         self._close = weakref.finalize(self, self._lib.starling_close, self._context)
         self._step_batch: Batch | None = None
