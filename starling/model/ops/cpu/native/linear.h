@@ -191,8 +191,8 @@ template <class Packed> inline Unpacking<Packed> after_columns(Unpacking<Packed>
   return {after_columns(static_cast<const Packed&>(weights), columns), weights.out + columns * kBlockRows};
 }
 
-// Groups [first, last) of kTogether blocks and one tile. Sums are kept between calls: those of block j and packed row i lie at
-// kept[j][16 * i].
+// Groups [first, last) of kTogether blocks and one tile. Sums are kept between calls: those of block j and packed row i
+// lie at kept[j][16 * i].
 template <int R, int P, class Weights>
 void panel_tile(const Units* units, const Weights* start, int64_t first, int64_t last, const Activations* a,
                 const Tile& tile, float (*kept)[kMaxTokens * 16]) {

@@ -10,7 +10,7 @@ struct I { __m256i a, b; };  // 16 int32
 constexpr int kLanes = 8;
 constexpr int kDepth = 2;
 #if defined(__AVXVNNI__)
-constexpr int kPlanes = 6;  // twelve sums, to hide the latency of vpdpbusd, and three registers for what they are made of
+constexpr int kPlanes = 6;  // twelve sums, to hide the latency of vpdpbusd, and three registers for their factors
 #else
 constexpr int kPlanes = 4;
 #endif
@@ -19,6 +19,7 @@ constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 8192;  // two distances, as in vector_avx512.h
 constexpr int kNearBytes = 1024;
+constexpr bool kAskUnpacked = false;
 
 using V = __m256;
 inline V v_zero() { return _mm256_setzero_ps(); }
@@ -116,37 +117,16 @@ inline I i_times_int16(I x, int32_t low16) {
   const __m256i y = _mm256_set1_epi32(low16);
   return {_mm256_madd_epi16(x.a, y), _mm256_madd_epi16(x.b, y)};
 }
+inline I i_nibbles(I bytes, int half) {  // the low four bits of each byte, or the high ones
+  const I mask = {_mm256_set1_epi8(15), _mm256_set1_epi8(15)};
+  return i_and(half ? I{_mm256_srli_epi16(bytes.a, 4), _mm256_srli_epi16(bytes.b, 4)} : bytes, mask);
+}
 
-struct Nibbles {
-  static constexpr int kColumnBytes = 8, kAheadBytes = 8;
-  const uint8_t* at;
-  const uint8_t* ahead;  // what to ask for while `at` is read
-  inline I step(int pair, int half) const {
-    const I bytes = i_load(at + pair * 64), mask = {_mm256_set1_epi8(15), _mm256_set1_epi8(15)};
-    return i_and(half ? I{_mm256_srli_epi16(bytes.a, 4), _mm256_srli_epi16(bytes.b, 4)} : bytes, mask);
-  }
-  STARLING_INLINE void prefetch(int pair) const {
-    _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T1);
-    _mm_prefetch((const char*)at + kNearBytes + pair * 64, _MM_HINT_T0);
-  }
-};
-struct Bytes {
-  static constexpr int kColumnBytes = 16, kAheadBytes = 8;
-  const uint8_t* at;
-  const uint8_t* ahead;  // what to ask for while `at` is read
-  inline I step(int pair, int half) const { return i_load(at + pair * 128 + half * 64); }
-  STARLING_INLINE void prefetch(int) const {}
-};
-struct EightBits : Bytes {
-  static constexpr int kAheadBytes = 16;
-  STARLING_INLINE void prefetch(int pair) const {
-#pragma GCC unroll 2
-    for (int line = 0; line < 128; line += 64) {
-      _mm_prefetch((const char*)ahead + pair * 128 + line, _MM_HINT_T1);
-      _mm_prefetch((const char*)at + kNearBytes + pair * 128 + line, _MM_HINT_T0);
-    }
-  }
-};
+}  // namespace
+
+#include "weights.h"
+
+namespace {
 
 inline __m256i four_columns(const int8_t* a) {
   int32_t word;

@@ -15,11 +15,11 @@ constexpr int64_t kTileBytes = 1024 * 1024;  // activations that lie in L2 while
 // either alone.
 constexpr int kPrefetchBytes = 8192;
 constexpr int kNearBytes = 1024;
+constexpr bool kAskUnpacked = true;  // tiles that read a block as it was unpacked ask for the next one
+constexpr int kPlanes = 8;           // int8 activation planes in one tile
 #if defined(__AVX512VNNI__)
-constexpr int kPlanes = 8;      // int8 activation planes in one tile
-constexpr int kTogether = 2;    // blocks of weights that meet an activation while it is in a register
+constexpr int kTogether = 2;  // blocks of weights that meet an activation while it is in a register
 #else
-constexpr int kPlanes = 8;
 constexpr int kTogether = 1;
 #endif
 
@@ -96,40 +96,15 @@ inline I i_load_nibbles(const uint8_t* p) {  // 8 bytes: row 2i in the low half 
 }
 // a (0 to 255) times the int16 in the low half of `low16`, whose high half is 0.
 inline I i_times_int16(I a, int32_t low16) { return _mm512_madd_epi16(a, _mm512_set1_epi32(low16)); }
+inline I i_nibbles(I bytes, int half) {  // the low four bits of each byte, or the high ones
+  return i_and(half ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+}
 
-struct Nibbles {  // 64 bytes: 16 rows x 8 columns of 4 bits
-  static constexpr bool kEight = false;
-  static constexpr int kColumnBytes = 8, kAheadBytes = 8;  // of `at` and of `ahead` for each column
-  const uint8_t* at;
-  const uint8_t* ahead;  // what to ask for while `at` is read
-  inline I step(int pair, int half) const {
-    const I bytes = i_load(at + pair * 64);
-    return i_and(half ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
-  }
-  STARLING_INLINE void prefetch(int pair) const {
-    _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T1);
-    _mm_prefetch((const char*)at + kNearBytes + pair * 64, _MM_HINT_T0);
-  }
-};
-struct Bytes {  // 64 bytes: 16 rows x 4 columns of 8 bits, of which nibbles unpacked to L1 use 4
-  static constexpr bool kEight = false;
-  static constexpr int kColumnBytes = 16, kAheadBytes = 8;
-  const uint8_t* at;
-  const uint8_t* ahead;  // what to ask for while `at` is read
-  inline I step(int pair, int half) const { return i_load(at + pair * 128 + half * 64); }
-  STARLING_INLINE void prefetch(int pair) const { _mm_prefetch((const char*)ahead + pair * 64, _MM_HINT_T1); }
-};
-struct EightBits : Bytes {
-  static constexpr bool kEight = true;
-  static constexpr int kAheadBytes = 16;
-  STARLING_INLINE void prefetch(int pair) const {
-#pragma GCC unroll 2
-    for (int line = 0; line < 128; line += 64) {
-      _mm_prefetch((const char*)ahead + pair * 128 + line, _MM_HINT_T1);
-      _mm_prefetch((const char*)at + kNearBytes + pair * 128 + line, _MM_HINT_T0);
-    }
-  }
-};
+}  // namespace
+
+#include "weights.h"
+
+namespace {
 
 inline I four_columns(const int8_t* a) {
   int32_t word;

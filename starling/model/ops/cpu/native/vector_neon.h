@@ -14,6 +14,8 @@ constexpr int kTogether = 1;
 constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
+constexpr int kNearBytes = 0;  // one distance
+constexpr bool kAskUnpacked = false;
 
 using V = float32x4_t;
 inline V v_zero() { return vdupq_n_f32(0); }
@@ -98,32 +100,18 @@ inline I i_load_nibbles(const uint8_t* p) {
 inline I i_times_int16(I x, int32_t low16) {
   return ints([&](int i) { return vmulq_n_s32(x.q[i], (int16_t)low16); });
 }
+inline I i_nibbles(I x, int half) {  // the low four bits of each byte, or the high ones
+  return ints([&](int i) {
+    const uint8x16_t bytes = vreinterpretq_u8_s32(x.q[i]);
+    return vreinterpretq_s32_u8(half ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15)));
+  });
+}
 
-struct Nibbles {
-  static constexpr bool kEight = false;
-  static constexpr int kColumnBytes = 8, kAheadBytes = 8;
-  const uint8_t* at;
-  const uint8_t* ahead;  // what to ask for while `at` is read
-  inline I step(int pair, int half) const {
-    return ints([&](int i) {
-      const uint8x16_t bytes = vld1q_u8(at + pair * 64 + i * 16);
-      return vreinterpretq_s32_u8(half ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15)));
-    });
-  }
-  STARLING_INLINE void prefetch(int pair) const { __builtin_prefetch(ahead + pair * 64); }
-};
-struct Bytes {
-  static constexpr bool kEight = false;
-  static constexpr int kColumnBytes = 16, kAheadBytes = 8;
-  const uint8_t* at;
-  const uint8_t* ahead;  // what to ask for while `at` is read
-  inline I step(int pair, int half) const { return i_load(at + pair * 128 + half * 64); }
-  STARLING_INLINE void prefetch(int) const {}
-};
-struct EightBits : Bytes {
-  static constexpr bool kEight = true;
-  static constexpr int kAheadBytes = 16;
-};
+}  // namespace
+
+#include "weights.h"
+
+namespace {
 
 template <int i> struct Index { static constexpr int value = i; };
 template <int N, int i = 0, class Body> STARLING_INLINE void unrolled(const Body& body) {

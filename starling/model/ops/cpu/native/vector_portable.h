@@ -18,6 +18,8 @@ constexpr int kTogether = 1;
 constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
+constexpr int kNearBytes = 0;  // one distance
+constexpr bool kAskUnpacked = false;
 
 inline float float_of_half(uint16_t h) {
   uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
@@ -142,27 +144,15 @@ inline I i_load_nibbles(const uint8_t* p) {
   return x;
 }
 inline I i_times_int16(I a, int32_t low16) { return a * (int32_t)(int16_t)low16; }
+inline I i_nibbles(I bytes, int half) {  // the low four bits of each byte, or the high ones
+  return (half ? (I)((U)bytes >> 4) : bytes) & 0x0f0f0f0f;
+}
 
-struct Nibbles {
-  static constexpr int kColumnBytes = 8, kAheadBytes = 8;
-  const uint8_t* at;
-  const uint8_t* ahead;  // what to ask for while `at` is read
-  inline I step(int pair, int half) const {
-    const I bytes = i_load(at + pair * 64);
-    return (half ? (I)((U)bytes >> 4) : bytes) & 0x0f0f0f0f;
-  }
-  STARLING_INLINE void prefetch(int pair) const { __builtin_prefetch(ahead + pair * 64); }
-};
-struct Bytes {
-  static constexpr int kColumnBytes = 16, kAheadBytes = 8;
-  const uint8_t* at;
-  const uint8_t* ahead;  // what to ask for while `at` is read
-  inline I step(int pair, int half) const { return i_load(at + pair * 128 + half * 64); }
-  STARLING_INLINE void prefetch(int) const {}
-};
-struct EightBits : Bytes {
-  static constexpr int kAheadBytes = 16;
-};
+}  // namespace
+
+#include "weights.h"
+
+namespace {
 
 // sum += for each row, the products of its 4 bytes (unsigned) and the 4 bytes of `a` (signed).
 inline I dot_four(I sum, I bytes, const int8_t* a) {
