@@ -12,7 +12,6 @@ uses float64, so a token on the very edge may fall on the other side; and no pro
 
 import logging
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from starling.engine.engine import Delivery, TokenStream, check_request
 from starling.engine.runner import device_faults
 from starling.engine.scheduler import Counters
 from starling.engine.sequence import FinishReason, SamplingParams, TokenConstraint
+from starling.engine.step_watch import StepWatch
 from starling.errors import DeviceError, EngineError, EngineStoppedError, StarlingError
 from starling.model.config import ModelConfig
 from starling.model.memory import free_bytes
@@ -69,7 +69,7 @@ class ReferenceEngine:
         self._running: _Task | None = None
         self._change = threading.Condition()  # guards the three fields around it
         self._closed = False
-        self._step_began_s: float | None = None
+        self._watch = StepWatch(hang_after_s)
         self._counters = Counters()
         self._thread = threading.Thread(target=self._serve, name="reference-engine", daemon=True)
         self._thread.start()
@@ -93,8 +93,7 @@ class ReferenceEngine:
     ) -> TokenStream:
         """Queue a request. Raises RequestError when it can never run, EngineStoppedError when nothing runs any more."""
         check_request(prompt, params.max_tokens, self._context_limit, self._vocab_size)
-        if self._hangs:
-            raise EngineStoppedError("The engine hangs in a step and takes no requests. Restart the container.")
+        self._watch.refuse_if_hung()
         task = _Task(prompt, params, constraint)
         task.stream = TokenStream(lambda: self._cancel(task))
         with self._change:
@@ -114,12 +113,7 @@ class ReferenceEngine:
     @property
     def healthy(self) -> bool:
         """The thread lives, and no step has been running for longer than `hang_after_s`."""
-        return self._thread.is_alive() and not self._closed and not self._hangs
-
-    @property
-    def _hangs(self) -> bool:
-        began = self._step_began_s
-        return began is not None and time.monotonic() - began >= self._hang_after_s
+        return self._thread.is_alive() and not self._closed and not self._watch.hangs
 
     @property
     def counters(self) -> Counters:
@@ -180,7 +174,7 @@ class ReferenceEngine:
             eos_token_id=None,  # the streamer knows the end, as it depends on min_tokens
             pad_token_id=0,
         )
-        self._step_began_s = time.monotonic()
+        self._watch.begin()
         try:
             with torch.inference_mode(), device_faults():
                 self._model.generate(  # type: ignore[operator]
@@ -200,7 +194,7 @@ class ReferenceEngine:
             message = f"The request failed: {type(fault).__name__}. The server goes on; try again."
             task.deliver(Delivery([], "error", EngineError(message)))
         finally:
-            self._step_began_s = None
+            self._watch.end()
         if self._closed:
             stopped = EngineStoppedError("The engine was stopped while the request ran.")
             task.deliver(Delivery([], "error", stopped))
@@ -211,7 +205,7 @@ class ReferenceEngine:
         self._counters.steps += decode_tokens
         self._counters.prefill_tokens += prompt_tokens
         self._counters.decode_tokens += decode_tokens
-        self._step_began_s = time.monotonic()
+        self._watch.begin()
 
 
 def load_autoawq(folder: Path) -> PreTrainedModel:

@@ -8,7 +8,6 @@ import itertools
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from starling.engine.runner import Step, StepRunner
 from starling.engine.scheduler import Counters, Outcome, Scheduler, Work
 from starling.engine.sequence import FinishReason, SamplingParams, Sequence, TokenConstraint
 from starling.engine.speculation import PromptLookup
+from starling.engine.step_watch import StepWatch
 from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Engine:
         self._gate = threading.Lock()  # held while a command is put, so that none is lost behind "stop"
         self._closed = False
         self._in_flight: _Flight | None = None
-        self._step_began_s: float | None = None
+        self._watch = StepWatch(hang_after_s)
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 
@@ -130,8 +130,7 @@ class Engine:
                 f"The prompt is {len(prompt)} tokens long and max_tokens is {params.max_tokens}; this server's KV "
                 f"cache holds {blocks * size} tokens in all. Lower max_tokens, or give the server more memory."
             )
-        if self._hangs:
-            raise EngineStoppedError("The engine hangs in a step and takes no requests. Restart the container.")
+        self._watch.refuse_if_hung()
         lookup = PromptLookup() if self._scheduler.limits.speculative_rows > 0 else None
         sequence = Sequence(next(self._arrivals), prompt, params, constraint, lookup)
         stream = TokenStream(lambda: self._put(_Command("cancel", sequence)))
@@ -142,12 +141,7 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """The thread lives, and no step has been running for longer than `hang_after_s`."""
-        return self._thread.is_alive() and not self._closed and not self._hangs
-
-    @property
-    def _hangs(self) -> bool:
-        began = self._step_began_s
-        return began is not None and time.monotonic() - began >= self._hang_after_s
+        return self._thread.is_alive() and not self._closed and not self._watch.hangs
 
     @property
     def counters(self) -> Counters:
@@ -190,7 +184,7 @@ class Engine:
         finally:
             with self._gate:
                 self._closed = True
-            self._step_began_s = None
+            self._watch.end()
             # The scheduler is not told: its books may be what broke, and nobody asks them any more.
             while not self._inbox.empty():
                 command = self._inbox.get()
@@ -224,7 +218,7 @@ class Engine:
 
     def _step(self) -> None:
         """Start the next step, then take what the one before it gave. Without a plan, only the latter."""
-        self._step_began_s = time.monotonic()
+        self._watch.begin()
         plan = self._scheduler.plan()
         started = None
         if plan:
@@ -234,7 +228,7 @@ class Engine:
         self._in_flight = started
         if not self._runner.overlaps:
             self._land()
-        self._step_began_s = None
+        self._watch.end()
 
     def _land(self) -> None:
         """Wait for the step in flight, if there is one, and deliver what it gave."""
