@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 from starling.errors import DeviceError
@@ -84,6 +85,7 @@ def _machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
 
 
+@lru_cache(maxsize=1)  # a start asks twice, and it reads every source
 def _key() -> str:
     digest = hashlib.sha256()
     for path in sorted(NATIVE.iterdir()):
