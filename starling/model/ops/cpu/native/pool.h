@@ -39,7 +39,8 @@ class Pool {
   std::unique_ptr<Run[]> runs_;  // one per thread
   alignas(64) std::atomic<uint32_t> job_{0};
   alignas(64) std::atomic<uint32_t> done_{0};
-  std::atomic<uint32_t> count_{0};
+  alignas(64) std::atomic<uint32_t> open_{0};   // runs that have chunks left
+  alignas(64) std::atomic<uint32_t> count_{0};  // read when a thread begins: apart from what changes meanwhile
   std::atomic<Call> call_{nullptr};
   std::atomic<const void*> work_{nullptr};
   alignas(64) std::atomic<int> sleeping_{0};
