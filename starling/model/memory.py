@@ -1,16 +1,14 @@
 """How much memory is really free: for this process, on this device."""
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
 
 from starling.errors import DeviceError
 from starling.model.config import ModelConfig
+from starling.model.control_groups import limiting_groups
 
-CGROUP = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
 # Of the memory that is free once the weights are loaded, the KV cache takes at most this share on a CPU, where others
 # want some too; on a GPU, all but what steps and their captured graphs need: attention's scratch (141 MB on an H100),
 # sampling's tables (50 MB), the graphs' activations (90 MB for 256 sequences), what blocks of a linear leave one
@@ -24,8 +22,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    groups = _group_limits(CGROUP, MEMBERSHIP)
-    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in groups)])
+    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in _group_limits())])
 
 
 def kv_cache_budget(device: torch.device, step_bytes: int) -> int:
@@ -41,7 +38,7 @@ def kv_cache_room(device: torch.device, step_bytes: int) -> int:
     """
     if device.type == "cuda":
         return max(0, free_bytes(device) - GPU_RESERVE_BYTES - step_bytes)
-    return min([psutil.virtual_memory().available, *(limit for limit, _ in _group_limits(CGROUP, MEMBERSHIP))])
+    return min([psutil.virtual_memory().available, *(limit for limit, _ in _group_limits())])
 
 
 def activation_bytes(config: ModelConfig, tokens: int) -> int:
@@ -73,28 +70,13 @@ def check_fits(free: int, weights: int, cache: int) -> None:
         )
 
 
-def _group_limits(root: Path, membership: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of this process's control group, and of each one around it, in version 2 and version 1."""
-    for folder, limit_name, used_name in _groups(root, membership):
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """Limit and use in bytes of this process's control group, and of each one around it."""
+    for version, folder in limiting_groups("memory"):
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         try:
-            limit, used = (folder / limit_name).read_text().strip(), (folder / used_name).read_text().strip()
+            limit, used = ((folder / name).read_text().strip() for name in names)
         except OSError:
             continue
         if limit != "max":
             yield int(limit), int(used)
-
-
-def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, str, str]]:
-    """Folders of control groups that may limit memory, with the names of their limit and their use."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in ["0::/", "0:memory:/", *lines]:
-        _, controllers, path = line.split(":", 2)
-        own = PurePosixPath(path.lstrip("/"))
-        for group in (own, *own.parents):
-            if controllers == "":
-                yield root / group, "memory.max", "memory.current"
-            elif "memory" in controllers.split(","):
-                yield root / "memory" / group, "memory.limit_in_bytes", "memory.usage_in_bytes"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from starling.model import memory
+from starling.model import control_groups
 from starling.model.memory import activation_bytes, free_bytes, kv_cache_room
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of control groups, on a machine that has a terabyte free."""
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(control_groups, "ROOT", tmp_path)
+    monkeypatch.setattr(control_groups, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * GB))
     return tmp_path
 

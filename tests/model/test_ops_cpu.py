@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from starling.errors import DeviceError
+from starling.model import control_groups
 from starling.model.awq import quantize
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
@@ -37,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_row_does_not_depend_on_the_others(precision: str, isa: str, rng: random.Random) -> None:
     inputs, outputs, group = rng.choice([(1024, 136, 128), (576, 64, 64), (160, 40, 32)])
-    ops = CpuOps(2, precision, isa=isa)  # type: ignore[arg-type]
+    ops = CpuOps(rng.choice([2, 16]), precision, isa=isa)  # type: ignore[arg-type]
     alone = CpuOps(1, precision, isa=isa)  # type: ignore[arg-type]
     weight = ops.pack_awq(random_awq(inputs, outputs, group))
     head = ops.pack_head(torch.randn(outputs, inputs).half())
@@ -220,6 +221,16 @@ def test_without_a_compiler_plain_torch_takes_over(
     assert error(logits(ops), logits(ReferenceOps())) < 0.05
 
 
+def test_torch_computes_with_as_many_threads_as_the_kernels() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (3, 1):
+            cpu_ops(threads)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_plain_torch_keeps_weights_at_four_bits() -> None:
     inputs, outputs = 1024, 2048
     packed = TorchCpuOps().pack_awq(quantize(torch.randn(outputs, inputs), 128))
@@ -261,8 +272,9 @@ def test_two_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     assert compiled.empty()
 
 
-def test_cores_follow_affinity_and_cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cores, "CGROUP", tmp_path)
+def test_cores_follow_affinity_and_control_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(control_groups, "ROOT", tmp_path)
+    monkeypatch.setattr(control_groups, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(cores, "TOPOLOGY", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3, 6})
     assert cores.usable_cores() == 5
@@ -274,6 +286,31 @@ def test_cores_follow_affinity_and_cgroup(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert cores.usable_cores() == 2
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert cores.usable_cores() == 3
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "wanted"),
+    [
+        ("0::/system.slice/starling.service\n", {"system.slice/starling.service/cpu.max": "350000 100000"}, 4),
+        ("0::/system.slice/starling.service\n", {"system.slice/cpu.max": "150000 100000", "cpu.max": "max 100000"}, 2),
+        ("1:cpu,cpuacct:/box\n", {"cpu/box/cpu.cfs_quota_us": "50000", "cpu/box/cpu.cfs_period_us": "100000"}, 1),
+        ("1:cpu:/of/host\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("1:memory:/box\n", {"box/cpu.max": "100000 100000", "memory/box/cpu.max": "100000 100000"}, 8),
+    ],
+)
+def test_the_nearest_and_the_outer_quotas_count(
+    membership: str, files: dict[str, str], wanted: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(control_groups, "ROOT", tmp_path)
+    monkeypatch.setattr(control_groups, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(cores, "TOPOLOGY", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    (tmp_path / "membership").write_text(membership)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    assert cores.usable_cores() == wanted
 
 
 def test_a_cache_in_either_dtype_is_the_models(checkpoint: Path) -> None:

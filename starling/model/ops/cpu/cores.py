@@ -2,21 +2,23 @@
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")
+from starling.model.control_groups import limiting_groups
+
 TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def usable_cores() -> int:
-    """Physical cores within the process's affinity and its cgroup's quota, at least 1.
+    """Physical cores within the process's affinity and its control groups' quotas, at least 1.
 
-    Two hyperthreads of a core count as one: they share the units that these kernels fill.
+    Two hyperthreads of a core count as one: they share the units that these kernels fill. Of a quota's last core a part
+    counts as a whole: two threads that are held up a quarter of the time do more than one.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = len({_siblings(cpu) for cpu in allowed})
-    quota = _cgroup_quota()
-    return max(1, cores if quota is None else min(cores, math.ceil(quota)))
+    return max(1, min([cores, *(math.ceil(quota) for quota in _quotas())]))
 
 
 def _siblings(cpu: int) -> str:
@@ -27,16 +29,15 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _cgroup_quota() -> float | None:
-    """Cores' worth of time that the cgroup may use, None where there is no limit (or no cgroup)."""
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:  # cgroup v1
-        limit = int((CGROUP / "cpu/cpu.cfs_quota_us").read_text())
-        period_us = int((CGROUP / "cpu/cpu.cfs_period_us").read_text())
-        return limit / period_us if limit > 0 else None
-    except (OSError, ValueError):
-        return None
+def _quotas() -> Iterator[float]:
+    """Cores' worth of time that each control group allows that limits it."""
+    for version, folder in limiting_groups("cpu"):
+        try:
+            if version == 2:
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        except OSError:
+            continue
+        if quota not in ("max", "-1"):
+            yield int(quota) / int(period)

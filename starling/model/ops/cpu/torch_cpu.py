@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from starling.model.awq import AwqWeight, unpack
 from starling.model.ops.cpu.compiler import NoCompilerError
+from starling.model.ops.cpu.cores import usable_cores
 from starling.model.ops.cpu.ops import CpuOps, Precision
 from starling.model.ops.interface import Ops, Packed
 from starling.model.ops.reference import ReferenceOps
@@ -20,18 +21,15 @@ PACKED_ROWS = 4096  # output features repacked at a time: unpacked to int32 they
 class TorchCpuOps(ReferenceOps):
     """Weights stay at 4 bits, read by torch's own int4 product. It takes bfloat16: errors of about 3e-3 per layer.
 
-    `kv_dtype` as in CpuOps; `threads`: None for torch's choice. The output projection stays in fp16, and is widened to
-    float32 a slice at a time.
+    `kv_dtype` as in CpuOps. The output projection stays in fp16, and is widened to float32 a slice at a time.
     """
 
     name = "torch-cpu"
     layout: str | None = "torch-cpu-1"
 
-    def __init__(self, threads: int | None = None, kv_dtype: torch.dtype = torch.float16) -> None:
+    def __init__(self, kv_dtype: torch.dtype = torch.float16) -> None:
         super().__init__("cpu", torch.float32)
         self.kv_dtype = kv_dtype
-        if threads is not None:
-            torch.set_num_threads(threads)
 
     def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
         """`weight` as torch packs it; `scales_and_zeros` bfloat16 [groups, out, 2]; `shape`: out, group size.
@@ -70,9 +68,15 @@ class TorchCpuOps(ReferenceOps):
 
 
 def cpu_ops(threads: int | None = None, precision: Precision = "auto", kv_dtype: torch.dtype = torch.float16) -> Ops:
-    """The CPU's operations: the kernels, or plain torch with a warning where they cannot be built."""
+    """The CPU's operations: the kernels, or plain torch with a warning where they cannot be built.
+
+    `threads`: None for the cores that this process may use. torch computes with as many from now on: by itself it does
+    not see a container's quota, and its threads spin for milliseconds after each operation.
+    """
+    threads = threads or usable_cores()
+    torch.set_num_threads(threads)
     try:
         return CpuOps(threads, precision, kv_dtype)
     except NoCompilerError as error:
         log.warning("The CPU runs plain torch operations, several times slower. %s", error)
-        return TorchCpuOps(threads, kv_dtype)
+        return TorchCpuOps(kv_dtype)
