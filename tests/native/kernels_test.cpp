@@ -12,6 +12,7 @@
 
 #include "context.h"
 #include "isa.h"
+#include "sampling.h"
 
 static std::mt19937 rng;
 static int failures = 0;
@@ -214,6 +215,16 @@ static void test_rows(Context& context, const std::string& name) {
   check(name + " silu", out, silu, 1e-6);
 }
 
+// Logits that are no numbers, of a model that is broken: any token, but no memory that is another's.
+static void test_broken_draw(const std::string& name) {
+  const float nan = std::nanf("");
+  std::vector<float> p = {0.5f, nan, 1.0f, -nan, 0.25f};
+  const int64_t drawn = draw(p.data(), (int64_t)p.size(), Sampling{1.0, 2, 0.9, 0.0, 0.5});
+  if (drawn >= 0 && drawn < (int64_t)p.size()) return;
+  failures++;
+  std::printf("FAILED %s: drew token %ld\n", name.c_str(), (long)drawn);
+}
+
 int main(int count, char** arguments) {
   if (count != 2) {
     std::printf("usage: %s INSTRUCTION_SET\n", arguments[0]);
@@ -240,6 +251,7 @@ int main(int count, char** arguments) {
     for (int64_t window : {0, 100})
       for (bool as_half : {true, false}) test_attention(context, name, as_half, window);
     test_rows(context, name);
+    test_broken_draw(name);
   }
   std::printf(failures ? "%d failures\n" : "all good\n", failures);
   return failures != 0;
