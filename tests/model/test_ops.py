@@ -130,6 +130,37 @@ def test_embedding_norms_and_activation(candidate: Candidate, rng: random.Random
     assert error(ops.silu_and_mul(gate_up), REFERENCE.silu_and_mul(gate_up)) < candidate.other
 
 
+def test_inputs_may_lie_apart(candidate: Candidate, rng: random.Random) -> None:
+    """Every second of a tensor's last dimension, against the same numbers end to end."""
+    ops, tokens, heads, kv_heads, dim = candidate.make(), 40, 8, 2, 64
+    weight, table = ops.pack_awq(random_awq(512, 64, 128)), torch.randn(100, 32).half()
+    head, rotary = ops.pack_head(torch.randn(64, 512).half()), torch.randn(64, dim)
+    batch = step([Piece([1, 0, 2], 0, tokens)], 16)
+
+    def results(cut: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        x, qkv = torch.randn(tokens, 1024), torch.randn(tokens, (heads + 2 * kv_heads) * dim * 2)
+        prompt, ids, weights = (
+            torch.rand(2 * tokens) < 0.5,
+            torch.randint(0, 100, (2 * tokens,)),
+            torch.randn(512).half(),
+        )
+        keys, values = torch.zeros(2, 3, kv_heads, 16, dim, dtype=ops.kv_dtype)
+        q = ops.rotate_and_cache(cut(qkv), batch, rotary, keys, values)
+        apart = torch.stack([q, q], dim=-1).view(tokens, heads, 2 * dim)
+        settings = torch.tensor([[0.7, 0.9, 0.0, 0.3]], dtype=torch.float64).expand(tokens, 4).t().contiguous()
+        top_k = torch.zeros(tokens, dtype=torch.int64)
+        return [
+            ops.awq_linear(cut(x), weight, cut(prompt)), ops.head(cut(x), head), ops.embed(cut(ids), table),
+            ops.rms_norm(cut(x), weights, 1e-5), ops.silu_and_mul(cut(x)), keys, values, q,
+            ops.attention(cut(apart), keys, values, batch, None),
+            ops.sample(cut(x), settings[0], top_k, settings[1], settings[2], settings[3]),
+        ]  # fmt: skip
+
+    for found, wanted in zip(results(lambda t: t[..., ::2]), results(lambda t: t[..., ::2].contiguous()), strict=True):
+        assert error(found.double(), wanted.double()) < candidate.other
+
+
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(32, 8, 128), (9, 3, 64), (4, 4, 16), (8, 1, 80), (6, 2, 8), (4, 2, 24)]

@@ -141,13 +141,13 @@ class CpuOps:
         return _linear(weight)
 
     def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:
-        return self._linear(x, weight, prompt_tokens.contiguous().data_ptr())
+        return self._linear(x, weight, prompt_tokens)
 
     def head(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
         return self._linear(x, weight, None)
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
-        token_ids = resolved(token_ids, sampled)
+        token_ids = resolved(token_ids, sampled).contiguous()
         out = torch.empty(token_ids.numel(), table.shape[1])
         self._lib.starling_embed(
             self._context, token_ids.data_ptr(), table.data_ptr(), out.data_ptr(), token_ids.numel(), table.shape[1]
@@ -170,10 +170,10 @@ class CpuOps:
     ) -> torch.Tensor:
         _, kv_heads, block_size, dim = keys.shape
         heads = qkv.shape[1] // dim - 2 * kv_heads
-        q = torch.empty(qkv.shape[0], heads, dim)
+        qkv, q = _rows(qkv), torch.empty(qkv.shape[0], heads, dim)
         shape = self._shape(heads, kv_heads, dim, block_size, None)
         self._lib.starling_rotate_and_write(
-            self._context, ctypes.addressof(shape), self._step(batch), _rows(qkv).data_ptr(), rotary.data_ptr(),
+            self._context, ctypes.addressof(shape), self._step(batch), qkv.data_ptr(), rotary.data_ptr(),
             keys.data_ptr(), values.data_ptr(), q.data_ptr(),
         )  # fmt: skip
         return q
@@ -183,17 +183,17 @@ class CpuOps:
     ) -> torch.Tensor:
         tokens, heads, dim = q.shape
         shape = self._shape(heads, keys.shape[1], dim, keys.shape[2], window)
-        out = torch.empty(tokens, heads * dim)
+        q, out = _rows(q), torch.empty(tokens, heads * dim)
         self._lib.starling_attention(
-            self._context, ctypes.addressof(shape), self._step(batch), q.contiguous().data_ptr(), keys.data_ptr(),
+            self._context, ctypes.addressof(shape), self._step(batch), q.data_ptr(), keys.data_ptr(),
             values.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         tokens, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(tokens, intermediate)
-        self._lib.starling_silu_mul(self._context, _rows(gate_up).data_ptr(), out.data_ptr(), tokens, intermediate)
+        gate_up, out = _rows(gate_up), torch.empty(tokens, intermediate)
+        self._lib.starling_silu_mul(self._context, gate_up.data_ptr(), out.data_ptr(), tokens, intermediate)
         return out
 
     def run_layers(
@@ -234,20 +234,27 @@ class CpuOps:
         settings = (temperature, top_k, top_p, min_p, uniform)
         wanted = (torch.float64, torch.int64, torch.float64, torch.float64, torch.float64)
         assert tuple(s.dtype for s in settings) == wanted and all(s.is_contiguous() for s in settings)
+        logits = _rows(logits)
         rows, vocabulary = logits.shape
         ids = torch.empty(rows, dtype=torch.int64)
         self._lib.starling_sample(
-            self._context, _rows(logits).data_ptr(), rows, vocabulary, *(s.data_ptr() for s in settings), ids.data_ptr()
+            self._context, logits.data_ptr(), rows, vocabulary, *(s.data_ptr() for s in settings), ids.data_ptr()
         )
         return ids
 
-    def _linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: int | None) -> torch.Tensor:
-        linear = _linear(weight)
-        x = _rows(x)
+    def _linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor | None) -> torch.Tensor:
+        linear, x = _linear(weight), _rows(x)
+        prompt_tokens = None if prompt_tokens is None else prompt_tokens.contiguous()
         tokens = x.shape[0]
         out = torch.empty(tokens, linear.rows)
         self._lib.starling_linear(
-            self._context, linear.address, x.data_ptr(), tokens, prompt_tokens, self._precision, out.data_ptr()
+            self._context,
+            linear.address,
+            x.data_ptr(),
+            tokens,
+            None if prompt_tokens is None else prompt_tokens.data_ptr(),
+            self._precision,
+            out.data_ptr(),
         )
         return out
 
@@ -290,6 +297,6 @@ def _linear(weight: Packed) -> PackedLinear:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """As the kernels read it: float32, rows end to end."""
+    """As the kernels read it: float32, rows end to end. To be held while they do: it may be a copy."""
     assert x.dtype == torch.float32
     return x.contiguous()
