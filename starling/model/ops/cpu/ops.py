@@ -220,7 +220,7 @@ class CpuOps:
             self._context, ctypes.addressof(self._stack.structs), len(layers), ctypes.addressof(shape),
             self._step(batch), rotary.data_ptr(), self._precision, x.data_ptr(), residual.data_ptr(),
         )  # fmt: skip
-        return residual.add_(x)
+        return residual
 
     def sample(
         self,

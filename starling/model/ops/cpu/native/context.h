@@ -47,7 +47,7 @@ class Context {
   // See Ops.sample; the settings are [tokens], `ids` receives the choices.
   void sample(const float* logits, int64_t tokens, int64_t vocabulary, const double* temperature, const int64_t* top_k,
               const double* top_p, const double* min_p, const double* uniform, int64_t* ids);
-  // All layers: x [tokens, hidden] holds the embeddings, and then what the last layer adds to `residual`.
+  // All layers: x [tokens, hidden] holds the embeddings, and is used up; `residual` receives what is behind the last.
   void layers(const Layer* layers, int64_t count, const Shape& shape, const Step& step, const float* rotary,
               Precision precision, float* x, float* residual);
   void pack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, const Linear& out);

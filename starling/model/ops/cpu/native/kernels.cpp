@@ -27,5 +27,5 @@
 #include "attention.h"
 
 const Kernels starling_kernels = {
-    kPlanes, quantize, linear, attend, merge, rotate_and_write, add_norm, silu_mul, widen, exp_scaled,
+    kPlanes, kTileBytes, quantize, linear, attend, merge, rotate_and_write, add_norm, silu_mul, widen, exp_scaled,
 };

@@ -378,8 +378,8 @@ void float_block(const Linear* w, int64_t b, const Activations* a, float* y) {
   for (int i = 0; i < a->rows; i++) store_rows(at + i * w->rows, f_load(kept + i * 16), w->rows - b * kBlockRows);
 }
 
-// Blocks [first, last), all of one stripe.
-void linear(const Linear* w, const Activations* a, Precision precision, float* y, int64_t first, int64_t last) {
+void linear(const Linear* w, const Activations* a, Precision precision, float* y, int64_t first, int64_t last,
+            int first_tile, int last_tile) {
   if (precision == kFloat32 || w->bits == 16) {
     for (int64_t b = first; b < last; b++) float_block(w, b, a, y);
   } else if (a->tiles == 1) {
@@ -387,17 +387,8 @@ void linear(const Linear* w, const Activations* a, Precision precision, float* y
     if (w->bits == 4) for_shape(tile, Stream<Nibbles>{w, a, tile, y, first, last});
     else for_shape(tile, Stream<EightBits>{w, a, tile, y, first, last});
   } else {
-    // As many tiles at a time as stay in L2 while the chunk's blocks pass by.
-    for (int t = 0; t < a->tiles;) {
-      int end = t;
-      int64_t bytes = 0;
-      do {
-        bytes += a->tile[end].rows * a->tile[end].planes * w->columns;
-        end++;
-      } while (end < a->tiles && bytes < kTileBytes);
-      for (int64_t b = first; b < last; b += kTogether) panel_blocks(w, b, blocks_here(b, last), a, t, end, y);
-      t = end;
-    }
+    for (int64_t b = first; b < last; b += kTogether)
+      panel_blocks(w, b, blocks_here(b, last), a, first_tile, last_tile, y);
   }
 }
 

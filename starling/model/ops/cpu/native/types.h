@@ -134,9 +134,12 @@ struct Layer {
 
 // The kernels of one instruction set.
 struct Kernels {
-  int32_t planes;  // int8 planes in the widest tile
+  int32_t planes;      // int8 planes in the widest tile
+  int64_t tile_bytes;  // of activations that stay in L2 while blocks of weights pass by
   void (*quantize)(const Activations*, int tile, int row_in_tile);
-  void (*linear)(const Linear*, const Activations*, Precision, float* y, int64_t first_block, int64_t last_block);
+  // Blocks times tiles [first, last), all of the blocks in one stripe; in float32, times all rows.
+  void (*linear)(const Linear*, const Activations*, Precision, float* y, int64_t first_block, int64_t last_block,
+                 int first_tile, int last_tile);
   void (*attention)(const Attention*, const AttentionItem*);
   void (*merge)(const Attention*, const AttentionItem* splits, int count);
   void (*rotate_and_write)(const RotaryWrite*, int64_t first_token, int64_t last_token);
