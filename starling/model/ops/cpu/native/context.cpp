@@ -8,6 +8,8 @@
 
 namespace {
 
+constexpr int64_t kFewNumbers = 8192;  // to round: about as long as it takes many threads to begin
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of one kind, cut into the tiles that the kernels have: the widest, and 4, 3, 2 or 1 rows.
@@ -42,6 +44,7 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
   const bool floats = precision == kFloat32 || w.bits == 16;
   const int rows = (int)tokens;
   order_.resize(rows);
+  const int64_t groups = w.columns / w.group;
   int64_t planes = 0;
   tiles_.clear();
   Activations a{};
@@ -61,7 +64,6 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
       if (!coarse(i)) order_[packed++] = i;
     cut_tiles(coarse_rows, 1, kernels_->planes, (int)w.columns, tiles_);
     cut_tiles(rows - coarse_rows, 2, kernels_->planes, (int)w.columns, tiles_);
-    const int64_t groups = w.columns / w.group;
     planes = coarse_rows + 2 * (rows - coarse_rows);
     a.planes = planes_.get(planes * w.columns);
     a.minus_sums = minus_sums_.get(planes * groups);
@@ -71,13 +73,16 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
   a.tile = tiles_.data();
   a.tiles = (int32_t)tiles_.size();
   if (!floats) {
-    auto tile = [&](int64_t t) {
-      for (int r = 0; r < tiles_[t].rows; r++) kernels_->quantize(&a, (int)t, r);
+    // A panel of one tile at a time: a batch of 8 is two tiles, too few to go round.
+    const int64_t step = kPanelColumns / w.group, panels = ceil_div(groups, step);
+    auto panel = [&](int64_t i) {
+      const int64_t first = i % panels * step;
+      kernels_->quantize(&a, (int)(i / panels), first, std::min(groups, first + step));
     };
-    if (rows <= 2)
-      for (int t = 0; t < a.tiles; t++) tile(t);
+    if (rows * w.columns <= kFewNumbers)
+      for (int64_t i = 0; i < a.tiles * panels; i++) panel(i);
     else
-      pool_.run(a.tiles, tile);
+      pool_.run(a.tiles * panels, panel);
   }
   const int64_t blocks = ceil_div(w.rows, kBlockRows);
   // Chunks small enough to even out a busy core, large enough to stream: a stripe, or a half, a quarter... of one. Two
@@ -88,11 +93,9 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
   const int64_t chunks = ceil_div(blocks, chunk);
   // Of many tiles a thread takes as many as stay in L2, or fewer where blocks alone leave it less than 8 chunks; not
   // below 4, since each time the weights are unpacked anew.
-  int64_t parts = 1;
-  if (a.tiles > 1)
-    parts = std::max(ceil_div(planes * w.columns, kernels_->tile_bytes),
-                     std::min<int64_t>(ceil_div(8 * threads, chunks), a.tiles / 4));
-  parts = std::min<int64_t>(parts, std::max(1, a.tiles));
+  const int64_t in_l2 = ceil_div(planes * w.columns, kernels_->tile_bytes);
+  const int64_t to_go_round = std::min<int64_t>(ceil_div(8 * threads, chunks), a.tiles / 4);
+  const int64_t parts = a.tiles < 2 ? 1 : std::min<int64_t>(a.tiles, std::max(in_l2, to_go_round));
   pool_.run(chunks * parts, [&](int64_t i) {
     const int64_t first = i / parts * chunk, part = i % parts;
     kernels_->linear(&w, &a, precision, y, first, std::min(blocks, first + chunk), (int)(a.tiles * part / parts),

@@ -19,16 +19,16 @@ inline void store_columns(int8_t* at, int planes, I q) {
   for (int j = 0; j < 4; j++) memcpy(at + j * planes * 4, bytes + j * 4, 4);
 }
 
-void quantize(const Activations* a, int index, int row) {
+void quantize_row(const Activations* a, int index, int row, int64_t first, int64_t last) {
   const Tile& tile = a->tile[index];
   const int64_t group = a->group, groups = a->columns / group;
   const int stride = tile.rows * tile.planes;
-  const float* x = a->x + (int64_t)a->order[tile.first + row] * a->columns;
-  int8_t* planes = a->planes + tile.offset + row * tile.planes * 4;
-  int32_t* minus_sums = a->minus_sums + tile.offset / group + row * tile.planes;
-  float* scales = a->scales + (int64_t)tile.first * groups + row;
+  const float* x = a->x + (int64_t)a->order[tile.first + row] * a->columns + first * group;
+  int8_t* planes = a->planes + tile.offset + first * group * stride + row * tile.planes * 4;
+  int32_t* minus_sums = a->minus_sums + tile.offset / group + first * stride + row * tile.planes;
+  float* scales = a->scales + tile.first * groups + first * tile.rows + row;
   const float limit = tile_limit(tile);
-  for (int64_t g = 0; g < groups; g++, x += group, planes += stride * group, minus_sums += stride, scales += tile.rows) {
+  for (int64_t g = first; g < last; g++, x += group, planes += stride * group, minus_sums += stride, scales += tile.rows) {
     F top = f_abs(f_load(x));
     for (int64_t k = 16; k < group; k += 16) top = f_max(top, f_abs(f_load(x + k)));
     const float largest = f_largest(top);
@@ -56,6 +56,10 @@ void quantize(const Activations* a, int index, int row) {
       minus_sums[1] = -i_sum(low_sum) & 0xffff;
     }
   }
+}
+
+void quantize(const Activations* a, int tile, int64_t first, int64_t last) {
+  for (int row = 0; row < a->tile[tile].rows; row++) quantize_row(a, tile, row, first, last);
 }
 
 // One group of kTogether blocks and a tile of R rows of P planes: sums[b][r] += scale * activation scale * (integer sum).

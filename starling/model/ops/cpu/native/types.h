@@ -136,7 +136,7 @@ struct Layer {
 struct Kernels {
   int32_t planes;      // int8 planes in the widest tile
   int64_t tile_bytes;  // of activations that stay in L2 while blocks of weights pass by
-  void (*quantize)(const Activations*, int tile, int row_in_tile);
+  void (*quantize)(const Activations*, int tile, int64_t first_group, int64_t last_group);
   // Blocks times tiles [first, last), all of the blocks in one stripe; in float32, times all rows.
   void (*linear)(const Linear*, const Activations*, Precision, float* y, int64_t first_block, int64_t last_block,
                  int first_tile, int last_tile);
