@@ -6,6 +6,7 @@ python -m starling.terminal --weights weights/demo          # starts a server fo
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import time
@@ -28,7 +29,8 @@ def show(client: Client, **inputs: object) -> str:
             for chunk in answer:
                 said.append(chunk)
                 print(chunk, end="", flush=True)
-            print(f"\n\n{summary(answer)}", flush=True)
+            stopped = answer.status == "canceled"  # by someone else; such an answer has no metrics
+            print(f"\n\n{'[stopped]' if stopped else summary(answer)}", flush=True)
     except KeyboardInterrupt:
         print("\n\n[stopped]", flush=True)
     return "".join(said)
@@ -91,6 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--engine", choices=("engine", "reference"), help="with --weights; default: STARLING_ENGINE")
     options = parser.parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the terminal cannot show, or a byte that is none
     if options.engine and options.url:
         parser.error("--engine goes with --weights: a running server has its engine already")
     inputs: dict[str, object] = {"mode": "code" if options.code else "chat"}
