@@ -155,6 +155,8 @@ def test_prompts_are_never_logged(echo: Echo) -> None:
 def test_a_proxy_for_other_machines_is_not_asked_for_this_one(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name)
     assert echo.server.health()["status"] in ("READY", "BUSY")
     client = Client(echo.server.url)
     with client.stream(prompt="a b") as answer:
