@@ -57,7 +57,7 @@ def test_the_readmes_examples_run(demo_folder: Path, service: Service) -> None:
     for name in ("finish_reason", "input_token_count", "output_token_count"):
         assert getattr(same, name) == getattr(result, name)
     first_and_streamed, third = done.stdout.split(shown)
-    assert first_and_streamed.endswith(f"\n{result.text}")
+    assert first_and_streamed.endswith(f"\n{result.text}\n")
     assert third.startswith("\n") and third.endswith("\n")
 
 
