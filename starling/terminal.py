@@ -8,9 +8,11 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from starling.client import Answer, AnswerError, Client
 from starling.errors import StarlingError
@@ -81,6 +83,11 @@ def start(server: LocalServer) -> None:
     print(f"{chr(13) if interactive else ''}Server ready in {time.monotonic() - begun_s:.1f} s", file=sys.stderr)
 
 
+def leave(number: int, frame: FrameType | None) -> None:
+    """A signal's handler: end as after an error, so that the server ends too."""
+    sys.exit(128 + number)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m starling.terminal", description="Ask the model, or chat with it.")
     parser.add_argument("prompt", nargs="?", help="without one: a chat")
@@ -109,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
                 environ |= {"STARLING_ENGINE": options.engine} if options.engine else {}
                 locate_weights(Settings.from_env({**os.environ, **environ}))  # a server would say it among its log
                 server = LocalServer(environ=environ)
+                for number in (signal.SIGTERM, signal.SIGHUP):  # a window that is closed sends SIGHUP
+                    cleanup.callback(signal.signal, number, signal.signal(number, leave))
                 cleanup.callback(server.stop)
                 start(server)
                 url = server.url

@@ -1,11 +1,13 @@
 """The terminal, driven as a person does: what it prints, and what Ctrl-C does."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import psutil
@@ -137,6 +139,29 @@ def test_a_server_that_dies_ends_the_answer(own_echo: Echo, terminals: list[Term
     own_echo.server.process.kill()
     assert f"The connection to {own_echo.server.url} failed" in terminal.screen.read().decode()
     assert terminal.process.wait(HANG_S) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_its_own_server_ends_with_it(tiny_folder: Path, number: signal.Signals) -> None:
+    terminal = subprocess.Popen(
+        [sys.executable, "-m", "starling.terminal", "--weights", tiny_folder],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    server: list[psutil.Process] = []
+    try:
+        assert terminal.stdout is not None
+        assert terminal.stdout.readline(), "it did not start"  # the hint, once the server is ready
+        server = psutil.Process(terminal.pid).children(recursive=True)
+        terminal.send_signal(number)
+        assert terminal.wait(HANG_S) == 128 + number
+        assert server and not any(process.is_running() for process in server)
+    finally:
+        for process in [terminal, *server]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        terminal.communicate()
 
 
 def test_a_chat_and_both_uses_of_ctrl_c(echo: Echo, terminals: list[Terminal]) -> None:
