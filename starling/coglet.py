@@ -73,15 +73,21 @@ def install_cancellation() -> None:
 
 def _submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> "Future[T]":
     """asyncio.run_coroutine_threadsafe, whose future also fires a signal when it is cancelled."""
+    try:
+        return _submit_with_signal(coroutine, loop)
+    except CancelationException:
+        # If the coroutine runs all the same, what it returns is drained by nobody, and starts nothing.
+        future: Future[T] = Future()
+        future.cancel()
+        future.set_running_or_notify_cancel()
+        return future
+
+
+def _submit_with_signal(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> "Future[T]":
     signal = CancelSignal()
     token = _signal.set(signal)  # the loop copies this thread's context into the coroutine
     try:
         future = _run_coroutine_threadsafe(coroutine, loop)
-    except CancelationException:
-        future = Future()
-        future.cancel()
-        future.set_running_or_notify_cancel()
-        return future
     finally:
         _signal.reset(token)
     cancel_future = future.cancel
