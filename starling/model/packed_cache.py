@@ -78,14 +78,17 @@ def load_or_make(
 
 
 def _key(checkpoint: Path, layout: str) -> str:
-    """Changes whenever what would be repacked does: headers, sizes and times of the files, config.json, the layout."""
+    """Changes whenever what would be repacked does: headers, sizes and times of the files, config.json, the layout.
+
+    Of the times, whole seconds: an image's layers keep no more (containerd's archive/tar.go).
+    """
     digest = hashlib.sha256(f"{FORMAT} {layout}".encode())
     digest.update((checkpoint / "config.json").read_bytes())
     for path in sorted(checkpoint.glob("*.safetensors")):
         stat = path.stat()
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            digest.update(f"\0{path.name} {stat.st_size} {stat.st_mtime_ns}\0".encode() + file.read(length))
+            digest.update(f"\0{path.name} {stat.st_size} {stat.st_mtime_ns // 10**9}\0".encode() + file.read(length))
     return digest.hexdigest()
 
 
