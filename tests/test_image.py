@@ -214,7 +214,7 @@ def test_the_kernels_sources_and_the_lock_are_sent() -> None:
     assert native and sent >= {*native, "predict.py", "weights/starling-lm-7b-alpha-awq.lock"}
     assert not ignored("weights/starling-lm-7b-alpha-awq/model.safetensors")
     assert not ignored("weights/starling-lm-7b-alpha-awq/.verified.json")
-    assert not ignored(".cog")  # Cog refuses to build otherwise
+    assert not ignored(SCHEMA) and not ignored(REQUIREMENTS)  # scripts/image hands them over
 
 
 def test_nothing_large_or_secret_slips_in() -> None:
@@ -235,6 +235,7 @@ def test_nothing_large_or_secret_slips_in() -> None:
         "starling/demo_scales.safetensors",
         "weights/.demo.lock",
         "weights/starling-lm-7b-alpha-awq/.partial/model.safetensors.f0a8",
+        "weights/starling-lm-7b-alpha-awq/packed-1b9f3c2a-cpu-7.bin",
         "starling/__pycache__/a.cpython-311.pyc",
         "starling/a.pyc",
         ".env",
