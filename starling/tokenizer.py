@@ -30,9 +30,7 @@ class Tokenizer:
             pieces: dict[str, int] = model["vocab"]
             if model.get("type", "BPE") != "BPE" or model.get("ignore_merges"):
                 kind = f"type {model.get('type', 'BPE')!r}, ignore_merges {model.get('ignore_merges', False)}"
-                raise CheckpointError(
-                    f"{source} holds a tokenizer of {kind}; implemented: 'BPE', with its merges."
-                )
+                raise CheckpointError(f"{source} holds a tokenizer of {kind}; implemented: 'BPE', with its merges.")
             model["merges"] = [merge for merge in model["merges"] if _product(merge) not in controls]
             raw |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
             self._encoder = Encoder.from_str(json.dumps(raw))
