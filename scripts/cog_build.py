@@ -45,6 +45,7 @@ class CogYamlError(Exception):
 class CogYaml:
     """A cog.yaml that was checked."""
 
+    name: str  # the file's
     build: dict[str, Any]
     predict: str
     environment: list[str] = field(default_factory=list)
@@ -68,7 +69,7 @@ class CogYaml:
                 raise CogYamlError(f"{path.name}: environment cannot hold {entry!r}")
         if (sampler := _traces(raw).get("sampler", "always_off")) not in SAMPLERS:
             raise CogYamlError(f"{path.name}: no sampler is called {sampler!r}")
-        return cls(build, raw["predict"], raw.get("environment", []), raw.get("observability", {}))
+        return cls(path.name, build, raw["predict"], raw.get("environment", []), raw.get("observability", {}))
 
     @property
     def base_image(self) -> str:
@@ -107,7 +108,9 @@ def dockerfile(config: CogYaml, root: Path = ROOT, base: str | None = None, pip_
     if traces.get("enabled"):
         lines.append("ENV COG_TRACE_CONFIGURED=true")
         lines += [f"ENV COG_TRACE_SAMPLER={traces['sampler']}"] if "sampler" in traces else []
-    lines += ['CMD ["python", "-m", "cog.server.http"]', "COPY . /src", f"COPY {SCHEMA} /src/.cog/"]
+    lines += ['CMD ["python", "-m", "cog.server.http"]', "COPY . /src"]
+    lines += [f"RUN cp /src/{config.name} /src/cog.yaml"] if config.name != "cog.yaml" else []
+    lines.append(f"COPY {SCHEMA} /src/.cog/")
     return "\n".join(lines) + "\n"
 
 

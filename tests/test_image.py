@@ -69,6 +69,8 @@ def test_every_file_that_is_copied_is_there(name: str) -> None:
             source = line.split()[1]
             assert source in MADE_BY_COG or (ROOT / source).exists()
             assert not ignored(source)
+        if line.startswith("RUN cp "):
+            assert line.split()[2].removeprefix("/src/") in context()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -82,7 +84,9 @@ def test_the_steps_stand_in_cog_s_order(name: str) -> None:
         "WORKDIR /src",
         "EXPOSE 5000",
     ]
-    order += ["ENV COG_PREDICT_TYPE_STUB", "CMD ", "COPY . /src", "COPY .cog/openapi"]
+    order += ["ENV COG_PREDICT_TYPE_STUB", "CMD ", "COPY . /src"]
+    order += ["RUN cp /src/cog-cpu.yaml /src/cog.yaml"] if name == "cog-cpu.yaml" else []
+    order += ["COPY .cog/openapi"]
     found = [position(lines, beginning) for beginning in order]
     assert found == sorted(found)
     assert lines[position(lines, "CMD ")] == 'CMD ["python", "-m", "cog.server.http"]'
