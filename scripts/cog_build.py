@@ -33,8 +33,11 @@ SAMPLERS = {
     "always_on", "always_off", "traceidratio",
     "parentbased_always_on", "parentbased_always_off", "parentbased_traceidratio",
 }  # fmt: skip
-# What `environment` may not set.
-RESERVED = re.compile(r"(PATH|LD_LIBRARY_PATH|PYTHONPATH|HF_ENDPOINT|(CUDA|NVIDIA|REPLICATE)_\w*)$")
+# What `environment` may not set (Cog's pkg/config/env.go).
+RESERVED = re.compile(
+    r"(PATH|LD_LIBRARY_PATH|LIBRARY_PATH|PYTHONPATH|PYTHONUNBUFFERED|VIRTUAL_ENV|HF_ENDPOINT|HF_HUB_ENABLE_HF_TRANSFER"
+    r"|(CUDA|NVIDIA|NV|REPLICATE|R8|PGET|KUBERNETES)_.*)$"
+)
 
 
 class CogYamlError(Exception):

@@ -112,6 +112,7 @@ def test_both_images_have_the_same_cog_and_each_what_its_kernels_need() -> None:
         ("biuld: {}\npredict: p", "biuld"),
         ("build: {python_version: '3.9'}\npredict: p", "3.9"),
         ("build: {python_version: '3.11'}\nenvironment: [PATH=/x]\npredict: p", "PATH"),
+        ("build: {python_version: '3.11'}\nenvironment: [NV_X=1]\npredict: p", "NV_X"),
         ("build: {python_version: '3.11'}\nenvironment: ['A=b c']\npredict: p", "b c"),
         ("build: {python_version: '3.11'}\nobservability: {traces: {sampler: some}}\npredict: p", "some"),
     ],
