@@ -11,13 +11,14 @@ from typing import Any
 import jsonschema
 import pytest
 
+from starling import tokenizer_json
 from starling.engine.engine import Delivery, TokenStream
-from starling.errors import DeviceError, GenerationCancelled, RequestError
+from starling.errors import CheckpointError, DeviceError, GenerationCancelled, RequestError
 from starling.generation import Generation, GenerationResult
 from starling.request import Request
 from starling.service import Service, load_engine
 from starling.settings import Settings
-from starling.tokenizer import IncrementalDecoder, Tokenizer
+from starling.tokenizer import IncrementalDecoder, Tokenizer, byte_alphabet
 from tests.model.tiny import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -271,6 +272,17 @@ def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:
     stream.put(Delivery([], "length"))
     generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
     assert "".join(generation) == text
+
+
+def test_a_model_of_another_chat_format_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path)
+    controls = {f"<|reserved_{i}|>": 256 + i for i in range(70)}
+    tokenizer_json.write(tokenizer_json.byte_level(byte_alphabet() | controls, [], controls), tmp_path)
+    monkeypatch.setattr("starling.service.load_engine", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(CheckpointError, match=r"no token '<\|end_of_turn\|>'.* and 62 more\. Only models of the chat"):
+        Service.from_folder(tmp_path)
 
 
 def test_a_kv_cache_that_memory_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
