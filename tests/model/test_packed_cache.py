@@ -91,7 +91,7 @@ def test_what_was_kept_comes_back(checkpoint: Path) -> None:
     assert repack.runs == 1
 
 
-@pytest.mark.parametrize("change", ["config", "time", "header", "layout"])
+@pytest.mark.parametrize("change", ["config", "time", "values", "header", "layout"])
 def test_another_checkpoint_or_layout_is_repacked(checkpoint: Path, change: str) -> None:
     repack = Repacking(some_weights())
     packed_cache.load_or_make(checkpoint, LAYOUT, repack, [checkpoint])
@@ -107,6 +107,9 @@ def test_another_checkpoint_or_layout_is_repacked(checkpoint: Path, change: str)
         at = content.index(b"input_layernorm")
         content[at : at + 1] = b"j"
         path.write_bytes(content)
+        os.utime(path, ns=(times, times))
+    elif change == "values":
+        write_checkpoint(checkpoint)
         os.utime(path, ns=(times, times))
     packed_cache.load_or_make(checkpoint, "test-2" if change == "layout" else LAYOUT, repack, [checkpoint])
     assert repack.runs == 2
