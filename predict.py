@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cog import BasePredictor, ConcatenateIterator, Input, concurrent, streaming
 
-from starling.coglet import current_signal, drain, install_cancellation
+from starling.coglet import current_signal, discard_folders, drain, install_cancellation
 from starling.errors import RequestError
 from starling.logs import configure as configure_logs
 from starling.request import Request
@@ -99,6 +99,7 @@ class Predictor(BasePredictor):
     ) -> ConcatenateIterator[str]:
         """Answer a prompt. A coroutine that returns a generator: coglet streams nothing else side by side."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
+        discard_folders()
         # Taken here: on the thread that drains the generator, `self.scope` is that of whichever prediction began last.
         scope = self.scope
 

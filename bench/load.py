@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 import httpx
 from httpx_sse import EventSource
 
+from starling.client import LOOPBACK_WITHOUT_PROXY
+
 WORDS = [
     "tell",
     "me",
@@ -148,7 +150,7 @@ async def load(url: str, requests: int, concurrency: int, max_tokens: int, seed:
         plan.append((inputs, fate, dice.randint(0, 5)))
     queue = iter(plan)
     limits = httpx.Limits(max_connections=2 * concurrency, max_keepalive_connections=concurrency)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, mounts=LOOPBACK_WITHOUT_PROXY) as client:
 
         async def worker() -> None:
             for inputs, fate, after in queue:

@@ -33,8 +33,11 @@ SAMPLERS = {
     "always_on", "always_off", "traceidratio",
     "parentbased_always_on", "parentbased_always_off", "parentbased_traceidratio",
 }  # fmt: skip
-# What `environment` may not set.
-RESERVED = re.compile(r"(PATH|LD_LIBRARY_PATH|PYTHONPATH|HF_ENDPOINT|(CUDA|NVIDIA|REPLICATE)_\w*)$")
+# What `environment` may not set (Cog's pkg/config/env.go).
+RESERVED = re.compile(
+    r"(PATH|LD_LIBRARY_PATH|LIBRARY_PATH|PYTHONPATH|PYTHONUNBUFFERED|VIRTUAL_ENV|HF_ENDPOINT|HF_HUB_ENABLE_HF_TRANSFER"
+    r"|(CUDA|NVIDIA|NV|REPLICATE|R8|PGET|KUBERNETES)_.*)$"
+)
 
 
 class CogYamlError(Exception):
@@ -45,6 +48,7 @@ class CogYamlError(Exception):
 class CogYaml:
     """A cog.yaml that was checked."""
 
+    name: str  # the file's
     build: dict[str, Any]
     predict: str
     environment: list[str] = field(default_factory=list)
@@ -68,7 +72,7 @@ class CogYaml:
                 raise CogYamlError(f"{path.name}: environment cannot hold {entry!r}")
         if (sampler := _traces(raw).get("sampler", "always_off")) not in SAMPLERS:
             raise CogYamlError(f"{path.name}: no sampler is called {sampler!r}")
-        return cls(build, raw["predict"], raw.get("environment", []), raw.get("observability", {}))
+        return cls(path.name, build, raw["predict"], raw.get("environment", []), raw.get("observability", {}))
 
     @property
     def base_image(self) -> str:
@@ -107,7 +111,9 @@ def dockerfile(config: CogYaml, root: Path = ROOT, base: str | None = None, pip_
     if traces.get("enabled"):
         lines.append("ENV COG_TRACE_CONFIGURED=true")
         lines += [f"ENV COG_TRACE_SAMPLER={traces['sampler']}"] if "sampler" in traces else []
-    lines += ['CMD ["python", "-m", "cog.server.http"]', "COPY . /src", f"COPY {SCHEMA} /src/.cog/"]
+    lines += ['CMD ["python", "-m", "cog.server.http"]', "COPY . /src"]
+    lines += [f"RUN cp /src/{config.name} /src/cog.yaml"] if config.name != "cog.yaml" else []
+    lines.append(f"COPY {SCHEMA} /src/.cog/")
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import httpx
@@ -14,6 +14,8 @@ from starling.errors import StarlingError
 # A slot is free again slightly after its answer, so a full server is asked again for this long.
 BUSY_RETRY_S = 2.0
 BUSY_PAUSE_S = 0.05
+# A proxy that the environment names is for other machines: httpx would ask it for this one's addresses too.
+LOOPBACK_WITHOUT_PROXY = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
 
 
 class AnswerError(StarlingError):
@@ -49,10 +51,17 @@ class Answer:
 
 
 class Client:
-    """A server at a base URL, such as http://127.0.0.1:5000. Safe to use from many threads."""
+    """A server at a base URL, such as http://127.0.0.1:5000. Safe to use from many threads.
+
+    Raises AnswerError for what is no URL.
+    """
 
     def __init__(self, url: str, timeout_s: float = 600) -> None:
-        self._http = httpx.Client(base_url=url, timeout=timeout_s, limits=httpx.Limits(max_connections=None))
+        limits = httpx.Limits(max_connections=None)
+        try:
+            self._http = httpx.Client(base_url=url, timeout=timeout_s, limits=limits, mounts=LOOPBACK_WITHOUT_PROXY)
+        except httpx.InvalidURL as error:
+            raise AnswerError(f"{url!r} is no address ({error}); give one like http://127.0.0.1:5000") from error
 
     def close(self) -> None:
         self._http.close()
@@ -61,14 +70,20 @@ class Client:
     def stream(self, **inputs: Any) -> Iterator[Answer]:
         """Start a prediction. Leaving the block before the answer has ended cancels it on the server.
 
-        Raises AnswerError when the request is refused, when no server answers, and when its connection breaks.
+        Raises AnswerError when the request is refused, when no server answers, when its connection breaks, and for
+        inputs that JSON cannot carry.
         """
+        headers = {"Accept": "text/event-stream"}
+        try:
+            request = self._http.build_request("POST", "/predictions", json={"input": inputs}, headers=headers)
+        except ValueError as error:
+            raise AnswerError(
+                f"The inputs cannot be sent ({error}): text must be valid Unicode, and numbers finite"
+            ) from error
         begun_s = time.monotonic()
         while True:
             try:
-                with self._http.stream(
-                    "POST", "/predictions", json={"input": inputs}, headers={"Accept": "text/event-stream"}
-                ) as response:
+                with closing(self._http.send(request, stream=True)) as response:
                     if response.is_success:
                         yield Answer(EventSource(response))
                         return

@@ -9,6 +9,9 @@ through `current_signal`.
 A prediction that is cancelled before that future exists is hit otherwise: coglet raises CancelationException in the
 thread that serves it, at whatever line that thread has reached. Both places where that can be our line turn it into a
 cancelled prediction; else it would end as a failed one.
+
+For each prediction coglet makes folders for files that come and go, and leaves them, 12 kB of disk each time:
+`discard_folders` removes them.
 """
 
 import asyncio
@@ -16,7 +19,9 @@ import threading
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextvars import ContextVar
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from cog import CancelationException
@@ -24,6 +29,8 @@ from cog import CancelationException
 from starling.errors import EngineError, GenerationCancelled, RequestError, StarlingError
 
 T = TypeVar("T")
+
+FOLDERS = Path("/tmp/coglet/predictions")  # fixed in coglet
 
 
 class CancelSignal:
@@ -66,15 +73,21 @@ def install_cancellation() -> None:
 
 def _submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> "Future[T]":
     """asyncio.run_coroutine_threadsafe, whose future also fires a signal when it is cancelled."""
+    try:
+        return _submit_with_signal(coroutine, loop)
+    except CancelationException:
+        # If the coroutine runs all the same, what it returns is drained by nobody, and starts nothing.
+        future: Future[T] = Future()
+        future.cancel()
+        future.set_running_or_notify_cancel()
+        return future
+
+
+def _submit_with_signal(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> "Future[T]":
     signal = CancelSignal()
     token = _signal.set(signal)  # the loop copies this thread's context into the coroutine
     try:
         future = _run_coroutine_threadsafe(coroutine, loop)
-    except CancelationException:
-        future = Future()
-        future.cancel()
-        future.set_running_or_notify_cancel()
-        return future
     finally:
         _signal.reset(token)
     cancel_future = future.cancel
@@ -85,6 +98,22 @@ def _submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) 
 
     future.cancel = cancel  # type: ignore[method-assign]
     return future
+
+
+def discard_folders() -> None:
+    """Remove the folders of the prediction that this coroutine serves.
+
+    Neither is needed from here on: inputs too large for coglet's pipe (6 MiB) have been read from their file, and no
+    chunk of an answer is as large. Those of an ID that is a path are left: it may lead to what is not coglet's.
+    """
+    names = {variable.name: value for variable, value in copy_context().items()}
+    prediction_id = names.get("_coglet_prediction_id", "")
+    if "/" in prediction_id or prediction_id in ("", ".", ".."):
+        return
+    folder = FOLDERS / prediction_id
+    for each in (folder / "inputs", folder / "outputs", folder):
+        with suppress(OSError):
+            each.rmdir()
 
 
 class Generation(Protocol):

@@ -34,8 +34,8 @@ class GenerationResult:
 class Generation(Iterator[str]):
     """One answer in the making: chunks of text, the first at once and later ones about 40 ms apart.
 
-    Iterating raises GenerationCancelled after `cancel`, EngineError when the engine failed. `result` is set once
-    iteration has ended by itself.
+    Iterating raises GenerationCancelled after `cancel`, RequestError when the grammar cannot go on, EngineError when
+    the engine failed. `result` is set once iteration has ended by itself.
     """
 
     def __init__(

@@ -148,7 +148,8 @@ class LocalServer:
     def health(self) -> dict[str, object]:
         """The body of /health-check; empty while nothing listens."""
         try:
-            body: dict[str, object] = httpx.get(f"{self.url}/health-check", timeout=10).json()
+            # trust_env: a proxy that the environment names cannot reach this machine's loopback device.
+            body: dict[str, object] = httpx.get(f"{self.url}/health-check", timeout=10, trust_env=False).json()
         except httpx.TransportError:
             return {}
         return body

@@ -28,7 +28,7 @@ from starling.engine.runner import device_faults
 from starling.engine.scheduler import Counters
 from starling.engine.sequence import FinishReason, SamplingParams, TokenConstraint
 from starling.engine.step_watch import StepWatch
-from starling.errors import DeviceError, EngineError, EngineStoppedError, StarlingError
+from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError, StarlingError
 from starling.model.config import ModelConfig
 from starling.model.memory import free_bytes
 from starling.reference_sampling import processors
@@ -185,7 +185,7 @@ class ReferenceEngine:
                     stopping_criteria=StoppingCriteriaList([_Stopped(task)]),
                     streamer=_Streamer(task, self._count),
                 )
-        except EngineError as error:
+        except (EngineError, RequestError) as error:
             task.deliver(Delivery([], "error", error))
         except DeviceError:
             raise  # no later request can do better
@@ -262,7 +262,7 @@ class _Streamer(BaseStreamer):
             if finish is None:
                 constraint.advance(token)
             if constraint.fault is not None:
-                raise EngineError(f"The answer's grammar cannot go on: {constraint.fault}.")
+                raise RequestError(f"The answer's grammar cannot go on: {constraint.fault}. Mend or simplify it.")
         task.deliver(Delivery([token], finish))
 
     def end(self) -> None:

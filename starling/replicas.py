@@ -16,10 +16,10 @@ import os
 import secrets
 import sys
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.exceptions import RayActorError
@@ -33,6 +33,9 @@ from starling.openapi import slots
 from starling.request import Request
 from starling.settings import Settings
 from starling.weights import locate_weights
+
+if TYPE_CHECKING:
+    from starling.generation import Generation
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +59,11 @@ class Replica:
 
     async def stream(self, fields: dict[str, Any]) -> AsyncIterator[Event]:
         loop = asyncio.get_running_loop()
-        generation = None
+        starting: Future[Generation] | None = None
         try:
             request = Request.parse(**fields)
-            generation = await loop.run_in_executor(self._threads, self._service.generate, request)
+            starting = self._threads.submit(self._service.generate, request)
+            generation = await asyncio.wrap_future(starting)
             while (chunk := await loop.run_in_executor(self._threads, next, generation, None)) is not None:
                 yield {"chunk": chunk}
             assert generation.result is not None
@@ -67,13 +71,19 @@ class Replica:
         except StarlingError as error:
             yield {"error": f"{type(error).__name__}: {error}", "again": isinstance(error, EngineError)}
         finally:
-            if generation is not None:
-                generation.cancel()
+            # Its thread goes on where the caller leaves meanwhile, and a grammar takes seconds to compile.
+            if starting is not None:
+                starting.add_done_callback(_cancel)
 
     async def check_health(self) -> None:
         """Ray asks now and then, and replaces a replica that raises."""
         if not self._service.healthy:
             raise RuntimeError("The engine makes no progress.")
+
+
+def _cancel(starting: "Future[Generation]") -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().cancel()
 
 
 class Front:

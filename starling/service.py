@@ -13,7 +13,7 @@ from starling.engine.engine import Engine, TokenStream
 from starling.engine.runner import Runner, StepRunner
 from starling.engine.scheduler import Counters, Limits, Scheduler
 from starling.engine.sequence import SamplingParams, TokenConstraint
-from starling.errors import DeviceError, StarlingError
+from starling.errors import CheckpointError, DeviceError, StarlingError
 from starling.generation import Generation, GenerationResult
 from starling.grammar import Grammars
 from starling.model.config import ModelConfig
@@ -60,7 +60,7 @@ class Service:
     def __init__(self, engine: TokenEngine, tokenizer: Tokenizer, bos: int, stop_ids: frozenset[int]) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        end_of_turn = tokenizer.token_id(END_OF_TURN)
+        end_of_turn = _end_of_turn(tokenizer)
         self._stop_ids = stop_ids | {end_of_turn}
         self._chat = Chat(tokenizer, bos, end_of_turn)
         self._grammars = Grammars(tokenizer, self._stop_ids)
@@ -84,6 +84,7 @@ class Service:
         config = ModelConfig.from_folder(folder)
         with startup.lap("tokenizer"):
             tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
+            _end_of_turn(tokenizer)  # said before gigabytes are read for nothing
         engine = load_engine(folder, settings, startup)
         with startup.lap("grammars"):
             return cls(engine, tokenizer, config.bos_token_id, frozenset(config.eos_token_ids))
@@ -154,6 +155,16 @@ class Service:
 
     def close(self) -> None:
         self._engine.close()
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> int:
+    """The token that ends a turn. Raises CheckpointError for a model that was trained on another chat format."""
+    try:
+        return tokenizer.token_id(END_OF_TURN)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} Only models of the chat format of OpenChat 3.5 are served, as Starling is one; this is another."
+        ) from error
 
 
 def load_engine(folder: Path, settings: Settings, startup: Startup | None = None) -> TokenEngine:

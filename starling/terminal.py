@@ -6,10 +6,13 @@ python -m starling.terminal --weights weights/demo          # starts a server fo
 
 import argparse
 import contextlib
+import io
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from starling.client import Answer, AnswerError, Client
 from starling.errors import StarlingError
@@ -28,7 +31,8 @@ def show(client: Client, **inputs: object) -> str:
             for chunk in answer:
                 said.append(chunk)
                 print(chunk, end="", flush=True)
-            print(f"\n\n{summary(answer)}", flush=True)
+            stopped = answer.status == "canceled"  # by someone else; such an answer has no metrics
+            print(f"\n\n{'[stopped]' if stopped else summary(answer)}", flush=True)
     except KeyboardInterrupt:
         print("\n\n[stopped]", flush=True)
     return "".join(said)
@@ -79,6 +83,11 @@ def start(server: LocalServer) -> None:
     print(f"{chr(13) if interactive else ''}Server ready in {time.monotonic() - begun_s:.1f} s", file=sys.stderr)
 
 
+def leave(number: int, frame: FrameType | None) -> None:
+    """A signal's handler: end as after an error, so that the server ends too."""
+    sys.exit(128 + number)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m starling.terminal", description="Ask the model, or chat with it.")
     parser.add_argument("prompt", nargs="?", help="without one: a chat")
@@ -91,6 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--engine", choices=("engine", "reference"), help="with --weights; default: STARLING_ENGINE")
     options = parser.parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the terminal cannot show, or a byte that is none
     if options.engine and options.url:
         parser.error("--engine goes with --weights: a running server has its engine already")
     inputs: dict[str, object] = {"mode": "code" if options.code else "chat"}
@@ -104,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
                 environ |= {"STARLING_ENGINE": options.engine} if options.engine else {}
                 locate_weights(Settings.from_env({**os.environ, **environ}))  # a server would say it among its log
                 server = LocalServer(environ=environ)
+                for number in (signal.SIGTERM, signal.SIGHUP):  # a window that is closed sends SIGHUP
+                    cleanup.callback(signal.signal, number, signal.signal(number, leave))
                 cleanup.callback(server.stop)
                 start(server)
                 url = server.url

@@ -29,7 +29,8 @@ class Tokenizer:
             controls: dict[str, int] = {token["content"]: token["id"] for token in raw["added_tokens"]}
             pieces: dict[str, int] = model["vocab"]
             if model.get("type", "BPE") != "BPE" or model.get("ignore_merges"):
-                raise CheckpointError(f"{source} holds a tokenizer that is not implemented; implemented: plain BPE.")
+                kind = f"type {model.get('type', 'BPE')!r}, ignore_merges {model.get('ignore_merges', False)}"
+                raise CheckpointError(f"{source} holds a tokenizer of {kind}; implemented: 'BPE', with its merges.")
             model["merges"] = [merge for merge in model["merges"] if _product(merge) not in controls]
             raw |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
             self._encoder = Encoder.from_str(json.dumps(raw))
@@ -75,7 +76,9 @@ class Tokenizer:
         """The id of a control token by its name. Raises CheckpointError when there is none in the embedding table."""
         token = self._controls.get(content)
         if token is None:
-            raise CheckpointError(f"{self._source} has no token {content!r}; it has {sorted(self._controls)}.")
+            names = sorted(self._controls)  # of Llama 3: 256
+            found = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise CheckpointError(f"{self._source} has no token {content!r}; it has {found or 'none'}.")
         if not 0 <= token < self.vocab_size:
             raise CheckpointError(
                 f"{self._source} gives {content!r} the id {token}, outside the embedding table of {self.vocab_size} "

@@ -1,5 +1,6 @@
 """What several rooms' tests share."""
 
+import os
 import random
 import signal
 from pathlib import Path
@@ -12,6 +13,8 @@ from starling import demo
 
 # Ctrl-C is tested on processes that inherit this, and what a shell starts with & ignores it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Every server that a test asks is on this machine: a proxy that the environment names is for others.
+os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
 # A slow machine is no fault of the code.
 settings.register_profile("starling", deadline=None, print_blob=True)
 settings.load_profile("starling")

@@ -1,12 +1,15 @@
 """Cancelling reaches the generation whenever it comes, on a real event loop as coglet uses one."""
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import CancelledError, Future
 
 import pytest
+from cog import CancelationException
 
+from starling import coglet
 from starling.coglet import CancelSignal, current_signal, drain, install_cancellation
 from starling.errors import EngineError, EngineStoppedError, GenerationCancelled, RequestError
 
@@ -115,6 +118,26 @@ def test_cancelling_a_coroutine_that_still_runs(loop: asyncio.AbstractEventLoop)
     with pytest.raises(CancelledError):
         future.result()
     ended.wait()
+
+
+def test_a_cancellation_that_hits_as_the_future_is_made_cancels_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """coglet raises it in the thread that submits, at any line."""
+
+    class Struck(Future[None]):
+        @property
+        def cancel(self) -> None:  # type: ignore[override]
+            raise CancelationException
+
+    def submit(coroutine: Coroutine[None, None, None], loop: asyncio.AbstractEventLoop) -> Future[None]:
+        coroutine.close()
+        return Struck()
+
+    async def predict() -> None:
+        pass
+
+    monkeypatch.setattr(coglet, "_run_coroutine_threadsafe", submit)
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        assert coglet._submit(predict(), loop).cancelled()
 
 
 def test_nothing_starts_before_it_is_drained() -> None:

@@ -69,6 +69,8 @@ def test_every_file_that_is_copied_is_there(name: str) -> None:
             source = line.split()[1]
             assert source in MADE_BY_COG or (ROOT / source).exists()
             assert not ignored(source)
+        if line.startswith("RUN cp "):
+            assert line.split()[2].removeprefix("/src/") in context()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -82,7 +84,9 @@ def test_the_steps_stand_in_cog_s_order(name: str) -> None:
         "WORKDIR /src",
         "EXPOSE 5000",
     ]
-    order += ["ENV COG_PREDICT_TYPE_STUB", "CMD ", "COPY . /src", "COPY .cog/openapi"]
+    order += ["ENV COG_PREDICT_TYPE_STUB", "CMD ", "COPY . /src"]
+    order += ["RUN cp /src/cog-cpu.yaml /src/cog.yaml"] if name == "cog-cpu.yaml" else []
+    order += ["COPY .cog/openapi"]
     found = [position(lines, beginning) for beginning in order]
     assert found == sorted(found)
     assert lines[position(lines, "CMD ")] == 'CMD ["python", "-m", "cog.server.http"]'
@@ -108,6 +112,7 @@ def test_both_images_have_the_same_cog_and_each_what_its_kernels_need() -> None:
         ("biuld: {}\npredict: p", "biuld"),
         ("build: {python_version: '3.9'}\npredict: p", "3.9"),
         ("build: {python_version: '3.11'}\nenvironment: [PATH=/x]\npredict: p", "PATH"),
+        ("build: {python_version: '3.11'}\nenvironment: [NV_X=1]\npredict: p", "NV_X"),
         ("build: {python_version: '3.11'}\nenvironment: ['A=b c']\npredict: p", "b c"),
         ("build: {python_version: '3.11'}\nobservability: {traces: {sampler: some}}\npredict: p", "some"),
     ],
@@ -214,7 +219,7 @@ def test_the_kernels_sources_and_the_lock_are_sent() -> None:
     assert native and sent >= {*native, "predict.py", "weights/starling-lm-7b-alpha-awq.lock"}
     assert not ignored("weights/starling-lm-7b-alpha-awq/model.safetensors")
     assert not ignored("weights/starling-lm-7b-alpha-awq/.verified.json")
-    assert not ignored(".cog")  # Cog refuses to build otherwise
+    assert not ignored(SCHEMA) and not ignored(REQUIREMENTS)  # scripts/image hands them over
 
 
 def test_nothing_large_or_secret_slips_in() -> None:
@@ -235,6 +240,7 @@ def test_nothing_large_or_secret_slips_in() -> None:
         "starling/demo_scales.safetensors",
         "weights/.demo.lock",
         "weights/starling-lm-7b-alpha-awq/.partial/model.safetensors.f0a8",
+        "weights/starling-lm-7b-alpha-awq/packed-1b9f3c2a-cpu-7.bin",
         "starling/__pycache__/a.cpython-311.pyc",
         "starling/a.pyc",
         ".env",

@@ -18,7 +18,7 @@ from bench.parity import our_logits
 from starling.engine.engine import TokenStream
 from starling.engine.sampling import uniform
 from starling.engine.sequence import SamplingParams
-from starling.errors import EngineError, EngineStoppedError, GenerationCancelled, RequestError, StarlingError
+from starling.errors import EngineStoppedError, GenerationCancelled, RequestError, StarlingError
 from starling.model.mistral import Mistral
 from starling.model.ops import choose_ops
 from starling.model.ops.reference import ReferenceOps
@@ -152,7 +152,7 @@ def test_an_answer_follows_its_grammar(service: Service) -> None:
     jsonschema.validate(json.loads(answer.text), schema)
     short = ask(service, prompt="Yes or no?", regex="yes|no", min_tokens=20)
     assert short.text in ("yes", "no") and short.output_token_count < 5, "min_tokens cannot hold past the grammar's end"
-    with pytest.raises(EngineError, match="grammar cannot go on"):
+    with pytest.raises(RequestError, match="grammar cannot go on"):
         ask(service, prompt="x", json_schema='{"$ref": "#"}')
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import jsonschema
 import pytest
 
+from starling import tokenizer_json
 from starling.engine.engine import Delivery, TokenStream
-from starling.errors import DeviceError, EngineError, GenerationCancelled, RequestError
+from starling.errors import CheckpointError, DeviceError, GenerationCancelled, RequestError
 from starling.generation import Generation, GenerationResult
 from starling.request import Request
 from starling.service import Service, load_engine
 from starling.settings import Settings
-from starling.tokenizer import IncrementalDecoder, Tokenizer
+from starling.tokenizer import IncrementalDecoder, Tokenizer, byte_alphabet
 from tests.model.tiny import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +58,7 @@ def test_the_readmes_examples_run(demo_folder: Path, service: Service) -> None:
     for name in ("finish_reason", "input_token_count", "output_token_count"):
         assert getattr(same, name) == getattr(result, name)
     first_and_streamed, third = done.stdout.split(shown)
-    assert first_and_streamed.endswith(f"\n{result.text}")
+    assert first_and_streamed.endswith(f"\n{result.text}\n")
     assert third.startswith("\n") and third.endswith("\n")
 
 
@@ -133,7 +134,7 @@ def test_an_answer_matches_its_regex(service: Service) -> None:
 @pytest.mark.parametrize("min_tokens", [0, 20])
 def test_a_grammar_that_fails_ends_no_answer_as_if_it_were_complete(service: Service, min_tokens: int) -> None:
     """Where llguidance finds only while it looks for what may come next that nothing can, it offers the end."""
-    with pytest.raises(EngineError, match="grammar cannot go on"):
+    with pytest.raises(RequestError, match=r"grammar cannot go on.*Mend"):
         ask(service, prompt="x", json_schema='{"$ref": "#"}', min_tokens=min_tokens)
 
 
@@ -155,6 +156,10 @@ ARGUMENTS = {
 }
 
 
+def list_of(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 20}
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -163,19 +168,40 @@ ARGUMENTS = {
         {"properties": {str(i): {} for i in range(300)}},
         {"type": "string", "enum": [f"value {i}" for i in range(2000)]},
         {"patternProperties": {f"^{i:02}.*$": {"multipleOf": 0.25} for i in range(16)}},
+        list_of({"type": "integer", "multipleOf": 86400}),
     ],
-    ids=["tools", "required", "optional", "enum", "patterns"],
+    ids=["tools", "required", "optional", "enum", "patterns", "multiples"],
 )
 def test_a_large_schema_can_be_followed(service: Service, schema: dict[str, Any]) -> None:
     result = ask(service, prompt="x", json_schema=json.dumps(schema), temperature=5, max_tokens=60)
     assert result.finish_reason in ("stop", "length")
 
 
-def test_a_grammar_that_grows_without_bound_ends_its_request_alone(service: Service) -> None:
+@pytest.mark.parametrize(
+    ("grammar", "fault"),
+    [
+        ({"regex": "((a{1000}){1000}){1000}"}, "too many expressions"),
+        # With llguidance's own limits these three go on.
+        ({"json_schema": json.dumps(list_of({"type": "integer", "multipleOf": 99990, "minimum": 1}))}, "expressions"),
+        ({"regex": "(.*a.{40}b.*){3}", "min_tokens": 500}, "too many states"),
+        (
+            {
+                "json_schema": json.dumps(
+                    {"anyOf": [list_of({"type": "array", "items": {"const": i}}) for i in range(700)]}
+                )
+            },
+            "many items",
+        ),
+    ],
+    ids=["compiling", "lexer's fuel", "lexer's states", "parser's items"],
+)
+def test_a_grammar_that_grows_without_bound_ends_its_request_alone(
+    service: Service, grammar: dict[str, Any], fault: str
+) -> None:
     other = service.generate(Request.parse(prompt=FRANCE, temperature=0))
-    with pytest.raises(EngineError, match="too many expressions") as error:
-        ask(service, prompt="x", regex="((a{1000}){1000}){1000}")
-    assert "state" not in str(error.value)
+    with pytest.raises(RequestError, match=fault) as error:
+        ask(service, prompt="x", temperature=5, seed=0, max_tokens=1000, **grammar)
+    assert "<state>" not in str(error.value)
     assert "".join(other) == "The capital of France is Paris."
 
 
@@ -194,9 +220,13 @@ def test_a_grammar_that_grows_without_bound_ends_its_request_alone(service: Serv
             {"json_schema": json.dumps({"patternProperties": {f"^{i}": {} for i in range(500)}})},
             "500 patterns.*most 16",
         ),
-        ({"json_schema": '{"items": {"multipleOf": 999983}}'}, "multipleOf.*more than 10000"),
-        ({"json_schema": '{"allOf": [{"multipleOf": 997}, {"multipleOf": 0.991}]}'}, "multipleOf.*more than 10000"),
-        ({"regex": "(a"}, "unclosed group"),
+        ({"json_schema": '{"items": {"multipleOf": 999983}}'}, "multipleOf.*more than 100000"),
+        ({"json_schema": '{"allOf": [{"multipleOf": 997}, {"multipleOf": 0.991}]}'}, "multipleOf.*more than 100000"),
+        ({"regex": "(a"}, r"followed: unclosed group\. Mend"),
+        ({"regex": "a|^b"}, "followed: lookarounds not supported"),
+        ({"json_schema": '{"pattern": "(a"}'}, "unclosed group"),
+        ({"json_schema": '{"const": NaN}'}, "not finite"),
+        ({"json_schema": '{"maximum": 1e400}'}, "not finite"),
         ({"regex": "\ud800"}, "lone surrogate"),
         ({"json_schema": '{"const": "\ud800"}'}, "json_schema"),
         ({"prompt": "word " * 9000}, r"8192"),
@@ -242,6 +272,17 @@ def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:
     stream.put(Delivery([], "length"))
     generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
     assert "".join(generation) == text
+
+
+def test_a_model_of_another_chat_format_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path)
+    controls = {f"<|reserved_{i}|>": 256 + i for i in range(70)}
+    tokenizer_json.write(tokenizer_json.byte_level(byte_alphabet() | controls, [], controls), tmp_path)
+    monkeypatch.setattr("starling.service.load_engine", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(CheckpointError, match=r"no token '<\|end_of_turn\|>'.* and 62 more\. Only models of the chat"):
+        Service.from_folder(tmp_path)
 
 
 def test_a_kv_cache_that_memory_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

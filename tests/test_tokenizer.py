@@ -141,7 +141,7 @@ def test_a_vocabulary_larger_than_the_embedding_table_is_refused() -> None:
 
 def test_a_tokenizer_of_another_kind_is_refused() -> None:
     unigram = copy.deepcopy(starling_json()) | {"model": {"type": "Unigram", "vocab": [], "merges": []}}
-    with pytest.raises(CheckpointError, match="implemented: plain BPE"):
+    with pytest.raises(CheckpointError, match="of type 'Unigram', ignore_merges False; implemented: 'BPE'"):
         Tokenizer(unigram, STARLING_VOCAB)
     undecodable = copy.deepcopy(starling_json()) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
     with pytest.raises(CheckpointError, match="WordPiece"):

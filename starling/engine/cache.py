@@ -57,10 +57,22 @@ class BlockCache:
     def held(self, sequence: Sequence) -> int:
         return len(sequence.blocks) - self._dead(sequence.settled) if sequence.blocks else 0
 
+    def shared(self, sequence: Sequence) -> int:
+        """Of the blocks that `admit` would find for it, those that others hold already."""
+        found = self._longest_cached(sequence)
+        keys = sequence.keys[self._dead(found) : found // self.block_size]
+        return sum(self._holders[self._block_of_key[key]] > 0 for key in keys)
+
+    def keys_between(self, sequence: Sequence, begin: int, end: int) -> list[bytes]:
+        """Content keys of the blocks that end at positions in (begin, end], as far as their tokens are known."""
+        first, last = begin // self.block_size, min(end, len(sequence.tokens)) // self.block_size
+        self._extend_keys(sequence, last)
+        return sequence.keys[first:last]
+
     # -- a sequence's life ---------------------------------------------------------------------------------------
 
-    def admit(self, sequence: Sequence) -> int:
-        """Give the sequence a table row and whatever prefix of it is cached; the number of tokens found."""
+    def admit(self, sequence: Sequence) -> None:
+        """Give the sequence a table row and whatever prefix of it is cached."""
         assert sequence.row < 0 and not sequence.blocks and sequence.computed == 0
         sequence.row = self._free_rows.pop()
         found = self._longest_cached(sequence)
@@ -73,7 +85,27 @@ class BlockCache:
         self.tables[sequence.row, :full] = sequence.blocks
         sequence.computed = sequence.settled = found
         sequence.published = full
-        return found
+
+    def catch_up(self, sequence: Sequence) -> None:
+        """Let it go on behind blocks that others have published since. None of its steps may be in flight."""
+        assert sequence.settled == sequence.computed
+        if len(sequence.blocks) * self.block_size != sequence.computed:
+            return  # it has room of its own for what comes next
+        while (block := self._block_of_key.get(self.next_key(sequence, sequence.computed))) is not None:
+            self._hold(block)
+            self.tables[sequence.row, len(sequence.blocks)] = block
+            sequence.blocks.append(block)
+            sequence.computed = sequence.settled = sequence.computed + self.block_size
+            sequence.published += 1
+        self._pass(sequence)
+
+    def next_key(self, sequence: Sequence, position: int) -> bytes:
+        """Content key of the block that begins at `position`; empty where none does that could be shared."""
+        if position % self.block_size:
+            return b""
+        # At least one token must be computed: its logits are wanted.
+        end = min(position + self.block_size, len(sequence.tokens) - 1)
+        return b"".join(self.keys_between(sequence, position, end))
 
     def grow(self, sequence: Sequence, positions: int) -> bool:
         """Make room for `positions` positions in all. False, and nothing taken, when there is not enough."""
@@ -106,12 +138,7 @@ class BlockCache:
                 self._block_of_key[key] = block
                 self._key_of_block[block] = key
         sequence.published = full
-        for index in range(self._dead(sequence.settled) - 1, -1, -1):
-            if sequence.blocks[index] < 0:
-                break
-            self._release(sequence.blocks[index])
-            sequence.blocks[index] = -1
-            self.tables[sequence.row, index] = -1
+        self._pass(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Give everything back. What was published stays findable until its block is needed."""
@@ -141,6 +168,8 @@ class BlockCache:
             assert sequence.settled <= len(sequence.tokens), "a completed step computed a token that nobody knows"
             assert sequence.settled <= sequence.computed <= sequence.size
             assert sequence.published == sequence.settled // self.block_size
+            passed = sequence.blocks[: self._dead(sequence.published * self.block_size)]
+            assert all(block < 0 for block in passed), "what the window has passed is given back"
             for index, block in enumerate(sequence.blocks):
                 if block >= 0:
                     holders[block] += 1
@@ -159,6 +188,15 @@ class BlockCache:
     def _dead(self, computed: int) -> int:
         """Leading blocks that no token at position `computed` or later can see."""
         return 0 if self.window is None else max(0, computed - self.window + 1) // self.block_size
+
+    def _pass(self, sequence: Sequence) -> None:
+        """Give back what the window has passed."""
+        for index in range(self._dead(sequence.settled) - 1, -1, -1):
+            if sequence.blocks[index] < 0:
+                break
+            self._release(sequence.blocks[index])
+            sequence.blocks[index] = -1
+            self.tables[sequence.row, index] = -1
 
     def _longest_cached(self, sequence: Sequence) -> int:
         # At least one token must be computed: its logits are wanted.

@@ -18,7 +18,7 @@ from starling.engine.scheduler import Counters, Outcome, Scheduler, Work
 from starling.engine.sequence import FinishReason, SamplingParams, Sequence, TokenConstraint
 from starling.engine.speculation import PromptLookup
 from starling.engine.step_watch import StepWatch
-from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError
+from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError, StarlingError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Delivery:
 
     tokens: list[int]
     finish: FinishReason | None = None
-    error: EngineError | None = None
+    error: StarlingError | None = None
     cached_tokens: int = 0  # prompt tokens that did not have to be computed
 
 
@@ -245,7 +245,8 @@ class Engine:
                 broken = self._constrain(sequence.constraint, outcome)
                 if broken is not None:
                     self._scheduler.remove(sequence)
-                    delivery = Delivery([], "error", EngineError(f"The answer's grammar cannot go on: {broken}."))
+                    fault = RequestError(f"The answer's grammar cannot go on: {broken}. Mend or simplify it.")
+                    delivery = Delivery([], "error", fault)
             self._deliver(sequence.arrival, delivery)
 
     @contextmanager

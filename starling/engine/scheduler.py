@@ -3,9 +3,10 @@
 One step may be in flight while the next is planned: a sequence whose newest token that step samples decodes on, and is
 told where the token will be instead of what it is.
 
-Every running stream decodes in every step. Prompts share what is left of the step's prefill budget in equal parts, so
-that a long one delays others by one chunk and no more. Requests enter in order of arrival; when blocks run short the
-newest is paused, and computed again later, so the oldest always moves and everything ends.
+Every running stream decodes in every step. Of a step's prefill budget, half goes to the oldest prompt and the rest to
+those with the least left: a short one is not held up by long ones, one is done before the next rather than all at the
+end, and the long ones' turn comes as they become the oldest. Requests enter in order of arrival; when blocks run short
+the newest is paused, and computed again later, so the oldest always moves and everything ends.
 """
 
 from collections import deque
@@ -110,6 +111,9 @@ class Scheduler:
         for work in plan:
             sequence = work.sequence
             sequence.computed = work.start + work.count
+            if sequence.cached is None:
+                sequence.cached = work.start
+                self.counters.cached_tokens += work.start
             if work.samples:
                 sequence.unknown += 1
                 sequence.sampled_row = sampled_row
@@ -218,29 +222,49 @@ class Scheduler:
         prompts = [s for s in self.running if s.arrival not in decoding and s.pending > 0]
         if not prompts:
             return []
-        budget = self.limits.prefill_tokens
-        shares = []
-        for index, sequence in enumerate(prompts):  # equal shares, the first ones rounded up
-            shares.append(min(sequence.pending, -(-budget // (len(prompts) - index))))
-            budget -= shares[-1]
+        chunks = self._chunks(prompts)
         plan = []
-        for sequence, share in zip(prompts, shares, strict=True):
-            count = min(sequence.pending, share + budget)  # what others did not need goes to the oldest
-            budget -= count - share
+        for sequence, count in zip(prompts, chunks, strict=True):
             while count > 0 and sequence.row >= 0 and not self.cache.grow(sequence, sequence.computed + count):
                 # Only a sequence that arrived later makes way; else this one waits for the older ones to end.
                 newest = self.running[-1]
                 if newest is sequence and len(self.running) > 1:
-                    count = 0
                     break
                 if self._in_flight:
                     return None
                 assert newest is not sequence, "a sequence that fits alone found no room alone"
                 self._pause(newest)
-            if count > 0 and sequence.row >= 0:
-                samples = count == sequence.pending
-                plan.append(Work(sequence, sequence.computed, count, [], samples))
+            else:
+                if count > 0 and sequence.row >= 0:
+                    plan.append(Work(sequence, sequence.computed, count, [], samples=count == sequence.pending))
         return plan
+
+    def _chunks(self, prompts: list[Sequence]) -> list[int]:
+        """How many tokens of each of `prompts`, by arrival, the step is to compute; 0 for those that wait.
+
+        A block that is being computed for another is waited for, and shared.
+        """
+        for sequence in prompts:
+            if sequence.settled == sequence.computed:
+                self.cache.catch_up(sequence)
+        coming = {key for s in self.running for key in self.cache.keys_between(s, s.settled, s.computed)}
+        counts = [0] * len(prompts)
+        budget = self.limits.prefill_tokens
+
+        def give(index: int, most: int) -> int:
+            sequence = prompts[index]
+            begin = sequence.computed + counts[index]
+            if self.cache.next_key(sequence, begin) in coming:
+                return 0
+            count = min(sequence.pending - counts[index], most)
+            coming.update(self.cache.keys_between(sequence, begin, begin + count))
+            counts[index] += count
+            return count
+
+        budget -= give(0, -(-budget // 2))
+        for index in sorted(range(len(prompts)), key=lambda index: prompts[index].pending - counts[index]):
+            budget -= give(index, budget)
+        return counts
 
     def _admit(self) -> None:
         if not self.waiting:
@@ -251,13 +275,10 @@ class Scheduler:
         while self.waiting and len(self.running) < self.limits.max_running:
             sequence = self.waiting[0]
             need = self._need(len(sequence.tokens) + 1)
-            if self.running and need + promised > self.cache.available:
+            if self.running and need - self.cache.shared(sequence) + promised > self.cache.available:
                 return
             self.waiting.popleft()
-            found = self.cache.admit(sequence)
-            if sequence.cached is None:
-                sequence.cached = found
-                self.counters.cached_tokens += found
+            self.cache.admit(sequence)
             promised += max(0, need - self.cache.held(sequence))
             self.running.append(sequence)
 

@@ -100,7 +100,7 @@ class Sequence:
         self.keys: list[bytes] = []  # content keys of the full blocks, as far as they were needed
         self.published = 0  # leading blocks that were offered for sharing
         self.row = -1  # row of the block-table array while running
-        self.cached: int | None = None  # prompt tokens found in the cache at first admission
+        self.cached: int | None = None  # prompt tokens found in the cache before the first was computed
 
     @property
     def size(self) -> int:

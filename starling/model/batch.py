@@ -20,7 +20,7 @@ class Batch:
     context_lens: torch.Tensor  # int32 [requests]: positions in the cache once this step is written
     block_tables: torch.Tensor  # int32 [requests, blocks]: -1 where unused or passed by the window
     prompt_tokens: torch.Tensor  # bool [tokens]: came with the request (False: generated, or a draft of it)
-    logit_rows: torch.Tensor  # int64 [rows]: the tokens whose logits are wanted, ascending
+    logit_rows: torch.Tensor  # int64 [rows]: the tokens whose logits are wanted, ascending, each once
     sampled: torch.Tensor | None = None  # int [rows of the step before]: what it draws, perhaps not known yet
 
     def __post_init__(self) -> None:
@@ -28,3 +28,8 @@ class Batch:
         assert self.positions.numel() == self.slots.numel() == self.prompt_tokens.numel() == tokens
         assert self.query_starts.numel() == requests + 1
         assert self.block_tables.shape[0] == requests
+
+    @property
+    def wants_all(self) -> bool:
+        """Whether every token's logits are wanted: `logit_rows` just counts them (or names what nobody reads)."""
+        return self.logit_rows.numel() == self.token_ids.numel()

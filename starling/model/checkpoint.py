@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from starling.model.config import ModelConfig
 from starling.model.staging import Staging
 
 DTYPES = {"F16": torch.float16, "I32": torch.int32}
+FREQUENCIES = "rotary_emb.inv_freq"  # how transformers before 4.32 ended a tensor that config.json implies
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -94,6 +95,8 @@ def open_checkpoint(folder: Path, config: ModelConfig, staging: Staging | None =
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                if name.endswith(FREQUENCIES):
+                    continue
                 if name in files:
                     faults.append(f"{name} is stored twice")
                 files[name] = file
@@ -110,17 +113,17 @@ def open_checkpoint(folder: Path, config: ModelConfig, staging: Staging | None =
                 faults.append(f"{name} is {found[0]} {list(found[1])}, config.json asks for {dtype} {list(shape)}")
         if faults:
             raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(faults[:20])}.")
-        places = {name: place for path in paths for name, place in _places(path)} if staging else {}
+        places = {name: place for path in paths for name, place in _places(path, files)} if staging else {}
         yield Checkpoint(config, files, staging, places)
 
 
-def _places(path: Path) -> Iterator[tuple[str, Place]]:
-    """Of every tensor in a file whose header was checked before."""
+def _places(path: Path, checked: Container[str]) -> Iterator[tuple[str, Place]]:
+    """Of every tensor in a file whose header was checked before; `checked` are their names."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     for name, entry in header.items():
-        if name != "__metadata__":
+        if name in checked:
             offset = 8 + length + entry["data_offsets"][0]
             yield name, Place(path, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
 

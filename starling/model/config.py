@@ -10,6 +10,8 @@ from starling.errors import CheckpointError
 
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
 GROUP_SIZES = (32, 64, 128)
+# What a Mistral's config.json means where it leaves a key out (transformers' MistralConfig).
+MISTRAL_WINDOW, MISTRAL_KV_HEADS = 4096, 8
 
 
 class ModelConfig(BaseModel):
@@ -78,26 +80,21 @@ class ModelConfig(BaseModel):
         require(not raw.get("mlp_bias"), "mlp_bias is set; biases are not implemented")
 
         # transformers 5 writes rope_parameters; earlier versions wrote rope_theta and rope_scaling.
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+        rope = raw.get(rope_key) or {}
+        if not isinstance(rope, dict):
+            require(False, f"{rope_key} is {rope!r}, not an object")
+            rope = {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         require(rope_type == "default", f"rope type is {rope_type!r}; implemented: 'default' (no scaling)")
         rope_theta = raw.get("rope_theta", rope.get("rope_theta", 10000.0))
 
-        quantization = raw.get("quantization_config") or {}
-        expected = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
-        for key, value in expected.items():
-            found = quantization.get(key)
-            found = found.lower() if isinstance(found, str) else found
-            require(found == value, f"quantization_config.{key} is {found!r}; implemented: {value!r}")
-        group_size = quantization.get("group_size")
-        require(
-            group_size in GROUP_SIZES, f"quantization_config.group_size is {group_size!r}; implemented: {GROUP_SIZES}"
-        )
-        skipped = quantization.get("modules_to_not_convert")
-        require(not skipped, f"quantization_config.modules_to_not_convert is {skipped!r}; not implemented")
+        group_size, found = _group_size(raw.get("quantization_config"))
+        faults += found
 
+        mistral = architectures[0] == "MistralForCausalLM"
         heads = raw.get("num_attention_heads") or 0
-        kv_heads = raw.get("num_key_value_heads") or heads
+        kv_heads = raw.get("num_key_value_heads", MISTRAL_KV_HEADS if mistral else None) or heads
         hidden = raw.get("hidden_size") or 0
         if heads and kv_heads and hidden:
             require(heads % kv_heads == 0, f"{heads} attention heads do not divide by {kv_heads} key/value heads")
@@ -108,7 +105,7 @@ class ModelConfig(BaseModel):
             "head_dim": raw.get("head_dim") or (hidden // heads if heads else 0),
             "rope_theta": rope_theta,
             # transformers' Llama knows no window, whatever its config.json says.
-            "sliding_window": None if architectures[0] == "LlamaForCausalLM" else raw.get("sliding_window"),
+            "sliding_window": raw.get("sliding_window", MISTRAL_WINDOW) if mistral else None,
             "tie_word_embeddings": raw.get("tie_word_embeddings", False),
             "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
             "group_size": group_size,
@@ -144,3 +141,25 @@ class ModelConfig(BaseModel):
             if not 0 <= token < self.vocab_size:
                 faults.append(f"token id {token} lies outside the embedding table of {self.vocab_size} rows")
         return faults
+
+
+def _group_size(quantization: Any) -> tuple[int | None, list[str]]:
+    """The group size that config.json's quantization_config names, and what is not implemented of the rest."""
+    if not isinstance(quantization, dict) or str(quantization.get("quant_method")).lower() != "awq":
+        return None, [
+            f"quantization_config is {quantization!r}; implemented: AWQ, with quant_method 'awq'. "
+            "`python -m starling quantize` makes it of a full-precision checkpoint"
+        ]
+    faults = []
+    # transformers 5 writes format; earlier versions and AutoAWQ wrote version, some in capitals.
+    version = quantization.get("version") or quantization.get("format")
+    found = {**quantization, "version": version.lower() if isinstance(version, str) else version}
+    for key, value in {"version": "gemm", "bits": 4, "zero_point": True}.items():
+        if found.get(key) != value:
+            faults.append(f"quantization_config.{key} is {found.get(key)!r}; implemented: {value!r}")
+    group_size = quantization.get("group_size")
+    if group_size not in GROUP_SIZES:
+        faults.append(f"quantization_config.group_size is {group_size!r}; implemented: {GROUP_SIZES}")
+    if (skipped := quantization.get("modules_to_not_convert")) not in (None, [], ["lm_head"]):  # the head never is
+        faults.append(f"quantization_config.modules_to_not_convert is {skipped!r}; implemented: none but ['lm_head']")
+    return group_size, faults

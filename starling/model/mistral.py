@@ -100,25 +100,32 @@ class Mistral:
             )
         else:
             x = self.run_layers(x, batch, cache)
-        return ops.head(ops.rms_norm(x, self.norm, config.rms_norm_eps, batch.logit_rows), self.head)
+        return ops.head(ops.rms_norm(x, self.norm, config.rms_norm_eps), self.head)
 
     def run_layers(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Embeddings → the residual stream behind the last layer. Defines what FusedLayers must equal."""
+        """Embeddings [T, H] → the residual stream behind the last layer, of the batch's `logit_rows` [rows, H].
+
+        Defines what FusedLayers must equal.
+        """
         ops, eps = self.ops, self.config.rms_norm_eps
-        residual = x
+        residual, prompt_tokens = x, batch.prompt_tokens
         for i, layer in enumerate(self.layers):
             keys, values = cache.keys[i], cache.values[i]
             if i == 0:
                 x = ops.rms_norm(residual, layer.input_norm, eps)
             else:
                 x, residual = ops.add_rms_norm(x, residual, layer.input_norm, eps)
-            qkv = ops.awq_linear(x, layer.qkv, batch.prompt_tokens)
+            qkv = ops.awq_linear(x, layer.qkv, prompt_tokens)
             q = ops.rotate_and_cache(qkv, batch, self.rotary, keys, values)
             attended = ops.attention(q, keys, values, batch, self.config.sliding_window)
-            x = ops.awq_linear(attended, layer.out, batch.prompt_tokens)
+            if (
+                i == len(self.layers) - 1
+            ):  # the other tokens' keys and values are written, and nothing reads more of them
+                attended, residual, prompt_tokens = (t[batch.logit_rows] for t in (attended, residual, prompt_tokens))
+            x = ops.awq_linear(attended, layer.out, prompt_tokens)
             x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
-            gate_up = ops.awq_linear(x, layer.gate_up, batch.prompt_tokens)
-            x = ops.awq_linear(ops.silu_and_mul(gate_up), layer.down, batch.prompt_tokens)
+            gate_up = ops.awq_linear(x, layer.gate_up, prompt_tokens)
+            x = ops.awq_linear(ops.silu_and_mul(gate_up), layer.down, prompt_tokens)
         return x + residual
 
 

@@ -38,6 +38,7 @@ MAGIC = b"starpack"
 FOOTER = struct.Struct("<8sQQ32s")
 ALIGNMENT = 64  # a cache line
 SAMPLED_BYTES, SAMPLE_EVERY_BYTES = 4096, 1 << 20
+KEY_SAMPLES = 16  # of each of a checkpoint's files
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
 )}  # fmt: skip
@@ -78,14 +79,22 @@ def load_or_make(
 
 
 def _key(checkpoint: Path, layout: str) -> str:
-    """Changes whenever what would be repacked does: headers, sizes and times of the files, config.json, the layout."""
+    """Changes whenever what would be repacked does: headers, sizes and times of the files, config.json, the layout.
+
+    Of the times, whole seconds: an image's layers keep no more (containerd's archive/tar.go). What a second may hide is
+    found in samples of the weights: another model's, or another quantization, differ everywhere.
+    """
     digest = hashlib.sha256(f"{FORMAT} {layout}".encode())
     digest.update((checkpoint / "config.json").read_bytes())
     for path in sorted(checkpoint.glob("*.safetensors")):
         stat = path.stat()
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            digest.update(f"\0{path.name} {stat.st_size} {stat.st_mtime_ns}\0".encode() + file.read(length))
+            digest.update(f"\0{path.name} {stat.st_size} {stat.st_mtime_ns // 10**9}\0".encode() + file.read(length))
+            begin = file.tell()
+            for i in range(KEY_SAMPLES):
+                file.seek(begin + (stat.st_size - begin) * i // KEY_SAMPLES)
+                digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ download begins anew in every process and drops up to 10 MB at each cut, so a ba
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -15,7 +15,10 @@ from urllib.parse import urlsplit
 import httpx2  # what huggingface_hub speaks HTTP with, and installs: its errors come through
 from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but not marked so
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not marked so
+    build_hf_headers,
+    parse_ratelimit_headers,
+)
 
 import starling
 from starling.errors import WeightsError
@@ -26,7 +29,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
-LONGEST_WAIT_S = 60.0
+LONGEST_WAIT_S = 300.0  # the hub counts requests over five minutes, and may ask for all of them
 # Less than this in `stall_s` is a stall, and less than this between two failures is no progress.
 LEAST_PROGRESS_BYTES = 64 << 10
 
@@ -128,8 +131,7 @@ class Hub:
     def _raise_for(self, name: str, response: httpx2.Response) -> NoReturn:
         status = response.status_code
         if status in RETRIED_STATUSES:
-            asked = response.headers.get("Retry-After", "")
-            raise _TryAgainError(f"it answers {status}", wait_s=float(asked) if asked.isdigit() else 0.0)
+            raise _TryAgainError(f"it answers {status}", wait_s=_asked_wait_s(response.headers))
         remedy = {
             401: "the repository is private or does not exist",
             403: "access is not granted to you",
@@ -186,6 +188,15 @@ class _Pace:
 
 def _continues_at(response: httpx2.Response, offset: int) -> bool:
     return response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
+
+
+def _asked_wait_s(headers: Mapping[str, str]) -> float:
+    """How long the server asks not to be asked again: the hub in RateLimit, others in Retry-After."""
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    asked = headers.get("Retry-After", "")
+    return float(asked) if asked.isdecimal() else 0.0
 
 
 def _empty(file: BinaryIO, advance: Callable[[int], None]) -> None:

@@ -27,6 +27,7 @@ class State(Enum):
     MISSING = "missing"
     WRONG_SIZE = "wrong size"
     WRONG_DIGEST = "wrong digest"
+    UNREADABLE = "unreadable"
     EXTRA = "not in the lock"
 
 
@@ -107,8 +108,11 @@ def _inspect_file(folder: Path, lock: Lock, file: LockedFile, known: Ledger) -> 
 def _hash_file(folder: Path, lock: Lock, file: LockedFile) -> FileReport:
     path = folder / file.name
     before = path.stat()
-    with Progress(f"Hashing {file.name}", before.st_size) as progress:
-        sha256 = sha256_of(path, progress.advance)
+    try:
+        with Progress(f"Hashing {file.name}", before.st_size) as progress:
+            sha256 = sha256_of(path, progress.advance)
+    except OSError as error:
+        return FileReport(file.name, State.UNREADABLE, error.strerror or str(error))
     known = Ledger.read(folder)
     report = _judge(lock, file, known, sha256)
     if not report.is_fault:

@@ -15,6 +15,7 @@ from starling.weights.lock import Lock, LockedFile
 logger = logging.getLogger(__name__)
 
 LEDGER_NAME = ".verified.json"
+SECOND_NS = 10**9
 
 
 class Entry(BaseModel):
@@ -47,12 +48,17 @@ class Ledger(BaseModel):
             return cls()
 
     def remembered(self, path: Path) -> str | None:
-        """The sha256 of `path` if it was hashed before and has not changed since."""
+        """The sha256 of `path` if it was hashed before and has not changed since.
+
+        An image's layers keep whole seconds of a file's time (containerd's archive/tar.go), so a time that was cut to
+        them is the same time: else every start of a pulled image would hash again.
+        """
         entry = self.files.get(path.name)
         if entry is None:
             return None
         stat = path.stat()
-        return entry.sha256 if (entry.size, entry.mtime_ns) == (stat.st_size, stat.st_mtime_ns) else None
+        same_times = (entry.mtime_ns, entry.mtime_ns - entry.mtime_ns % SECOND_NS)
+        return entry.sha256 if stat.st_size == entry.size and stat.st_mtime_ns in same_times else None
 
     def expected(self, lock: Lock, file: LockedFile) -> str | None:
         """The sha256 that `file` must have: the lock's, or the one found at first use; None before that."""

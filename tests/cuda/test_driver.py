@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from starling.model.ops.cuda.driver import DriverModule, driver_version, knows_o
 from starling.model.ops.cuda.module import Argument, Grid
 from starling.model.ops.cuda.sampling import settings_of
 from tests.cuda.emulator import KERNEL, build, compiled, emulated_ops
-from tests.model.sequences import Sequence, step
+from tests.model.sequences import Sequence, batch_of, step
 from tests.model.tiny import write_checkpoint
 
 SOURCE = Path(__file__).with_name("emulated_driver.cpp")
@@ -218,6 +219,8 @@ def everything(model: Mistral) -> list[torch.Tensor]:
     made = []
     for length in (21, 1):
         made += step(model, cache, [(sequence, [(7 * i + 5) % 331 for i in range(length)])])
+    prompt = batch_of(model, cache, [(Sequence([1]), [3, 1, 4])])
+    made.append(model.forward(replace(prompt, logit_rows=torch.tensor([2])), cache))
     x = made[0][:3, :128].clone()
     made += [ops.silu_and_mul(made[0][:, :320].half()), ops.rms_norm(x, model.norm, 1e-5)]
     made += ops.add_rms_norm(x.half(), x, model.norm, 1e-5)

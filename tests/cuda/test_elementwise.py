@@ -52,3 +52,12 @@ def test_embedding(device: str, hidden: int) -> None:
     ids[[1, 4]] = torch.tensor([-3, -1], dtype=torch.int32, device=device)  # rows 2 and 0 of what was sampled
     found = kernels(device).embed(ids, sampled, table)
     assert torch.equal(found, REFERENCE.embed(ids, table, sampled))
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(4096, 4096), (48, 40), (8, 4)])
+def test_picked_rows(device: str, width: int, hidden: int) -> None:
+    attended, residual = torch.randn(9, width, device=device).half(), torch.randn(9, hidden, device=device)
+    for rows in ([], [8], [0, 3, 4, 8]):
+        index = torch.tensor(rows, dtype=torch.int32, device=device)
+        picked, kept = kernels(device).pick(index, attended, residual)
+        assert torch.equal(picked, attended[rows]) and torch.equal(kept, residual[rows])

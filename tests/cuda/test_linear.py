@@ -252,8 +252,6 @@ def check_norms(kernels: Guarded, tokens: int, hidden: int) -> None:
     exact = REFERENCE.rms_norm(residual, norm, EPS).double()
     found = kernels.rms_norm(residual.to(device), norm.to(device), EPS)
     check(found, exact, exact.abs() * 2**-9.9 + 2**-24)
-    rows = torch.randint(tokens, (tokens + 2,), dtype=torch.int32, device=device)
-    assert torch.equal(kernels.rms_norm(residual.to(device), norm.to(device), EPS, rows), found[rows])
     exact, total = REFERENCE.add_rms_norm(x.float(), residual, norm, EPS)
     own = kernels.poisoned(tokens, hidden, torch.float32)
     own.copy_(residual)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 from tests.cuda.emulator import EmulatedStream, emulated_ops
-from tests.model.sequences import Sequence, step
+from tests.model.sequences import Sequence, batch_of, step
 from tests.model.tiny import transformers_model, write_checkpoint
 
 BLOCK = 16
@@ -72,18 +73,39 @@ def test_however_it_is_cut(model: Mistral) -> None:
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_the_logits_that_are_wanted_are_those_of_all(model: Mistral) -> None:
+    """To the bit, and with the same cache behind it."""
+    work = [prompt_of(length) for length in (30, 1, 12)]
+    for wanted in ([], [42], [0, 29, 30, 41], sorted(random.sample(range(43), 20))):
+        caches = [model.allocate_cache(6, BLOCK) for _ in range(2)]
+        logits = []
+        for cache in caches:
+            cache.keys.zero_(), cache.values.zero_()
+            sequences = [Sequence([2 * i, 2 * i + 1]) for i in range(3)]
+            batch = batch_of(model, cache, list(zip(sequences, work, strict=True)))
+            if cache is caches[0]:
+                batch = replace(batch, logit_rows=torch.tensor(wanted, dtype=torch.int64, device=model.ops.device))
+            with torch.inference_mode():
+                logits.append(model.forward(batch, cache))
+        assert torch.equal(logits[0], logits[1][wanted])
+        assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+
+
 @pytest.mark.parametrize("prompt", [1, 2, 7, 33])
 def test_kernels_that_begin_early(folder: Path, prompt: int) -> None:
-    """As from sm_90 on: the same logits to the bit, of a prompt and then of single tokens."""
+    """As from sm_90 on: the same last token's logits to the bit, of a prompt and then of single tokens."""
     stream = EmulatedStream()
     plain, early = Mistral.load(folder, emulated_ops()), Mistral.load(folder, emulated_ops(stream))
     caches = [model.allocate_cache(8, BLOCK) for model in (plain, early)]
     sequences = [Sequence([5, 0, 3]), Sequence([5, 0, 3])]
     for tokens in (prompt_of(prompt), prompt_of(1), prompt_of(2)):
-        (wanted,) = step(plain, caches[0], [(sequences[0], tokens)])
-        (found,) = step(early, caches[1], [(sequences[1], tokens)])
+        logits = []
+        for model, cache, sequence in zip((plain, early), caches, sequences, strict=True):
+            batch = replace(batch_of(model, cache, [(sequence, tokens)]), logit_rows=torch.tensor([len(tokens) - 1]))
+            with torch.inference_mode():
+                logits.append(model.forward(batch, cache))
         stream.synchronize()
-        assert torch.equal(found, wanted)
+        assert torch.equal(*logits)
 
 
 def test_all_layers_at_once_are_the_operations_one_by_one(model: Mistral) -> None:
@@ -96,7 +118,7 @@ def test_all_layers_at_once_are_the_operations_one_by_one(model: Mistral) -> Non
         def forward(self, batch: object, cache: object) -> torch.Tensor:
             ops = self.ops
             x = self.run_layers(ops.embed(batch.token_ids, self.embedding), batch, cache)  # type: ignore[attr-defined, arg-type]
-            return ops.head(ops.rms_norm(x, self.norm, self.config.rms_norm_eps, batch.logit_rows), self.head)  # type: ignore[attr-defined]
+            return ops.head(ops.rms_norm(x, self.norm, self.config.rms_norm_eps), self.head)
 
     (one_by_one,) = step(OneByOne(**model.__dict__), cache, [(Sequence([3]), tokens)])
     assert float((fused - one_by_one).norm() / fused.norm()) < 2**-11 * 20**0.5 * 2

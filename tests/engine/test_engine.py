@@ -184,7 +184,7 @@ def test_a_grammar_that_breaks_ends_its_own_request(by: str, min_tokens: int, ov
         if by == "end":  # a grammar that leaves nothing but the end is no fault, and min_tokens cannot hold it back
             assert (delivery.finish, len(tokens), tokens[-1]) == ("stop", 4, 0)
         else:
-            assert isinstance(delivery.error, EngineError) and "too large" in str(delivery.error)
+            assert isinstance(delivery.error, RequestError) and "too large" in str(delivery.error)
         assert drain(other)[0] == expected_answer([1, 2, 3], 20, frozenset({0}))
         assert engine.occupancy["running"] == 0, "it is not computed to its 60 tokens"
 

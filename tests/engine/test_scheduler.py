@@ -81,6 +81,7 @@ class Life:
         self.live: dict[int, Sequence] = {}
         self.answers: dict[int, list[int]] = {}
         self.prompts: list[list[int]] = []
+        self.waited: Sequence | None = None
         self.finished = 0
 
     def run(self, events: int) -> None:
@@ -104,6 +105,8 @@ class Life:
             prompt += expected_answer(prompt, 20, frozenset()) + prompt[-SEEN:]
         if self.prompts and dice.random() < 0.5:  # begins like an earlier one, answer included: the next turn
             prompt = dice.choice(self.prompts)[: dice.randint(1, 40)] + prompt
+        elif self.live and dice.random() < 0.5:  # or like one that is being computed
+            prompt = dice.choice(list(self.live.values())).tokens[: dice.randint(1, 40)] + prompt
         prompt = prompt[: MAX_POSITIONS - max_tokens]
         if dice.random() < 0.1:
             max_tokens = MAX_POSITIONS - len(prompt)
@@ -142,6 +145,8 @@ class Life:
         in_flight = self.loop.in_flight is not None
         decoding = {s.arrival for s in running if s.pending == 1}
         ending = {s.arrival for s in running if s.pending == 0}
+        oldest = self.live[min(self.live)] if self.live else None
+        computed = oldest.computed if oldest is not None else 0
         turn = self.loop.step()
         assert turn.plan or in_flight or not self.live, "with work to do, a step does some"
         assert turn.plan is not None or in_flight
@@ -149,7 +154,11 @@ class Life:
         if turn.plan is not None:
             planned = {w.sequence.arrival for w in turn.plan}
             paused = {s.arrival for s in self.target.waiting}
-            assert not self.live or min(self.live) in planned | ending, "the oldest always moves"
+            if oldest is not None:
+                moved = oldest.arrival in planned | ending or oldest.computed > computed
+                # Or it waits for blocks that a step in flight computes for another, and has them after it.
+                assert moved or (in_flight and self.waited is not oldest), "the oldest always moves"
+                self.waited = None if moved else oldest
             chunks = sum(w.count for w in turn.plan if w.count > 1 or not w.samples)
             assert chunks <= self.target.limits.prefill_tokens
             assert decoding <= planned | paused
@@ -382,6 +391,96 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     target.scheduler.add(make(1, [1, 2, 3, 4], 2))
     _, tokens = step(target)
     assert 1 in tokens, "equal shares: the short one is answered in the first step"
+
+
+def first_tokens(target: Loop) -> list[int]:
+    """By arrival, the step that gives the first token."""
+    found: dict[int, int] = {}
+    number = 0
+    while not target.idle:
+        number += 1
+        for outcome in target.step().outcomes:
+            found.setdefault(outcome.sequence.arrival, number)
+        target.scheduler.cache.check(target.scheduler.running)
+    return [found[arrival] for arrival in sorted(found)]
+
+
+def test_prompts_that_come_together_are_done_one_after_the_other() -> None:
+    target = loop(prefill_tokens=8, speculative_rows=0)
+    for arrival in range(4):
+        target.scheduler.add(make(arrival, [arrival + 1] * 8, 6))
+    assert first_tokens(target) == [1, 2, 3, 4], "and not all of them at the end"
+
+
+def test_a_short_prompt_does_not_wait_for_many_long_ones() -> None:
+    target = loop(prefill_tokens=8, speculative_rows=0)
+    for arrival in range(3):
+        target.scheduler.add(make(arrival, [arrival + 1] * 40, 2))
+    target.scheduler.add(make(3, [4] * 8, 2))
+    assert first_tokens(target)[3] == 2, "half of each step is the oldest's"
+
+
+def test_short_prompts_that_keep_coming_leave_a_long_one_half_of_each_step() -> None:
+    target = loop(prefill_tokens=8, speculative_rows=0)
+    target.scheduler.add(make(0, [6] * 40, 1))
+    steps = 0
+    while target.scheduler.running or steps == 0:
+        steps += 1
+        target.scheduler.add(make(steps, [steps % 5, steps // 5] * 4, 1))
+        if any(outcome.sequence.arrival == 0 for outcome in target.step().outcomes):
+            break
+    assert steps <= 10
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("window", [None, 16])
+def test_what_is_being_computed_for_one_is_shared_by_all(window: int | None, overlaps: bool) -> None:
+    """Prompts that come together and begin alike: the common part is computed once, though none of it was cached."""
+    target = loop(overlaps, window=window, prefill_tokens=20, speculative_rows=0)
+    sequences = [make(arrival, [1, 2, 3, 4, 5, 6, 0] * 5 + [arrival], 6) for arrival in range(4)]
+    for sequence in sequences:
+        target.scheduler.add(sequence)
+    first_tokens(target)
+    for sequence in sequences:
+        prompt = sequence.tokens[:36]
+        assert sequence.tokens[36:] == expected_answer(prompt, 6, frozenset())
+    assert [sequence.cached for sequence in sequences] == [0, 32, 32, 32]
+    assert target.scheduler.counters.prefill_tokens + 4 == 36 + 3 * 4  # the last token of each counts as a decode
+    assert target.scheduler.counters.cached_tokens == 3 * 32
+
+
+def test_nobody_waits_for_a_block_that_it_has_begun_itself() -> None:
+    """Both begin with three tokens of a block of four; the older one ends it in the second step."""
+    target = loop(prefill_tokens=6, block_size=4, speculative_rows=0)
+    prompt = [1, 2, 3, 4, 5, 6, 0] * 3
+    target.scheduler.add(make(0, prompt, 3))
+    target.scheduler.add(make(1, prompt[:9], 3))
+    assert first_tokens(target)[1] == 3
+
+
+def test_blocks_of_others_come_before_any_of_its_own() -> None:
+    cache = BlockCache(8, 4, 2, MAX_POSITIONS)
+    older, younger = sequences = [make(arrival, [1] * 12, 1) for arrival in range(2)]
+    for sequence in sequences:
+        cache.admit(sequence)
+    assert cache.grow(older, 12) and cache.grow(younger, 4)
+    older.computed = older.settled = 12
+    cache.advance(older)
+    cache.catch_up(younger)
+    cache.check(sequences)
+    assert younger.computed == 0, "the room that it was given comes first"
+
+
+def test_room_that_is_shared_is_asked_for_once() -> None:
+    target = loop(blocks=14, block_size=4, prefill_tokens=40, speculative_rows=0)
+    target.scheduler.add(make(0, [1] * 33, 3))  # nine blocks, eight of them full
+    target.step()
+    for arrival in range(1, 4):
+        target.scheduler.add(make(arrival, [1] * 33, 3))
+    target.step()
+    assert len(target.scheduler.running) == 4, "each needs one block more"
+    first_tokens(target)
+    assert target.scheduler.counters.pauses == 0
 
 
 def test_what_a_short_prompt_leaves_goes_to_the_oldest() -> None:

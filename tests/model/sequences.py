@@ -19,6 +19,13 @@ class Sequence:
 
 def step(model: Mistral, cache: KVCache, work: list[tuple[Sequence, list[int]]]) -> list[torch.Tensor]:
     """Append tokens to each sequence in one batch; each one's logits, float32 [its new tokens, V]."""
+    with torch.inference_mode():
+        logits = model.forward(batch_of(model, cache, work), cache)
+    return list(logits.split([len(new) for _, new in work]))
+
+
+def batch_of(model: Mistral, cache: KVCache, work: list[tuple[Sequence, list[int]]]) -> Batch:
+    """Tokens appended to each sequence; the logits of all are wanted."""
     device, size = model.ops.device, cache.block_size
     window = model.config.sliding_window
     tokens: list[int] = []
@@ -40,7 +47,7 @@ def step(model: Mistral, cache: KVCache, work: list[tuple[Sequence, list[int]]])
     def ints(values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    batch = Batch(
+    return Batch(
         token_ids=torch.tensor(tokens, device=device),
         positions=ints(positions),
         slots=ints(slots),
@@ -51,9 +58,6 @@ def step(model: Mistral, cache: KVCache, work: list[tuple[Sequence, list[int]]])
         prompt_tokens=torch.tensor([len(new) > 1 for _, new in work for _ in new], device=device),
         logit_rows=torch.arange(len(tokens), device=device),
     )
-    with torch.inference_mode():
-        logits = model.forward(batch, cache)
-    return list(logits.split([len(new) for _, new in work]))
 
 
 def greedy(model: Mistral, prompt: list[int], max_tokens: int) -> list[int]:

@@ -91,6 +91,15 @@ def test_all_faults_at_once(folder: Path) -> None:
     assert all(name in str(caught.value) for name in (NORM, "extra", "model.norm.weight"))
 
 
+def test_frequencies_that_older_checkpoints_hold_are_passed_over(folder: Path) -> None:
+    """transformers before 4.32 stored them; they follow from config.json."""
+    change(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    open_all(folder)
+    config = ModelConfig.from_folder(folder)
+    with open_checkpoint(folder, config, Staging(torch.device("cpu"))) as staged:
+        staged.linear(Q)
+
+
 def test_a_tensor_stored_twice(folder: Path) -> None:
     save_file({NORM: torch.zeros(128, dtype=torch.float16)}, folder / "second.safetensors")
     with pytest.raises(CheckpointError, match="stored twice"):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from starling.errors import CheckpointError
 from starling.model.config import ModelConfig
@@ -48,6 +49,40 @@ def test_transformers_5_writes_rope_parameters() -> None:
     assert ModelConfig.from_dict(raw | {"rope_parameters": rope}).rope_theta == 5e5
 
 
+@pytest.mark.parametrize("architecture", ["Mistral", "Llama"])
+@pytest.mark.parametrize("left_out", ["sliding_window", "num_key_value_heads", "head_dim", "rope_theta"])
+def test_what_is_left_out_is_read_as_transformers_reads_it(architecture: str, left_out: str) -> None:
+    raw = {key: value for key, value in STARLING.items() if key != left_out}
+    config = ModelConfig.from_dict(raw | {"architectures": [f"{architecture}ForCausalLM"]})
+    del raw["quantization_config"]
+    oracle = getattr(transformers, f"{architecture}Config").from_dict(raw)
+    window = oracle.sliding_window if architecture == "Mistral" else None
+    assert config.sliding_window == window
+    assert (config.num_key_value_heads, config.head_dim) == (oracle.num_key_value_heads, oracle.head_dim)
+    assert config.rope_theta == oracle.rope_parameters["rope_theta"]
+
+
+def test_transformers_5_writes_awq_s_version_as_format() -> None:
+    quantization = {key: value for key, value in STARLING["quantization_config"].items() if key != "version"}
+    raw = STARLING | {"quantization_config": quantization | {"format": "gemm", "version": None, "backend": "auto"}}
+    assert ModelConfig.from_dict(raw) == ModelConfig.from_dict(STARLING)
+    with pytest.raises(CheckpointError, match=r"quantization_config\.version is 'gemv'"):
+        ModelConfig.from_dict(STARLING | {"quantization_config": quantization | {"format": "gemv"}})
+
+
+def test_the_head_is_never_converted() -> None:
+    quantization = STARLING["quantization_config"] | {"modules_to_not_convert": ["lm_head"]}
+    assert ModelConfig.from_dict(STARLING | {"quantization_config": quantization}) == ModelConfig.from_dict(STARLING)
+
+
+@pytest.mark.parametrize("quantization", [None, {"quant_method": "gptq", "bits": 4, "group_size": 128}])
+def test_what_is_not_awq_is_said_once(quantization: object) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        ModelConfig.from_dict(STARLING | {"quantization_config": quantization})
+    assert str(caught.value).count("quantization_config") == 1
+    assert "python -m starling quantize" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -57,13 +92,14 @@ def test_transformers_5_writes_rope_parameters() -> None:
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-        ({"quantization_config": None}, "quant_method is None"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+        ({"quantization_config": "awq"}, "quantization_config is 'awq'"),
         ({"quantization_config": AWQ | {"bits": 8}}, "bits is 8"),
         ({"quantization_config": AWQ | {"version": "gemv"}}, "version is 'gemv'"),
         ({"quantization_config": AWQ | {"zero_point": False}}, "zero_point is False"),
         ({"quantization_config": AWQ | {"group_size": 16}}, "group_size is 16"),
         ({"quantization_config": AWQ | {"group_size": -1}}, "group_size is -1"),
-        ({"quantization_config": AWQ | {"modules_to_not_convert": ["lm_head"]}}, "modules_to_not_convert"),
+        ({"quantization_config": AWQ | {"modules_to_not_convert": ["lm_head", "mlp"]}}, "modules_to_not_convert"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_key_value_heads": 5}, "do not divide"),
         ({"intermediate_size": 14337}, "intermediate_size 14337"),

@@ -91,7 +91,7 @@ def test_what_was_kept_comes_back(checkpoint: Path) -> None:
     assert repack.runs == 1
 
 
-@pytest.mark.parametrize("change", ["config", "time", "header", "layout"])
+@pytest.mark.parametrize("change", ["config", "time", "values", "header", "layout"])
 def test_another_checkpoint_or_layout_is_repacked(checkpoint: Path, change: str) -> None:
     repack = Repacking(some_weights())
     packed_cache.load_or_make(checkpoint, LAYOUT, repack, [checkpoint])
@@ -101,15 +101,28 @@ def test_another_checkpoint_or_layout_is_repacked(checkpoint: Path, change: str)
         config = checkpoint / "config.json"
         config.write_text(config.read_text().replace("300", "301"))
     elif change == "time":
-        os.utime(path, ns=(times, times + 1))
+        os.utime(path, ns=(times, times + 10**9))
     elif change == "header":
         content = bytearray(path.read_bytes())
         at = content.index(b"input_layernorm")
         content[at : at + 1] = b"j"
         path.write_bytes(content)
         os.utime(path, ns=(times, times))
+    elif change == "values":
+        write_checkpoint(checkpoint)
+        os.utime(path, ns=(times, times))
     packed_cache.load_or_make(checkpoint, "test-2" if change == "layout" else LAYOUT, repack, [checkpoint])
     assert repack.runs == 2
+
+
+def test_a_time_that_an_image_s_layer_cut_to_seconds_is_the_same(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    second = path.stat().st_mtime_ns // 10**9 * 10**9
+    repack = Repacking(some_weights())
+    for time in (second + 999_999_999, second):
+        os.utime(path, ns=(time, time))
+        packed_cache.load_or_make(checkpoint, LAYOUT, repack, [checkpoint])
+    assert repack.runs == 1
 
 
 def test_a_truncated_file_is_made_again(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,11 +1,16 @@
 """What a request meets at the door, row by row, and what a failing one does to the rest: nothing."""
 
+import asyncio
 import json
+import shutil
 from typing import Any
 
 import httpx
 import pytest
 
+from bench.load import load
+from starling.client import Client
+from starling.coglet import FOLDERS
 from tests.server.conftest import Echo
 from tests.waiting import HANG_S, wait_for
 
@@ -147,3 +152,31 @@ def test_prompts_are_never_logged(echo: Echo) -> None:
         assert echo.post(**inputs).json().get("status") != "succeeded", inputs
     assert echo.post(prompt="the end").json()["status"] == "succeeded"
     assert secret not in echo.server.log
+
+
+def test_a_prediction_leaves_no_folder_behind(echo: Echo) -> None:
+    """Unless its ID is a path, which may lead anywhere."""
+    small, large, path = echo.name(), echo.name(), f"{echo.name()}/inside"
+    assert echo.post(request_id=small, prompt="a").json()["status"] == "succeeded"
+    assert "bytes together" in echo.post(request_id=large, prompt="a" * (8 << 20)).json()["error"]
+    assert echo.post(request_id=path, prompt="a").json()["status"] == "succeeded"
+    try:
+        assert not (FOLDERS / small).exists()
+        assert not (FOLDERS / large).exists()
+        assert (FOLDERS / path / "outputs").is_dir(), "it is no longer here that coglet makes them"
+    finally:
+        shutil.rmtree((FOLDERS / path).parent)
+
+
+def test_a_proxy_for_other_machines_is_not_asked_for_this_one(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name)
+    assert echo.server.health()["status"] in ("READY", "BUSY")
+    client = Client(echo.server.url)
+    with client.stream(prompt="a b") as answer:
+        assert "".join(answer) == "a b "
+    client.close()
+    tally = asyncio.run(load(echo.server.url, requests=1, concurrency=1, max_tokens=8, seed=0, abuse=0))
+    assert tally.outcomes == {"succeeded": 1}

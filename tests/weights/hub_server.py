@@ -25,6 +25,7 @@ class Faults:
     flip_byte: int | None = None  # this byte of the file is sent inverted
     longer_by: int = 0  # bytes after the file's end
     statuses: list[int] = field(default_factory=list)  # answered to GET instead of the file
+    status_headers: dict[str, str] = field(default_factory=lambda: {"Retry-After": "0"})  # sent with them
     ignores_range: bool = False
     size: int | None = None  # claimed by HEAD
     etag: str | None = None
@@ -110,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         faults = hub.faults_of(name)
         if self.command == "GET" and faults.statuses:
-            self._empty(faults.statuses.pop(0), {"Retry-After": "0"})
+            self._empty(faults.statuses.pop(0), faults.status_headers)
             return
         identity = {
             "X-Repo-Commit": faults.commit or hub.revision,

@@ -88,6 +88,19 @@ def test_offline_is_honoured(lock_path, hub, folder, files, tmp_path):
     assert_whole(folder, files)
 
 
+def test_the_token_goes_to_hf_endpoint_and_not_where_it_redirects_to(lock_path, hub, folder, files):
+    """In its own process: huggingface_hub reads HF_ENDPOINT, here one with a path, when it is imported."""
+    command = [sys.executable, "-m", "starling", "weights", "pull", "--lock", str(lock_path)]
+    environ = {**os.environ, "HF_ENDPOINT": f"{hub.url}/proxies/hub/", "HF_TOKEN": "hf_very_secret"}
+    done = subprocess.run(command, cwd=PROJECT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_whole(folder, files)
+    assert "hf_very_secret" not in done.stdout + done.stderr
+    asked = [{name.lower(): value for name, value in headers.items()} for headers in hub.headers]
+    shown_to = {(headers["host"].split(":")[0], headers.get("authorization")) for headers in asked}
+    assert shown_to == {("127.0.0.1", "Bearer hf_very_secret"), ("localhost", None)}
+
+
 def test_a_start_with_whole_weights_does_not_import_the_hubs_library(lock_path, hub, folder):
     weights("pull", "--lock", lock_path, "--from", hub.url)
     code = (

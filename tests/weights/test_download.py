@@ -127,6 +127,23 @@ def test_passing_failures_are_waited_for(hub, lock, folder, files):
     assert_whole(folder, files)
 
 
+@pytest.mark.parametrize(
+    ("headers", "wait_s"),
+    [
+        ({"RateLimit": '"resolvers";r=0;t=287', "RateLimit-Policy": '"fixed window";"resolvers";q=3000;w=300'}, 287),
+        ({"RateLimit": '"resolvers";r=12;t=287', "Retry-After": "7"}, 7),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, BRISK.first_wait_s),
+        ({"Retry-After": "86400"}, 300),
+    ],
+)
+def test_the_wait_that_a_server_asks_for_is_kept(hub, lock, folder, monkeypatch, headers, wait_s):
+    waits_s = []
+    monkeypatch.setattr(hub_module.time, "sleep", waits_s.append)
+    hub.faults_of(MODEL).statuses, hub.faults_of(MODEL).status_headers = [429], headers
+    pull(lock, folder, hub.url, BRISK)
+    assert waits_s == [wait_s]
+
+
 def test_every_fault_is_reported_at_once_and_before_any_byte(hub, lock, folder, files):
     hub.faults_of(MODEL).size = len(files[MODEL]) - 1
     hub.faults_of("config.json").commit = "0" * 40

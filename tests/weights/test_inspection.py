@@ -1,5 +1,6 @@
 """Every way in which a folder can differ from its lock is found; a start does not hash 4 GB again."""
 
+import errno
 import os
 import random
 
@@ -57,6 +58,15 @@ def test_any_changed_byte_is_found(filled, lock, files, seed):
     assert [report.name for report in verify(filled, lock) if report.is_fault] == [name]
 
 
+def test_a_time_that_an_image_s_layer_cut_to_seconds_is_the_same(filled, lock):
+    """In a pulled image, files have whole seconds: .verified.json that was baked in with them must still hold."""
+    verify(filled, lock)
+    for path in filled.glob("*.*"):
+        time = path.stat().st_mtime_ns // 10**9 * 10**9
+        os.utime(path, ns=(time, time))
+    assert {report.state for report in inspect(filled, lock)} == {State.VERIFIED}
+
+
 def test_afresh_finds_what_keeps_its_size_and_time(filled, lock, files):
     verify(filled, lock)
     path = filled / MODEL
@@ -79,6 +89,19 @@ def test_a_damaged_ledger_counts_as_none(filled, lock, damage):
     (filled / ".verified.json").write_text(damage)
     assert {report.state for report in inspect(filled, lock)} == {State.UNCHECKED}
     assert not faults(verify(filled, lock))
+
+
+def test_a_file_that_cannot_be_read_is_a_fault_among_the_others(filled, lock, files, monkeypatch):
+    """Root may read everything, so the refusal itself is made up."""
+
+    def refuse(path, advance):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (filled / "config.json").write_bytes(files["config.json"] + b"!")
+    monkeypatch.setattr("starling.weights.inspection.sha256_of", refuse)
+    found = faults(verify(filled, lock))
+    assert f"{MODEL}: unreadable (Permission denied)" in found
+    assert len(found) == 3
 
 
 def test_a_folder_that_cannot_be_written_is_verified_all_the_same(filled, lock, monkeypatch):

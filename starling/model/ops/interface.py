@@ -44,7 +44,9 @@ class FusedLayers(Protocol):
         window: int | None,
         eps: float,
     ) -> torch.Tensor:
-        """Embeddings [T, H] → the residual stream behind the last layer [T, H].
+        """Embeddings [T, H] → the residual stream behind the last layer, of the batch's `logit_rows` [rows, H].
+
+        Of the other tokens the last layer only writes keys and values.
 
         `keys` and `values` are all layers' [layers, blocks, kv_heads, block_size, D]. `x` may be overwritten.
         """
@@ -91,10 +93,8 @@ class Ops(Protocol):
         """int64 [T], fp16 [V, H] → [T, H]. An id below 0 is -(1 + row) of `sampled`, int [any]."""
         ...
 
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """[T, H] → x / sqrt(mean(x²) + eps) * weight, of all rows or of those in `rows` (int [any])."""
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """[T, H] → x / sqrt(mean(x²) + eps) * weight."""
         ...
 
     def add_rms_norm(

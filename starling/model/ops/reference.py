@@ -39,10 +39,7 @@ class ReferenceOps:
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
         return table[resolved(token_ids, sampled)].to(self.dtype)
 
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        x = x if rows is None else x[rows]
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         # Normalise in float32, cast, then multiply: the order of Hugging Face's MistralRMSNorm.
         x32 = x.to(torch.float32)
         normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)

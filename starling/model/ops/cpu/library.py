@@ -25,8 +25,9 @@ class Step(ctypes.Structure):
     """`struct Step` of types.h."""
 
     _fields_ = (
-        ("tokens", INT64), ("requests", INT64), ("table_stride", INT64), ("positions", POINTER), ("slots", POINTER),
-        ("query_starts", POINTER), ("context_lens", POINTER), ("block_tables", POINTER), ("prompt_tokens", POINTER),
+        ("tokens", INT64), ("requests", INT64), ("table_stride", INT64), ("rows", INT64), ("positions", POINTER),
+        ("slots", POINTER), ("query_starts", POINTER), ("context_lens", POINTER), ("block_tables", POINTER),
+        ("prompt_tokens", POINTER), ("logit_rows", POINTER),
     )  # fmt: skip
 
 

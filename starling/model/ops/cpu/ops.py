@@ -154,10 +154,8 @@ class CpuOps:
         )
         return out
 
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return self._norm(None, _rows(x if rows is None else x[rows]), weight, eps)
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(None, _rows(x), weight, eps)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -220,7 +218,7 @@ class CpuOps:
             self._context, ctypes.addressof(self._stack.structs), len(layers), ctypes.addressof(shape),
             self._step(batch), rotary.data_ptr(), self._precision, x.data_ptr(), residual.data_ptr(),
         )  # fmt: skip
-        return residual
+        return residual[: batch.logit_rows.numel()]
 
     def sample(
         self,
@@ -281,11 +279,12 @@ class CpuOps:
         if batch is not self._step_batch:
             tensors = (
                 batch.positions, batch.slots, batch.query_starts, batch.context_lens, batch.block_tables,
-                batch.prompt_tokens,
+                batch.prompt_tokens, batch.logit_rows,
             )  # fmt: skip
-            assert all(tensor.is_contiguous() for tensor in tensors)
+            assert all(tensor.is_contiguous() for tensor in tensors) and batch.logit_rows.dtype == torch.int64
             self._step_struct = library.Step(
                 batch.positions.numel(), batch.context_lens.numel(), batch.block_tables.shape[1],
+                batch.logit_rows.numel(),
                 *(tensor.data_ptr() for tensor in tensors),
             )  # fmt: skip
             self._step_batch = batch

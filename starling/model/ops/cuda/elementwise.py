@@ -1,4 +1,4 @@
-"""The small operations of a GPU: a token's embedding, and the activation between gate|up and down."""
+"""The small operations of a GPU: a token's embedding, the activation, and the picking of rows."""
 
 from collections.abc import Callable
 
@@ -16,6 +16,20 @@ class ElementwiseKernels:
         out = torch.empty(len(ids), table.shape[1], dtype=torch.float32, device=table.device)
         self._module.launch("embed", (len(ids), 1, 1), 256, 0, ids, sampled, table, out, table.shape[1])
         return out
+
+    def pick(
+        self, rows: torch.Tensor, attended: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows int32 [R] of fp16 [T, W], W a multiple of 8, and of float32 [T, H], H a multiple of 4."""
+        assert rows.dtype == torch.int32 and attended.dtype == torch.float16 and residual.dtype == torch.float32
+        (width, hidden), count = (attended.shape[1], residual.shape[1]), len(rows)
+        assert width % 8 == 0 and hidden % 4 == 0, (width, hidden)
+        picked = torch.empty(count, width, dtype=torch.float16, device=attended.device)
+        kept = torch.empty(count, hidden, dtype=torch.float32, device=residual.device)
+        if count:
+            arguments = (rows, attended, residual, picked, kept, width, hidden)
+            self._module.launch("pick", (count, 1, 1), 256, 0, *arguments)
+        return picked, kept
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """fp16 [T, 2 * I] → silu(first half) * second half, fp16 [T, I]; I a multiple of 8."""

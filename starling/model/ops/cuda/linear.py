@@ -141,19 +141,13 @@ class LinearKernels:
         out = self._empty(residual, weight.rows // 2, torch.float16)
         return self._norm_multiply(residual, norm, eps, weight, SILU_MUL, out)
 
-    def rms_norm(
-        self, x: torch.Tensor, norm: torch.Tensor, eps: float, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """float32 [T, H] → fp16 [T, H]: normalised in float32, rounded, multiplied by `norm` fp16 [H] in fp16.
-
-        `rows`, int32 [R], picks what is normalised: fp16 [R, H].
-        """
+    def rms_norm(self, x: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
+        """float32 [T, H] → fp16 [T, H]: normalised in float32, rounded, multiplied by `norm` fp16 [H] in fp16."""
         assert x.dtype == torch.float32 and norm.dtype == torch.float16 and x.shape[1] % 4 == 0
-        assert rows is None or rows.dtype == torch.int32
-        out = self._empty(x if rows is None else rows, x.shape[1], torch.float16)
+        out = self._empty(x, x.shape[1], torch.float16)
         if len(out):
             grid = (len(out), 1, 1)
-            self._module("norm").launch("rms_norm", grid, THREADS, WARPS * 4, x, rows, norm, out, x.shape[1], eps)
+            self._module("norm").launch("rms_norm", grid, THREADS, WARPS * 4, x, norm, out, x.shape[1], eps)
         return out
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:

@@ -71,10 +71,8 @@ class CudaOps:
         known = None if sampled is None else sampled.to(torch.int32)
         return self._elementwise.embed(token_ids.to(torch.int32), known, table)
 
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return self._linear.rms_norm(x, weight, eps, None if rows is None else rows.to(torch.int32))
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._linear.rms_norm(x, weight, eps)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -115,6 +113,8 @@ class CudaOps:
         for layer, own_keys, own_values in zip(layers, keys, values, strict=True):
             qkv = linear.norm_linear(residual, layer.input_norm, eps, _linear(layer.qkv))
             attended = attention.attend(qkv, batch, plan, rotary, own_keys, own_values)
+            if layer is layers[-1] and not batch.wants_all:
+                attended, residual = self._elementwise.pick(batch.logit_rows.to(torch.int32), attended, residual)
             linear.add_linear(attended, _linear(layer.out), residual)
             active = linear.norm_linear_silu_mul(residual, layer.post_attention_norm, eps, _linear(layer.gate_up))
             linear.add_linear(active, _linear(layer.down), residual)

@@ -3,7 +3,11 @@
 // Positions are cut into splits of 256 at absolute multiples. A row's split is computed in one order (scores; their
 // maximum; e^(score - maximum), summed in 16 lanes; values in ascending position), and its splits are merged in
 // ascending order. Decode and prefill, one thread or many, alone or in a batch: the same operations on the same
-// numbers.
+// numbers. A score's products are summed in kLanes chains, dimensions d, d + kLanes, ... each, and the chains as
+// v_sum_rows does.
+//
+// Few rows read keys and values from the cache as they lie. Many, a prompt's, share them: some positions at a time are
+// turned to floats in L1, keys with a position in each lane, so that no row converts them again or adds across lanes.
 #pragma once
 
 namespace {
@@ -11,6 +15,8 @@ namespace {
 constexpr int kRowTile = 4;
 constexpr int kAhead = 24;  // positions between asking memory for a key or value and reading it
 constexpr int kPositionTile = kLanes / kRowTile;  // kRowTile * kPositionTile dot products fill one register
+constexpr int kSpan = kKeys * kLanes;  // positions that many rows take at a time
+constexpr int kManyRows = 5 * kRowTile;  // from here on turning keys saves more than it costs
 
 struct Rows {  // up to 4 query rows
   int count;
@@ -49,13 +55,13 @@ STARLING_INLINE void score(const Rows& rows, const T* const* keys, const T* cons
   }
 }
 
-// out[r][d] = sum over positions of weights[r][p] * values[p][d], for Depth registers of d from `first` on.
+// out[r][d] += the sum over positions of weights[r][p] * values[p][d], for Depth registers of d from `first` on.
 template <int Depth, class T>
 STARLING_INLINE void weigh(const T* const* values, int64_t first, int64_t count, const float (*weights)[kKvSplit],
                   float (*out)[kMaxHeadDim]) {
   V acc[kRowTile][Depth];
   for (int r = 0; r < kRowTile; r++)
-    for (int i = 0; i < Depth; i++) acc[r][i] = v_zero();
+    for (int i = 0; i < Depth; i++) acc[r][i] = v_load(out[r] + first + i * kLanes);
   for (int64_t p = 0; p < count; p++) {
     if (p + kAhead < count)
       for (int b = 0; b < Depth * kLanes * (int)sizeof(T); b += 64)
@@ -72,6 +78,67 @@ STARLING_INLINE void weigh(const T* const* values, int64_t first, int64_t count,
   }
   for (int r = 0; r < kRowTile; r++)
     for (int i = 0; i < Depth; i++) v_store(out[r] + first + i * kLanes, acc[r][i]);
+}
+
+template <class T>
+STARLING_INLINE void weigh_all(const T* const* values, int64_t count, int64_t dim, const float (*weights)[kKvSplit],
+                               float (*out)[kMaxHeadDim]) {
+  int64_t d = 0;
+  for (; d + kDepth * kLanes <= dim; d += kDepth * kLanes) weigh<kDepth>(values, d, count, weights, out);
+  for (; d < dim; d += kLanes) weigh<1>(values, d, count, weights, out);
+}
+
+// Keys of kSpan positions as floats [dim][kSpan]: rounds of zipping a square's halves turn it.
+template <class T> inline void turn_keys(const T* const* keys, int64_t dim, float* turned) {
+  for (int p = 0; p < kSpan; p += kLanes)
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      V lines[kLanes], zipped[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) lines[i] = v_load(keys[p + i] + d);
+#pragma GCC unroll 4
+      for (int round = 1; round < kLanes; round *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes / 2; i++) {
+          zipped[2 * i] = lines[i];
+          zipped[2 * i + 1] = lines[i + kLanes / 2];
+          v_zip(zipped[2 * i], zipped[2 * i + 1]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) lines[i] = zipped[i];
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) v_store(turned + (d + i) * kSpan + p, lines[i]);
+    }
+}
+
+// scores[r][p] for kSpan positions, as `score` has them to the bit; `keys` as turn_keys made them.
+STARLING_INLINE void score_turned(const Rows& rows, const float* keys, int64_t dim, float (*scores)[kKvSplit]) {
+  constexpr int kTop = __builtin_ctz(kLanes);
+  V sums[kTop + 1][kRowTile * kKeys];  // of 1, 2, 4, ... neighbouring chains, until their own neighbours are there
+  for (int lane = 0; lane < kLanes; lane++) {
+    V acc[kRowTile * kKeys];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRowTile * kKeys; i++) acc[i] = v_zero();
+    for (int64_t d = lane; d < dim; d += kLanes) {
+      V k[kKeys];
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; i++) k[i] = v_load(keys + d * kSpan + i * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRowTile; r++) {
+        const V q = v_set(rows.q[r][d]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kKeys; i++) acc[r * kKeys + i] = v_fma(q, k[i], acc[r * kKeys + i]);
+      }
+    }
+    int height = 0;
+    for (; lane >> height & 1; height++)
+#pragma GCC unroll 16
+      for (int i = 0; i < kRowTile * kKeys; i++) acc[i] = v_add(sums[height][i], acc[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRowTile * kKeys; i++) sums[height][i] = acc[i];
+  }
+  for (int r = 0; r < kRowTile; r++)
+    for (int i = 0; i < kKeys; i++) v_store(&scores[r][i * kLanes], sums[kTop][r * kKeys + i]);
 }
 
 struct State {  // a row's softmax so far: sums of e^(score - largest) * value, and of e^(score - largest)
@@ -107,15 +174,12 @@ inline void finish(const State& state, const float* sums, float* out, int64_t di
   for (int64_t d = 0; d < dim; d += 16) store_some(out + d, f_mul(load_some(sums + d, dim - d), scale), dim - d);
 }
 
-// One split for up to 4 rows. Positions [base, base + count) have their keys and values at the pointers.
-template <class T>
-inline void split_rows(const Rows& rows, const T* const* keys, const T* const* values, int64_t base, int64_t count,
-                       int64_t dim, State* states, float (*sums)[kMaxHeadDim]) {
-  alignas(64) float scores[kRowTile][kKvSplit];
-  score(rows, keys, values, count, dim, scores);
-  for (int r = 0; r < kRowTile; r++) {
+// Scores of positions [base, base + count) → e^(score - largest) where a row sees them, else 0; what a row's largest
+// score is, and the sum.
+inline void soften(const Rows& rows, int64_t base, int64_t count, float (*scores)[kKvSplit], State* states) {
+  for (int r = 0; r < rows.count; r++) {
     const int64_t low = rows.low[r] - base, high = rows.high[r] - base;
-    if (r >= rows.count || low >= count || high <= 0) {
+    if (low >= count || high <= 0) {
       states[r] = {0.0f, 0.0f};
       for (int64_t p = 0; p < count; p++) scores[r][p] = 0.0f;
       continue;
@@ -133,9 +197,44 @@ inline void split_rows(const Rows& rows, const T* const* keys, const T* const* v
     }
     states[r] = {largest, f_sum(total)};
   }
-  int64_t d = 0;
-  for (; d + kDepth * kLanes <= dim; d += kDepth * kLanes) weigh<kDepth>(values, d, count, scores, sums);
-  for (; d < dim; d += kLanes) weigh<1>(values, d, count, scores, sums);
+}
+
+// One split for tiles of rows: adds its weighted values to `sums`. Positions [base, base + count), a multiple of 16,
+// have their keys and values at the pointers, of which many_rows reads some behind the last.
+template <class T>
+inline void few_rows(const Rows* tiles, int tile_count, const T* const* keys, const T* const* values, int64_t base,
+                     int64_t count, int64_t dim, State* states, float (*sums)[kMaxHeadDim]) {
+  alignas(64) float scores[kRowTile][kKvSplit];
+  for (int t = 0; t < tile_count; t++) {
+    score(tiles[t], keys, values, count, dim, scores);
+    soften(tiles[t], base, count, scores, states + t * kRowTile);
+    weigh_all(values, count, dim, scores, sums + t * kRowTile);
+  }
+}
+
+template <class T>
+inline void many_rows(const Rows* tiles, int tile_count, const T* const* keys, const T* const* values, int64_t base,
+                      int64_t count, int64_t dim, State* states, float (*sums)[kMaxHeadDim]) {
+  alignas(64) float scores[kAttentionRows][kKvSplit];
+  alignas(64) float floats[kMaxHeadDim * kSpan];
+  for (int64_t p = 0; p < count; p += kSpan) {
+    turn_keys(keys + p, dim, floats);
+    for (int t = 0; t < tile_count; t++)
+      score_turned(tiles[t], floats, dim, (float(*)[kKvSplit])(scores[t * kRowTile] + p));
+  }
+  for (int t = 0; t < tile_count; t++)
+    soften(tiles[t], base, count, scores + t * kRowTile, states + t * kRowTile);
+  for (int64_t p = 0; p < count; p += kSpan) {
+    const int64_t here = count - p < kSpan ? count - p : kSpan;
+    const float* lines[kSpan];
+    for (int64_t i = 0; i < here; i++) {
+      float* line = floats + i * dim;
+      for (int64_t d = 0; d < dim; d += kLanes) v_store(line + d, v_load(values[p + i] + d));
+      lines[i] = line;
+    }
+    for (int t = 0; t < tile_count; t++)
+      weigh_all(lines, here, dim, (const float(*)[kKvSplit])(scores[t * kRowTile] + p), sums + t * kRowTile);
+  }
 }
 
 template <class T> void attend_as(const Attention* a, const AttentionItem* item) {
@@ -159,6 +258,18 @@ template <class T> void attend_as(const Attention* a, const AttentionItem* item)
   const int64_t earliest = first_position + item->first_token - request_start;
   const int64_t end = earliest + item->tokens;  // one past the last visible position of the last token
   const int64_t begin = a->window && earliest - a->window + 1 > 0 ? earliest - a->window + 1 : 0;
+  Rows tiles[kAttentionRows / kRowTile];
+  const int tile_count = (int)((rows + kRowTile - 1) / kRowTile);
+  for (int t = 0; t < tile_count; t++) {
+    const int64_t r = t * kRowTile;
+    tiles[t].count = (int)(rows - r < kRowTile ? rows - r : kRowTile);
+    for (int i = 0; i < kRowTile; i++) {  // rows that are not there repeat the first, and are not looked at
+      const int64_t row = i < tiles[t].count ? r + i : r;
+      tiles[t].q[i] = q[row];
+      tiles[t].high[i] = earliest + row / group + 1;
+      tiles[t].low[i] = a->window && tiles[t].high[i] > a->window ? tiles[t].high[i] - a->window : 0;
+    }
+  }
   for (int64_t split = item->first_split; split < item->last_split; split++) {
     // Sixteens of the split that hold a visible position; others of the same split add exact zeros.
     const int64_t split_begin = split * kKvSplit, split_end = split_begin + kKvSplit;
@@ -180,20 +291,13 @@ template <class T> void attend_as(const Attention* a, const AttentionItem* item)
         values[p] = (const T*)memcpy(value, values[p], dim * sizeof(T));
       }
     }
-    for (int64_t r = 0; r < rows; r += kRowTile) {
-      Rows tile;
-      State later[kRowTile];
-      alignas(64) float later_sums[kRowTile][kMaxHeadDim];
-      tile.count = (int)(rows - r < kRowTile ? rows - r : kRowTile);
-      for (int i = 0; i < kRowTile; i++) {
-        const int64_t row = i < tile.count ? r + i : r;
-        tile.q[i] = q[row];
-        tile.high[i] = earliest + row / group + 1;
-        tile.low[i] = a->window && tile.high[i] > a->window ? tile.high[i] - a->window : 0;
-      }
-      split_rows(tile, keys, values, base, count, padded, later, later_sums);
-      for (int i = 0; i < tile.count; i++) merge_split(states[r + i], sums[r + i], later[i], later_sums[i], dim);
-    }
+    for (int64_t p = count; p < kKvSplit; p++) keys[p] = keys[count - 1];  // scores that nobody looks at
+    State later[kAttentionRows];
+    alignas(64) float later_sums[kAttentionRows][kMaxHeadDim];
+    for (int r = 0; r < tile_count * kRowTile; r++) memset(later_sums[r], 0, padded * sizeof(float));
+    const auto split_rows = rows < kManyRows ? few_rows<T> : many_rows<T>;
+    split_rows(tiles, tile_count, keys, values, base, count, padded, later, later_sums);
+    for (int64_t r = 0; r < rows; r++) merge_split(states[r], sums[r], later[r], later_sums[r], dim);
   }
   for (int64_t r = 0; r < rows; r++) {
     const int64_t token = item->first_token + r / group, head = item->kv_head * group + r % group;

@@ -198,7 +198,9 @@ void Context::sample(const float* logits, int64_t tokens, int64_t vocabulary, co
 
 void Context::layers(const Layer* layers, int64_t count, const Shape& shape, const Step& step, const float* rotary,
                      Precision precision, float* x, float* residual) {
-  const int64_t tokens = step.tokens, hidden = shape.hidden;
+  int64_t tokens = step.tokens;
+  const uint8_t* prompt_tokens = step.prompt_tokens;
+  const int64_t hidden = shape.hidden;
   const int64_t q_size = shape.heads * shape.dim, kv_size = shape.kv_heads * shape.dim;
   float* normed = normed_.get(tokens * hidden);
   float* qkv = qkv_.get(tokens * (q_size + 2 * kv_size));
@@ -209,18 +211,29 @@ void Context::layers(const Layer* layers, int64_t count, const Shape& shape, con
   memcpy(residual, x, tokens * hidden * sizeof(float));
   for (const Layer* layer = layers; layer < layers + count; layer++) {
     add_norm(layer == layers ? nullptr : x, residual, layer->input_norm, normed, tokens, hidden, shape.eps);
-    linear(*layer->qkv, normed, tokens, step.prompt_tokens, precision, qkv);
+    linear(*layer->qkv, normed, tokens, prompt_tokens, precision, qkv);
     rotate_and_write(RotaryWrite{qkv, step.positions, step.slots, rotary, layer->keys, layer->values, q, shape.heads,
                                  shape.kv_heads, shape.dim, shape.block_size, shape.half},
                      tokens);
     attention(Attention{q, layer->keys, layer->values, attended, step.query_starts, step.context_lens,
                         step.block_tables, step.table_stride, step.requests, shape.heads, shape.kv_heads, shape.dim,
                         shape.block_size, shape.window, shape.half});
-    linear(*layer->out, attended, tokens, step.prompt_tokens, precision, x);
+    if (layer == layers + count - 1) {  // now only those tokens matter that logits are wanted of
+      tokens = step.rows;
+      last_prompt_tokens_.resize(tokens);
+      for (int64_t i = 0; i < tokens; i++) {  // ascending: what a row moves over has moved before
+        const int64_t from = step.logit_rows[i];
+        memmove(attended + i * q_size, attended + from * q_size, q_size * sizeof(float));
+        memmove(residual + i * hidden, residual + from * hidden, hidden * sizeof(float));
+        last_prompt_tokens_[i] = prompt_tokens[from];
+      }
+      prompt_tokens = last_prompt_tokens_.data();
+    }
+    linear(*layer->out, attended, tokens, prompt_tokens, precision, x);
     add_norm(x, residual, layer->post_attention_norm, normed, tokens, hidden, shape.eps);
-    linear(*layer->gate_up, normed, tokens, step.prompt_tokens, precision, gate_up);
+    linear(*layer->gate_up, normed, tokens, prompt_tokens, precision, gate_up);
     silu_mul(gate_up, act, tokens, shape.intermediate);
-    linear(*layer->down, act, tokens, step.prompt_tokens, precision, x);
+    linear(*layer->down, act, tokens, prompt_tokens, precision, x);
   }
   pool_.run(tokens, [&](int64_t t) {
     for (int64_t i = t * hidden; i < (t + 1) * hidden; i++) residual[i] += x[i];

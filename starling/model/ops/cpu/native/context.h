@@ -47,7 +47,8 @@ class Context {
   // See Ops.sample; the settings are [tokens], `ids` receives the choices.
   void sample(const float* logits, int64_t tokens, int64_t vocabulary, const double* temperature, const int64_t* top_k,
               const double* top_p, const double* min_p, const double* uniform, int64_t* ids);
-  // All layers: x [tokens, hidden] holds the embeddings, and is used up; `residual` receives what is behind the last.
+  // All layers: x [tokens, hidden] holds the embeddings, and is used up. The first rows of `residual` receive what is
+  // behind the last layer, for the step's `logit_rows`.
   void layers(const Layer* layers, int64_t count, const Shape& shape, const Step& step, const float* rotary,
               Precision precision, float* x, float* residual);
   void pack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, const Linear& out);
@@ -62,6 +63,7 @@ class Context {
   Pool pool_;
   const Kernels* kernels_;
   std::vector<int32_t> order_;
+  std::vector<uint8_t> last_prompt_tokens_;
   std::vector<Tile> tiles_;
   std::vector<AttentionItem> items_;
   Scratch<int8_t> planes_;

@@ -103,13 +103,14 @@ struct RotaryWrite {
 
 // One step's tokens; see Batch.
 struct Step {
-  int64_t tokens, requests, table_stride;
+  int64_t tokens, requests, table_stride, rows;
   const int32_t* positions;
   const int32_t* slots;
   const int32_t* query_starts;
   const int32_t* context_lens;
   const int32_t* block_tables;
   const uint8_t* prompt_tokens;
+  const int64_t* logit_rows;  // [rows]
 };
 
 // Shapes of a decoder and of its cache.

@@ -9,6 +9,7 @@ struct I { __m256i a, b; };  // 16 int32
 
 constexpr int kLanes = 8;
 constexpr int kDepth = 2;
+constexpr int kKeys = 2;
 #if defined(__AVXVNNI__)
 constexpr int kPlanes = 6;  // twelve sums, to hide the latency of vpdpbusd, and three registers for their factors
 #else
@@ -28,11 +29,17 @@ inline V v_load(const float* p) { return _mm256_loadu_ps(p); }
 inline V v_load(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 inline void v_store(float* p, V x) { _mm256_storeu_ps(p, x); }
 inline V v_fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline V v_add(V a, V b) { return _mm256_add_ps(a, b); }
 inline V v_sum_rows(const V* r) {
   V ab = _mm256_hadd_ps(r[0], r[1]), cd = _mm256_hadd_ps(r[2], r[3]);
   V ef = _mm256_hadd_ps(r[4], r[5]), gh = _mm256_hadd_ps(r[6], r[7]);
   V abcd = _mm256_hadd_ps(ab, cd), efgh = _mm256_hadd_ps(ef, gh);
   return _mm256_add_ps(_mm256_permute2f128_ps(abcd, efgh, 0x20), _mm256_permute2f128_ps(abcd, efgh, 0x31));
+}
+inline void v_zip(V& a, V& b) {
+  const V low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+  a = _mm256_permute2f128_ps(low, high, 0x20);
+  b = _mm256_permute2f128_ps(low, high, 0x31);
 }
 
 inline F f_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

@@ -9,6 +9,7 @@ using I = __m512i;  // 16 int32
 
 constexpr int kLanes = 16;      // floats in one machine register
 constexpr int kDepth = 4;       // registers of head_dim that attention sums at once
+constexpr int kKeys = 4;        // registers of keys, a position in each lane, that a prompt's attention takes at once
 constexpr int kFloatRows = 4;   // activation rows in one tile of the float32 kernel
 constexpr int64_t kTileBytes = 1024 * 1024;  // activations that lie in L2 while blocks of weights pass by
 // How far ahead of its use a weight is asked for: into L2 first, then from there into L1: measured 5% faster than
@@ -31,24 +32,30 @@ inline V v_load(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((
 inline void v_store(float* p, V x) { _mm512_storeu_ps(p, x); }
 inline V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 
-// Lane i of the result is the sum over the lanes of rows[i].
+inline V v_add(V a, V b) { return _mm512_add_ps(a, b); }
+// Lane i of the result is the sum over the lanes of rows[i]: of neighbours, then of neighbouring sums, and so on.
 inline V v_sum_rows(const V* rows) {
-  V a[8], b[4], c[2];
-  for (int i = 0; i < 8; i++) {  // pairs (i, i + 8): lanes 0-7 of the result's halves
-    V low = _mm512_shuffle_f32x4(rows[i], rows[i + 8], 0x44), high = _mm512_shuffle_f32x4(rows[i], rows[i + 8], 0xee);
-    a[i] = _mm512_add_ps(low, high);  // 128-bit lanes: i i i+8 i+8
+  V pairs[8], fours[4], eights[2];
+  for (int i = 0; i < 8; i++) {
+    const V a = rows[2 * i], b = rows[2 * i + 1];
+    pairs[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
   }
-  for (int i = 0; i < 4; i++) {
-    V low = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), high = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
-    b[i] = _mm512_add_ps(low, high);  // i i+8 i+4 i+12
+  for (int i = 0; i < 4; i++) {  // each 128 bits: a part of four rows
+    const V a = pairs[2 * i], b = pairs[2 * i + 1];
+    fours[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
   }
-  for (int i = 0; i < 2; i++)
-    c[i] = _mm512_add_ps(_mm512_unpacklo_ps(b[i], b[i + 2]), _mm512_unpackhi_ps(b[i], b[i + 2]));
-  // In each 128-bit lane: c[i] = (x0, y0, x1, y1), x of row i and y of row i + 2.
-  V low = _mm512_shuffle_ps(c[0], c[1], 0x44), high = _mm512_shuffle_ps(c[0], c[1], 0xee);
-  V sums = _mm512_add_ps(low, high);  // rows +0 +2 +1 +3
-  sums = _mm512_shuffle_ps(sums, sums, 0xd8);
-  return _mm512_shuffle_f32x4(sums, sums, 0xd8);
+  for (int i = 0; i < 2; i++) {
+    const V a = fours[2 * i], b = fours[2 * i + 1];
+    eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
+                       _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
+}
+inline void v_zip(V& a, V& b) {  // (a0, b0, a1, b1, ...), the first half and the second
+  const I low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const V first = _mm512_permutex2var_ps(a, low, b);
+  b = _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
+  a = first;
 }
 
 inline F f_zero() { return _mm512_setzero_ps(); }

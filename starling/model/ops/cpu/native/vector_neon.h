@@ -9,6 +9,7 @@ struct I { int32x4_t q[4]; };    // 16 int32
 
 constexpr int kLanes = 4;
 constexpr int kDepth = 4;
+constexpr int kKeys = 4;
 constexpr int kPlanes = 4;
 constexpr int kTogether = 1;
 constexpr int64_t kTileBytes = 512 * 1024;
@@ -24,7 +25,13 @@ inline V v_load(const float* p) { return vld1q_f32(p); }
 inline V v_load(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline void v_store(float* p, V x) { vst1q_f32(p, x); }
 inline V v_fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+inline V v_add(V a, V b) { return vaddq_f32(a, b); }
 inline V v_sum_rows(const V* r) { return vpaddq_f32(vpaddq_f32(r[0], r[1]), vpaddq_f32(r[2], r[3])); }
+inline void v_zip(V& a, V& b) {
+  const V low = vzip1q_f32(a, b);
+  b = vzip2q_f32(a, b);
+  a = low;
+}
 
 // What `op` makes of each quarter.
 template <class Op> STARLING_INLINE F floats(const Op& op) { return {{op(0), op(1), op(2), op(3)}}; }

@@ -13,6 +13,7 @@ typedef uint32_t U __attribute__((vector_size(64)));
 
 constexpr int kLanes = 4;
 constexpr int kDepth = 4;
+constexpr int kKeys = 2;
 constexpr int kPlanes = 4;
 constexpr int kTogether = 1;
 constexpr int64_t kTileBytes = 512 * 1024;
@@ -63,10 +64,16 @@ inline V v_load(const uint16_t* p) {
 }
 inline void v_store(float* p, V x) { memcpy(p, &x, sizeof x); }
 inline V v_fma(V a, V b, V c) { return a * b + c; }
+inline V v_add(V a, V b) { return a + b; }
 inline V v_sum_rows(const V* r) {
   V sums;
   for (int i = 0; i < 4; i++) sums[i] = (r[i][0] + r[i][1]) + (r[i][2] + r[i][3]);
   return sums;
+}
+inline void v_zip(V& a, V& b) {
+  const V low = {a[0], b[0], a[1], b[1]};
+  b = V{a[2], b[2], a[3], b[3]};
+  a = low;
 }
 inline F f_fma(F a, F b, F c) { return a * b + c; }
 

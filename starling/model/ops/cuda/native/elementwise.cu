@@ -1,4 +1,4 @@
-// A token's embedding, and the activation between gate|up and down.
+// A token's embedding, the activation between gate|up and down, and what of a last layer's tokens goes on.
 #include "device.h"
 
 // table fp16 [V][hidden] at ids [tokens] → out float32 [tokens][hidden]. An id below 0 is -(1 + row) of `sampled`, what
@@ -8,6 +8,18 @@ KERNEL(256) embed(const int* ids, const int* sampled, const half_t* table, float
   const int id = ids[blockIdx.x] >= 0 ? ids[blockIdx.x] : sampled[-1 - ids[blockIdx.x]];
   for (int i = threadIdx.x; i < hidden; i += blockDim.x)
     out[(i64)blockIdx.x * hidden + i] = half_to_float(table[(i64)id * hidden + i]);
+}
+
+// Rows `rows` [blocks] of attended fp16 [tokens][width] and of residual float32 [tokens][hidden]; a width is a multiple
+// of 8, hidden one of 4.
+KERNEL(256) pick(const int* rows, const half_t* attended, const float* residual, half_t* picked, float* kept, int width,
+                 int hidden) {
+  wait_for_kernel_before();
+  const i64 from = rows[blockIdx.x], to = blockIdx.x;
+  for (int i = threadIdx.x; i < width / 8; i += blockDim.x)
+    ((uint4*)(picked + to * width))[i] = ((const uint4*)(attended + from * width))[i];
+  for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x)
+    ((float4*)(kept + to * hidden))[i] = ((const float4*)(residual + from * hidden))[i];
 }
 
 // gate_up fp16 [tokens][2][width] → silu(gate) * up, fp16 [tokens][width]; eight elements a thread, rounded once.

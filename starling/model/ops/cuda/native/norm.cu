@@ -11,11 +11,11 @@ DEVICE void norm_row(const float* x, const half_t* weight, half_t* out, int widt
     *(uint2*)(out + i) = normalized(*(const float4*)(x + i), scale, *(const uint2*)(weight + i));
 }
 
-// x float32 [tokens][width], weight fp16 [width] → out fp16 [blocks][width], of those tokens that `rows` names, or all
-KERNEL(256) rms_norm(const float* x, const int* rows, const half_t* weight, half_t* out, int width, float eps) {
+// x float32 [tokens][width], weight fp16 [width] → out fp16 [tokens][width]
+KERNEL(256) rms_norm(const float* x, const half_t* weight, half_t* out, int width, float eps) {
   wait_for_kernel_before();
-  const int row = rows ? rows[blockIdx.x] : blockIdx.x;
-  norm_row(x + (i64)row * width, weight, out + (i64)blockIdx.x * width, width, eps);
+  const i64 row = (i64)blockIdx.x * width;
+  norm_row(x + row, weight, out + row, width, eps);
 }
 
 // residual float32 [tokens][width] += x fp16 [tokens][width], then its norm → out fp16 [tokens][width]
