@@ -1,4 +1,4 @@
-"""What the engine itself does: throughput by concurrency, its overhead per step, and what the prefix cache saves.
+"""What the engine itself does: throughput by concurrency, its overhead per step, and what shared prefixes save.
 
     python -m bench.engine --weights weights/demo
 
@@ -8,6 +8,7 @@ Everything in one run, on one machine; compare ratios between lines of one run, 
 import argparse
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from starling.settings import Settings
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 TOKENS = 48  # per answer
 ROUNDS = 3
+BURST = 8  # requests
 
 
 def throughput(service: Service) -> list[tuple[int, float]]:
@@ -96,6 +98,18 @@ def fresh(service: Service, prompt_tokens: int) -> float:
     return service.answer(request).time_to_first_token
 
 
+def burst(service: Service, same: bool) -> list[tuple[float, int]]:
+    """Of BURST requests at once, whose prompts are one or begin differently: seconds to the first token, and cached."""
+    word = time.perf_counter_ns()
+    requests = [
+        Request.parse(prompt=f"{0 if same else i} {word} " + "The fox crossed the river. " * 80, max_tokens=8)
+        for i in range(BURST)
+    ]
+    with ThreadPoolExecutor(BURST) as callers:
+        results = list(callers.map(service.answer, requests))
+    return [(result.time_to_first_token, result.cached_token_count) for result in results]
+
+
 TEXTS = {
     "free text, sampled": {"prompt": "Tell me a story about a river.", "temperature": 1.2, "top_p": 1.0},
     "a text said again": {"prompt": "Repeat: " + "The fox crossed the river at night. " * 6, "temperature": 0},
@@ -145,6 +159,15 @@ def main() -> None:
         for turn, (prompt, cached, first_s) in enumerate(conversation(service)):
             print(f"  turn {turn}   prompt {prompt:>5}   cached {cached:>5}   first token {first_s * 1e3:7.1f} ms")
         print(f"  the last turn's prompt, computed afresh: {fresh(service, prompt) * 1e3:.1f} ms")
+        print(f"{folder}: {BURST} requests at once")
+        for same in (True, False):
+            found = burst(service, same)
+            firsts = [first_s * 1e3 for first_s, _ in found]
+            kind, cached = "the same prompt" if same else "different ones", sum(cached for _, cached in found)
+            print(
+                f"  {kind:<15}   first token {statistics.mean(firsts):7.1f} ms, the last {max(firsts):7.1f} ms   "
+                f"cached {cached:>5}"
+            )
         service.close()
         print(f"{folder}: guessing ahead by prompt lookup, one stream")
         for name, ratio, share in guessing(folder):
