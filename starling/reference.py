@@ -23,7 +23,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from starling.dense import DenseWeights, empty_model, loaded_model
-from starling.engine.engine import Delivery, TokenStream, check_request
+from starling.engine.engine import Delivery, TokenStream, check_request, grammar_error
 from starling.engine.runner import device_faults
 from starling.engine.scheduler import Counters
 from starling.engine.sequence import FinishReason, SamplingParams, TokenConstraint
@@ -262,7 +262,7 @@ class _Streamer(BaseStreamer):
             if finish is None:
                 constraint.advance(token)
             if constraint.fault is not None:
-                raise RequestError(f"The answer's grammar cannot go on: {constraint.fault}. Mend or simplify it.")
+                raise grammar_error(constraint.fault)
         task.deliver(Delivery([token], finish))
 
     def end(self) -> None:

@@ -74,6 +74,11 @@ def check_request(prompt: list[int], max_tokens: int, context_limit: int, vocab_
         )
 
 
+def grammar_error(fault: str) -> RequestError:
+    """What ends a request whose constraint has this fault."""
+    return RequestError(f"The answer's grammar cannot go on: {fault}. Mend or simplify it.")
+
+
 @dataclass(frozen=True, slots=True)
 class _Flight:
     plan: list[Work]
@@ -245,8 +250,7 @@ class Engine:
                 broken = self._constrain(sequence.constraint, outcome)
                 if broken is not None:
                     self._scheduler.remove(sequence)
-                    fault = RequestError(f"The answer's grammar cannot go on: {broken}. Mend or simplify it.")
-                    delivery = Delivery([], "error", fault)
+                    delivery = Delivery([], "error", grammar_error(broken))
             self._deliver(sequence.arrival, delivery)
 
     @contextmanager

@@ -83,7 +83,7 @@ class ModelConfig(BaseModel):
         rope_key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
         rope = raw.get(rope_key) or {}
         if not isinstance(rope, dict):
-            require(False, f"{rope_key} is {rope!r}, not an object")
+            faults.append(f"{rope_key} is {rope!r}, not an object")
             rope = {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         require(rope_type == "default", f"rope type is {rope_type!r}; implemented: 'default' (no scaling)")

@@ -11,7 +11,7 @@ import torch
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 from tests.cuda.emulator import EmulatedStream, emulated_ops
-from tests.model.sequences import Sequence, batch_of, step
+from tests.model.sequences import Sequence, batch_of, some_and_all, step
 from tests.model.tiny import transformers_model, write_checkpoint
 
 BLOCK = 16
@@ -75,20 +75,9 @@ def test_however_it_is_cut(model: Mistral) -> None:
 
 def test_the_logits_that_are_wanted_are_those_of_all(model: Mistral) -> None:
     """To the bit, and with the same cache behind it."""
-    work = [prompt_of(length) for length in (30, 1, 12)]
+    prompts = [prompt_of(length) for length in (30, 1, 12)]
     for wanted in ([], [42], [0, 29, 30, 41], sorted(random.sample(range(43), 20))):
-        caches = [model.allocate_cache(6, BLOCK) for _ in range(2)]
-        logits = []
-        for cache in caches:
-            cache.keys.zero_(), cache.values.zero_()
-            sequences = [Sequence([2 * i, 2 * i + 1]) for i in range(3)]
-            batch = batch_of(model, cache, list(zip(sequences, work, strict=True)))
-            if cache is caches[0]:
-                batch = replace(batch, logit_rows=torch.tensor(wanted, dtype=torch.int64, device=model.ops.device))
-            with torch.inference_mode():
-                logits.append(model.forward(batch, cache))
-        assert torch.equal(logits[0], logits[1][wanted])
-        assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+        assert torch.equal(*some_and_all(model, prompts, wanted))
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 7, 33])

@@ -1,6 +1,6 @@
 """Runs a model by hand: sequences with block tables of their own, stepped together or alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,6 +58,22 @@ def batch_of(model: Mistral, cache: KVCache, work: list[tuple[Sequence, list[int
         prompt_tokens=torch.tensor([len(new) > 1 for _, new in work for _ in new], device=device),
         logit_rows=torch.arange(len(tokens), device=device),
     )
+
+
+def some_and_all(model: Mistral, prompts: list[list[int]], wanted: list[int]) -> list[torch.Tensor]:
+    """Logits of the tokens `wanted`, alone and among all, of prompts of up to 32 tokens. The caches must be equal."""
+    own, other = (model.allocate_cache(2 * len(prompts), 16) for _ in range(2))
+    logits = []
+    for cache in (own, other):
+        cache.keys.zero_(), cache.values.zero_()
+        work = [(Sequence([2 * i, 2 * i + 1]), prompt) for i, prompt in enumerate(prompts)]
+        batch = batch_of(model, cache, work)
+        if cache is own:
+            batch = replace(batch, logit_rows=torch.tensor(wanted, dtype=torch.int64, device=model.ops.device))
+        with torch.inference_mode():
+            logits.append(model.forward(batch, cache))
+    assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)
+    return [logits[0], logits[1][wanted]]
 
 
 def greedy(model: Mistral, prompt: list[int], max_tokens: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from starling.model.mistral import Mistral
 from starling.model.ops import Ops
 from starling.model.ops.cpu import CpuOps
 from starling.model.ops.reference import ReferenceOps
-from tests.model.sequences import Sequence, batch_of, step
+from tests.model.sequences import Sequence, some_and_all, step
 from tests.model.tiny import transformers_model, write_checkpoint
 
 BLOCK = 16
@@ -134,26 +133,11 @@ def test_the_logits_that_are_wanted_are_those_of_all(
 ) -> None:
     """To the bit on a CPU's kernels, and with the same cache behind it; plain torch's sums depend on the batch."""
     model = Mistral.load(folder, make())
-    work = [prompt(dice, length) for length in (30, 1, 12)]
-    for wanted in ([], [42], [0, 29, 30, 41], dice.sample(range(43), 20), list(range(43))):
-        caches = [model.allocate_cache(9, BLOCK) for _ in range(2)]
-        logits = []
-        for cache in caches:
-            cache.keys.zero_(), cache.values.zero_()
-            sequences = [Sequence(list(range(3 * i, 3 * i + 3))) for i in range(3)]
-            batch = batch_of(model, cache, list(zip(sequences, work, strict=True)))
-            if cache is caches[0]:
-                batch = replace(batch, logit_rows=torch.tensor(sorted(wanted), dtype=torch.int64))
-            with torch.inference_mode():
-                logits.append(model.forward(batch, cache))
-        some, whole = logits
+    prompts = [prompt(dice, length) for length in (30, 1, 12)]
+    for wanted in ([], [42], [0, 29, 30, 41], sorted(dice.sample(range(43), 20)), list(range(43))):
+        some, whole = some_and_all(model, prompts, wanted)
         exact = not isinstance(model.ops, ReferenceOps)
-        assert (
-            torch.equal(some, whole[sorted(wanted)])
-            if exact
-            else torch.allclose(some, whole[sorted(wanted)], atol=1e-4)
-        )
-        assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+        assert torch.equal(some, whole) if exact else torch.allclose(some, whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])

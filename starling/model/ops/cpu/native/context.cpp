@@ -235,9 +235,7 @@ void Context::layers(const Layer* layers, int64_t count, const Shape& shape, con
     silu_mul(gate_up, act, tokens, shape.intermediate);
     linear(*layer->down, act, tokens, prompt_tokens, precision, x);
   }
-  pool_.run(tokens, [&](int64_t t) {
-    for (int64_t i = t * hidden; i < (t + 1) * hidden; i++) residual[i] += x[i];
-  });
+  for (int64_t i = 0; i < tokens * hidden; i++) residual[i] += x[i];
 }
 
 void Context::pack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, const Linear& out) {

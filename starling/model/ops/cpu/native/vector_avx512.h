@@ -31,8 +31,8 @@ inline V v_load(const float* p) { return _mm512_loadu_ps(p); }
 inline V v_load(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void v_store(float* p, V x) { _mm512_storeu_ps(p, x); }
 inline V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-
 inline V v_add(V a, V b) { return _mm512_add_ps(a, b); }
+
 // Lane i of the result is the sum over the lanes of rows[i]: of neighbours, then of neighbouring sums, and so on.
 inline V v_sum_rows(const V* rows) {
   V pairs[8], fours[4], eights[2];
