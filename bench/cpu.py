@@ -5,7 +5,7 @@
 Decode reads every weight once per step, so the floor of a step is its bytes over the speed at which this machine reads
 memory. That speed drifts with the neighbours': it is measured before each round, and the share of the floor is against
 that measurement. Peers take turns with it, round by round, each in a process of its own, with a Python that has them:
-`pip install llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0 onnxruntime onnx transformers torch`.
+`pip install llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0 onnxruntime onnx onnx-ir transformers torch`.
 """
 
 import argparse
@@ -39,6 +39,7 @@ DECODES = ((1, 128), (1, 1024), (1, 2048), (1, 4096), (2, 128), (4, 128), (8, 12
 PROMPTS = (32, 128, 512, 2048)
 PEER_PROMPT = 512  # the longest that peers read: minutes beyond
 PEER_TOKENS = 4096  # and the most tokens of a batch, which they have to read before they decode
+PEER_TOKENS_AGAIN = 1024  # up to here they read them in every round
 BUILDER_TIMEOUT_S = 1800
 ROUNDS = 3
 
@@ -122,18 +123,20 @@ def decode(model: Mistral, stream: Stream, peers: list[Peer], requests: int, con
     kv_bytes = requests * seen * KVCache.bytes_per_block(config, 1, model.ops.kv_dtype)
     batch = batch_of(requests, context - 1, 1, prompt=False)
     model.forward(batch, cache)
-    rates, seconds, others = [], [], []
+    rates, seconds = [], []
+    others: list[list[float]] = [[] for _ in peers]
     for turn in range(ROUNDS):
         rates.append(stream.measure())
         seconds += [_timed(lambda: model.forward(batch, cache)) for _ in range(steps)]
-        if turn < len(peers) and requests * context <= PEER_TOKENS:
-            others.append(peers[turn].ask("decode", requests, context))
+        if requests * context <= (PEER_TOKENS_AGAIN if turn else PEER_TOKENS):
+            for peer, own in zip(peers, others, strict=True):
+                own.append(peer.ask("decode", requests, context))
     step_s, rate = statistics.median(seconds), statistics.median(rates)
     floor_s = (weight_bytes(model) + kv_bytes) / rate
     return (
         f"| {requests} | {context} | {rate / 1e9:.1f} | {floor_s * 1e3:.0f} | {step_s * 1e3:.0f} "
         f"| {min(seconds) * 1e3:.0f} | **{requests / step_s:.2f}** | {floor_s / step_s:.0%} |"
-        + ("".join(f" {requests / other_s:.2f} |" for other_s in others) or " |" * len(peers))
+        + "".join(f" {requests / statistics.median(own):.2f} |" if own else " |" for own in others)
     )
 
 
