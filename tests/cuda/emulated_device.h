@@ -1,15 +1,17 @@
-// device.h on a CPU: a thread of the device is a fiber, and fibers run one at a time, in random order between barriers,
-// and some warps of a block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they
-// are waited for, and not before; shared memory holds NaN at first; addresses must be aligned as the device asks. Some
-// blocks of a kernel may begin before the kernel before it has run, as far as wait_for_kernel_before().
-#ifndef STARLING_DEVICE_H
-#define STARLING_DEVICE_H
+// A GPU on a CPU, as far as our kernels use one: what PTX's instructions do (ptx.py makes C++ of them, which calls this).
+//
+// A thread of the device is a fiber, and fibers run one at a time, in random order between barriers, and some warps of a
+// block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they are waited for, and
+// not before; shared memory holds NaN at first; addresses must be aligned as the device asks. Some blocks of a kernel may
+// begin before the kernel before it has run, as far as griddepcontrol.wait.
+#ifndef STARLING_EMULATED_DEVICE_H
+#define STARLING_EMULATED_DEVICE_H
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
-#include <math.h>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -24,20 +26,7 @@ typedef uint16_t u16;
 typedef uint32_t u32;
 typedef unsigned long long u64;
 typedef long long i64;
-typedef u16 half_t;
-struct alignas(16) uint4 { u32 x, y, z, w; };
-struct alignas(8) uint2 { u32 x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
 struct Index { u32 x, y, z; };
-
-#define KERNEL(...) static void
-#define DEVICE static inline
-#define __device__
-#define __forceinline__ inline
-#define __noinline__
-#define __restrict__
-#define __global__
 
 namespace emulator {
 
@@ -232,100 +221,166 @@ template <class T> T exchange(T x, int from) {
 
 inline int lane() { return block->current % kWarp; }
 
-template <class... Parameters, size_t... I>
-void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I...>) {
-  kernel(*(std::remove_reference_t<Parameters>*)arguments[I]...);
-}
-template <class... Parameters> void call(void (*kernel)(Parameters...), void** arguments) {
-  call(kernel, arguments, std::index_sequence_for<Parameters...>{});
-}
-
 }  // namespace emulator
 
-// -- what CUDA C++ itself offers ----------------------------------------------------------------------------------
+// -- instructions: a register is the bits that it holds -----------------------------------------------------------
 
-inline void __syncthreads() { emulator::wait_at(emulator::block->all, emulator::block->alive); }
-inline void __syncwarp(u32 = 0xffffffffu) { emulator::warp_barrier(); }
-inline void __threadfence() {}
-template <class T> T __shfl_sync(u32, T x, int from) { return emulator::exchange(x, from & 31); }
-template <class T> T __shfl_xor_sync(u32, T x, int mask) { return emulator::exchange(x, emulator::lane() ^ mask); }
-template <class T> T __shfl_down_sync(u32, T x, int by) {
-  return emulator::exchange(x, emulator::lane() + by < 32 ? emulator::lane() + by : emulator::lane());
+namespace emulator {
+
+constexpr u64 dynamic_shared_memory = 1024;  // where a block's begins, in addresses of its own
+
+// What to add to an address in shared memory to have the host's.
+inline u64 shared_window() { return (u64)(uintptr_t)block->memory - dynamic_shared_memory; }
+
+template <class T> inline T get(u64 bits) {
+  T x;
+  std::memcpy(&x, &bits, sizeof(T));
+  return x;
 }
-template <class T> T __shfl_up_sync(u32, T x, int by) {
-  return emulator::exchange(x, emulator::lane() >= by ? emulator::lane() - by : emulator::lane());
+template <> inline bool get<bool>(u64 bits) { return bits != 0; }
+
+template <class T> inline u64 put(T x) { return (u64)(i64)x; }  // signed ones reach into wider registers
+template <> inline u64 put<u64>(u64 x) { return x; }
+template <> inline u64 put<float>(float x) {
+  u32 bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
 }
-inline u32 __ballot_sync(u32, int x) {
-  using namespace emulator;
-  block->exchange[block->current] = x != 0;
+template <> inline u64 put<double>(double x) {
+  u64 bits;
+  std::memcpy(&bits, &x, 8);
+  return bits;
+}
+
+template <class T> inline u64 load(const u8* at) {
+  T x;
+  std::memcpy(&x, at, sizeof(T));
+  return put<T>(x);
+}
+template <class T> inline void store(u8* at, u64 bits) { std::memcpy(at, &bits, sizeof(T)); }
+
+inline u8* generic_at(u64 address, int bytes) {
+  check_aligned((const void*)address, bytes);
+  return (u8*)address;
+}
+inline u8* global_at(u64 address, int bytes) { return generic_at(address, bytes); }
+inline u8* local_at(u64 address, int bytes) { return generic_at(address, bytes); }
+inline u8* shared_at(u64 address, int bytes) {
+  u8* const at = (u8*)((u32)address + shared_window());
+  check_shared(at, bytes);
+  return generic_at((u64)at, bytes);
+}
+
+template <class T> inline u64 atomic_add(u8* at, u64 operand) {
+  const T before = get<T>(load<T>(at));
+  store<T>(at, put<T>(before + get<T>(operand)));
+  return put<T>(before);
+}
+template <class T> inline u64 atomic_or(u8* at, u64 operand) {
+  const T before = get<T>(load<T>(at));
+  store<T>(at, put<T>(before | get<T>(operand)));
+  return put<T>(before);
+}
+
+// Shifts by the width and more move everything out.
+template <class T> inline T shl(T x, u32 by) { return by < 8 * sizeof(T) ? (T)(x << by) : (T)0; }
+template <class T> inline T shr(T x, u32 by) {
+  return x >> std::min<u32>(by, 8 * sizeof(T) - 1) >> (by >= 8 * sizeof(T));
+}
+
+inline u32 lop3(u32 a, u32 b, u32 c, u32 table) {
+  u32 y = 0;
+  for (int i = 0; i < 8; i++)
+    if (table >> i & 1) y |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return y;
+}
+
+inline u32 bit_insert(u32 a, u32 b, u32 position, u32 length) {
+  const u32 mask = shl<u32>(length < 32 ? (1u << length) - 1 : ~0u, position);
+  return (shl<u32>(a, position) & mask) | (b & ~mask);
+}
+
+inline u32 bit_reverse(u32 x) {
+  u32 y = 0;
+  for (int i = 0; i < 32; i++) y |= (x >> i & 1) << (31 - i);
+  return y;
+}
+
+inline u32 find_highest_shift(u32 x) { return x ? (u32)__builtin_clz(x) : ~0u; }  // how far it is from bit 31
+inline u64 multiply_high(u64 a, u64 b) { return (u64)((unsigned __int128)a * b >> 64); }
+
+inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
+inline float exp2_flushed(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+
+// -- fp16
+
+inline float half_to_float(u64 x) {
+  const u16 bits = (u16)x;
+  _Float16 h;
+  std::memcpy(&h, &bits, 2);
+  return (float)h;
+}
+inline u16 half_bits(_Float16 h) {
+  u16 y;
+  std::memcpy(&y, &h, 2);
+  return y;
+}
+inline u16 float_to_half(float x) { return half_bits((_Float16)x); }
+inline u32 pack_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
+inline float low_half(u32 x) { return half_to_float(x); }
+inline float high_half(u32 x) { return half_to_float(x >> 16); }
+inline u32 half2_sub(u32 a, u32 b) { return pack_halves(low_half(a) - low_half(b), high_half(a) - high_half(b)); }
+inline u32 half2_mul(u32 a, u32 b) { return pack_halves(low_half(a) * low_half(b), high_half(a) * high_half(b)); }
+inline u16 half_fma(float a, float b, float c) { return half_bits((_Float16)((double)a * b + c)); }
+inline u32 half2_fma(u32 a, u32 b, u32 c) {
+  return half_fma(low_half(a), low_half(b), low_half(c)) |
+         (u32)half_fma(high_half(a), high_half(b), high_half(c)) << 16;
+}
+
+// -- barriers and warps
+
+inline void block_barrier() { wait_at(block->all, block->alive); }
+
+inline void whole_warp(u64 mask) {
+  if ((u32)mask != ~0u) fail("a warp operation of a part of a warp");
+}
+inline void warp_sync(u64 mask) {
+  whole_warp(mask);
+  warp_barrier();
+}
+
+inline u32 ballot(bool mine, u64 mask) {
+  whole_warp(mask);
+  block->exchange[block->current] = mine;
   warp_barrier();
   u32 bits = 0;
   for (int i = 0; i < kWarp; i++) bits |= (u32)block->exchange[block->current / kWarp * kWarp + i] << i;
   warp_barrier();
   return bits;
 }
-inline int __any_sync(u32, int x) { return __ballot_sync(0, x) != 0; }
-inline int __all_sync(u32, int x) { return __ballot_sync(0, x) == 0xffffffffu; }
-template <class T> T atomicAdd(T* at, T x) { T before = *at; *at = before + x; return before; }
-template <class T> T atomicMax(T* at, T x) { T before = *at; *at = before < x ? x : before; return before; }
-template <class T> T atomicMin(T* at, T x) { T before = *at; *at = x < before ? x : before; return before; }
-template <class T> T atomicOr(T* at, T x) { T before = *at; *at = before | x; return before; }
-template <class T> T atomicExch(T* at, T x) { T before = *at; *at = x; return before; }
-template <class T> T atomicCAS(T* at, T expected, T x) {
-  T before = *at;
-  if (before == expected) *at = x;
-  return before;
+
+// PTX ISA, shfl.sync: `clamp` holds the segment's mask in bits 8 to 12, and the last lane (up: the first) in 0 to 4.
+// Where the source lies outside, a lane keeps its own, and `valid` is false.
+inline u32 shuffle(u32 x, int from, bool reaches, bool& valid, u64 mask) {
+  whole_warp(mask);
+  valid = reaches;
+  return exchange(x, reaches ? from : lane());
 }
-inline u32 __float_as_uint(float x) { u32 y; std::memcpy(&y, &x, 4); return y; }
-inline float __uint_as_float(u32 x) { float y; std::memcpy(&y, &x, 4); return y; }
-inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
-inline float __int_as_float(int x) { return __uint_as_float((u32)x); }
-inline int __popc(u32 x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz((u32)x) : 32; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline u64 __umul64hi(u64 a, u64 b) { return (u64)((unsigned __int128)a * b >> 64); }
-template <class T> T __ldg(const T* at) { return *at; }
-inline int min(int a, int b) { return a < b ? a : b; }
-inline int max(int a, int b) { return a > b ? a : b; }
-inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
-inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-using std::isnan, std::isinf;  // the others are in the global namespace, as <math.h> has them
-
-// -- device.h -----------------------------------------------------------------------------------------------------
-
-DEVICE u8* shared_memory() { return emulator::block->memory; }
-
-DEVICE float half_to_float(half_t x) { _Float16 h; std::memcpy(&h, &x, 2); return (float)h; }
-DEVICE half_t float_to_half(float x) { const _Float16 h = (_Float16)x; half_t y; std::memcpy(&y, &h, 2); return y; }
-DEVICE u32 pack_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
-DEVICE float low_half(u32 x) { return half_to_float((half_t)x); }
-DEVICE float high_half(u32 x) { return half_to_float((half_t)(x >> 16)); }
-DEVICE u32 and_or(u32 x, u32 mask, u32 bits) { return (x & mask) | bits; }
-DEVICE u32 half2_sub(u32 a, u32 b) { return pack_halves(low_half(a) - low_half(b), high_half(a) - high_half(b)); }
-DEVICE u32 half2_mul(u32 a, u32 b) { return pack_halves(low_half(a) * low_half(b), high_half(a) * high_half(b)); }
-DEVICE half_t half_fma(float a, float b, float c) {
-  const _Float16 h = (_Float16)((double)a * b + c);
-  half_t y;
-  std::memcpy(&y, &h, 2);
-  return y;
+inline u32 shuffle_idx(u32 x, u32 by, u32 clamp, bool& valid, u64 mask) {
+  const int segment = clamp >> 8 & 31, first = lane() & segment, from = first | (by & 31 & ~segment);
+  return shuffle(x, from, from <= (first | (int)(clamp & 31 & ~segment)), valid, mask);
 }
-DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
-  return half_fma(low_half(a), low_half(b), low_half(c)) |
-         (u32)half_fma(high_half(a), high_half(b), high_half(c)) << 16;
+inline u32 shuffle_bfly(u32 x, u32 by, u32 clamp, bool& valid, u64 mask) {
+  const int segment = clamp >> 8 & 31, first = lane() & segment, from = lane() ^ (by & 31);
+  return shuffle(x, from, from <= (first | (int)(clamp & 31 & ~segment)), valid, mask);
+}
+inline u32 shuffle_up(u32 x, u32 by, u32 clamp, bool& valid, u64 mask) {
+  const int segment = clamp >> 8 & 31, first = lane() & segment, from = lane() - (int)(by & 31);
+  return shuffle(x, from, from >= (first | (int)(clamp & 31 & ~segment)), valid, mask);
 }
 
-DEVICE float fast_exp2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
-
-DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  using namespace emulator;
+// c += a * b; PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".
+inline void mma_m16n8k16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   const int first = block->current / kWarp * kWarp, g = lane() / 4, t = lane() % 4;
   std::memcpy(block->fragments[block->current], a, 16);
   std::memcpy(block->fragments[block->current] + 4, b, 8);
@@ -344,10 +399,8 @@ DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   warp_barrier();
 }
 
-namespace emulator {
-inline void matrices(u32 (&m)[4], const void* row, bool transposed) {
-  check_aligned(row, 16);
-  check_shared(row, 16);
+inline void load_matrices(u32 (&m)[4], u64 address, bool transposed) {
+  const u16* const row = (const u16*)shared_at(address, 16);
   block->exchange[block->current] = (u64)(uintptr_t)row;
   warp_barrier();
   const int first = block->current / kWarp * kWarp, g = lane() / 4, t = lane() % 4;
@@ -359,47 +412,42 @@ inline void matrices(u32 (&m)[4], const void* row, bool transposed) {
   }
   warp_barrier();
 }
-}  // namespace emulator
 
-DEVICE void load_matrices(u32 (&m)[4], const void* row) { emulator::matrices(m, row, false); }
-DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) { emulator::matrices(m, row, true); }
+// -- asynchronous copies
 
-DEVICE void copy_async(void* shared, const void* from, bool valid = true) {
-  using namespace emulator;
-  check_aligned(shared, 16);
-  check_shared(shared, 16);
-  if (valid) check_aligned(from, 16);
-  block->fibers[block->current].open.push_back({shared, from, valid});
+// 16 bytes; of which `bytes` are read, and the rest is zeros.
+inline void copy_async(u64 to, u64 from, u64 bytes) {
+  if (bytes != 0 && bytes != 16) fail("a copy of neither 0 nor 16 bytes");
+  if (bytes) check_aligned((const void*)from, 16);
+  block->fibers[block->current].open.push_back({shared_at(to, 16), (const void*)from, bytes != 0});
 }
-DEVICE void copy_async_once(void* shared, const void* from, bool valid = true) { copy_async(shared, from, valid); }
-DEVICE void copy_async_commit() {
-  emulator::Fiber& fiber = emulator::block->fibers[emulator::block->current];
+inline void commit_copies() {
+  Fiber& fiber = block->fibers[block->current];
   fiber.groups.push_back(std::move(fiber.open));
   fiber.open.clear();
 }
-template <int pending> DEVICE void copy_async_wait() {
-  auto& groups = emulator::block->fibers[emulator::block->current].groups;
+inline void wait_for_copies(int pending) {
+  auto& groups = block->fibers[block->current].groups;
   while ((int)groups.size() > pending) {
-    emulator::finish(groups.front());
+    finish(groups.front());
     groups.erase(groups.begin());
   }
 }
 
-DEVICE void prefetch(const void* from, u32 bytes) {
-  emulator::check_aligned(from, 16);
-  emulator::check_aligned((const void*)(uintptr_t)bytes, 16);
+inline void prefetch(u64 from, u32 bytes) {
+  check_aligned((const void*)from, 16);
+  check_aligned((const void*)(uintptr_t)bytes, 16);
   for (u32 i = 0; i < bytes; i += 16) (void)((const volatile u8*)from)[i];  // must be there
 }
 
-DEVICE void wait_for_kernel_before() {
-  using namespace emulator;
+inline void wait_for_kernel_before() {
   Fiber& fiber = block->fibers[block->current];
   fiber.waited = true;
   fiber.held = block->early;
   if (fiber.held && !_setjmp(fiber.at)) _longjmp(home, 1);
 }
 
-#include "collectives.h"
+}  // namespace emulator
 
 // A kernel over a grid, its blocks in random order.
 namespace emulator {

@@ -1,4 +1,8 @@
-"""The CUDA kernels on a CPU: a .cu file compiled as C++ against emulated_device.h, behind the launches of `Module`."""
+"""The CUDA kernels on a CPU, behind the launches of `Module`.
+
+What runs is what NVRTC makes of a .cu file, its PTX: the instructions that the sources write out, and what NVIDIA's
+compiler kept, moved and joined around them. Only the assembler's work, and the device itself, are not in it.
+"""
 
 import ctypes
 import hashlib
@@ -6,7 +10,6 @@ import random
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -17,17 +20,17 @@ from starling.model.ops.cpu.compiler import find_compiler
 from starling.model.ops.cuda import CudaOps
 from starling.model.ops.cuda.driver import Arguments
 from starling.model.ops.cuda.module import Argument, Grid
-from starling.model.ops.cuda.nvrtc import NATIVE
+from starling.model.ops.cuda.nvrtc import NATIVE, compile_source
+from tests.cuda.ptx import translate
 
 HEADER = Path(__file__).with_name("emulated_device.h")
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", "-ffp-contract=off")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", "-ffp-contract=off")
 MOST_EARLY = 3  # blocks
 KERNEL = re.compile(r"^KERNEL\([^)]*\)\s*(\w+)\(", re.MULTILINE)
 # Of each kernel, and of a file.
 KERNEL_CALLS = """extern "C" void* make_{0}(unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared_bytes,
                                 void** arguments) {{
-  const auto kernel = [](void** a) {{ emulator::call({0}, a); }};
-  return new emulator::Launch{{kernel, arguments, {{x, y, z}}, threads, shared_bytes}};
+  return new emulator::Launch{{{0}, arguments, {{x, y, z}}, threads, shared_bytes}};
 }}"""
 CALLS = """extern "C" const char* begin(void* launch, unsigned early, unsigned long long seed) {
   return emulator::begin(*(emulator::Launch*)launch, early, seed);
@@ -39,12 +42,12 @@ extern "C" void forget(void* launch) { delete (emulator::Launch*)launch; }"""
 class EmulatedModule:
     """Blocks and threads run in random order, drawn from `seed`. A fault raises AssertionError.
 
-    Launches run at once; or on a `stream`, in its own time.
+    Launches run at once, as compiled for an A40; or on a `stream`, in its own time, as compiled for an H100.
     """
 
     def __init__(self, source: Path | str, seed: int | None = None, stream: "EmulatedStream | None" = None) -> None:
         path = NATIVE / f"{source}.cu" if isinstance(source, str) else source
-        self._library = ctypes.CDLL(str(build(path)))
+        self._library = ctypes.CDLL(str(build(path, 90 if stream else 86)))
         self._random = random.Random(seed)
         self._stream = stream
 
@@ -105,28 +108,28 @@ class EmulatedStream:
         self._latest = None
 
 
-@lru_cache(maxsize=16)
-def build(path: Path) -> Path:
-    """The shared library of a .cu file's emulated kernels."""
+@lru_cache(maxsize=32)
+def build(path: Path, arch: int) -> Path:
+    """The shared library of a .cu file's kernels, as they are for compute capability `arch`."""
+    code, _ = compile_source(str(path.with_suffix("")), arch, ptx=True)
     kernels = map(KERNEL_CALLS.format, KERNEL.findall(path.read_text()))
-    text = "\n".join([f'#include "{HEADER}"', f'#include "{path}"', *kernels, CALLS])
-    return compiled(path.stem, text, (HEADER, path, *sorted(NATIVE.glob("*.h"))))
+    text = "\n".join(["using namespace emulator;", translate(code.decode().rstrip("\0")), *kernels, CALLS])
+    return compiled(f"{path.stem}-{arch}", HEADER, text)
 
 
-def compiled(name: str, text: str, parts: Iterable[Path]) -> Path:
-    """The shared library of the C++ `text`, which includes `parts`, from a cache if it is there."""
+def compiled(name: str, header: Path, text: str = "") -> Path:
+    """The shared library of the C++ `text` after `header`, from a cache if it is there."""
     compiler = find_compiler()
     assert compiler is not None
-    digest = hashlib.sha256(repr((FLAGS, text)).encode())
-    for part in parts:
-        digest.update(part.read_bytes())
+    text = f'#include "{header}"\n{text}'
+    digest = hashlib.sha256(repr((FLAGS, text)).encode() + header.read_bytes())
     built = user_cache() / f"starling-emulated-{name}-{digest.hexdigest()[:20]}.so"
     with locked(built.with_suffix(".lock")):
         if not built.exists():
             with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
                 wrapper = Path(scratch) / "wrapper.cpp"
                 wrapper.write_text(text)
-                command = [*compiler, *FLAGS, f"-I{NATIVE}", str(wrapper), "-o", f"{scratch}/built.so"]
+                command = [*compiler, *FLAGS, str(wrapper), "-o", f"{scratch}/built.so"]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 assert not done.returncode, done.stderr
                 Path(scratch, "built.so").replace(built)

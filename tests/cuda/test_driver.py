@@ -61,9 +61,9 @@ class Machine:
 
     def load(self, source: str, overlap: bool = False) -> CheckedModule:
         path = nvrtc.NATIVE / f"{source}.cu"
-        kernels = ctypes.CDLL(str(build(path)))
-        ctypes.c_void_p.in_dll(self._library, "library").value = kernels._handle
         architecture = ctypes.c_int.in_dll(self._library, "architecture").value
+        kernels = ctypes.CDLL(str(build(path, 90 if architecture >= 90 else 86)))
+        ctypes.c_void_p.in_dll(self._library, "library").value = kernels._handle
         module = CheckedModule(machine_code(source, architecture), lambda: self.stream, overlap)
         module.parameter_bytes = {kernel: self._parameter_bytes(kernel) for kernel in KERNEL.findall(path.read_text())}
         return module
@@ -84,7 +84,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    return compiled("driver", f'#include "{SOURCE}"', (SOURCE,))
+    return compiled("driver", SOURCE)
 
 
 @pytest.fixture

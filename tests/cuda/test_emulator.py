@@ -100,6 +100,7 @@ def test_a_kernel_begins_before_the_one_before_it_has_run(kernel: str) -> None:
     assert (y == 81).all() == (kernel == "scale")
 
 
-def test_every_thread_waits_for_the_kernel_before(probe: EmulatedModule) -> None:
+def test_every_thread_waits_for_the_kernel_before() -> None:
+    module = EmulatedModule(PROBE, stream=EmulatedStream())
     with pytest.raises(AssertionError, match="without having waited"):
-        probe.launch("scale_without_waiting", (1, 1, 1), 64, 0, torch.ones(64), torch.ones(64), torch.empty(64))
+        module.launch("scale_without_waiting", (1, 1, 1), 64, 0, torch.ones(64), torch.ones(64), torch.empty(64))

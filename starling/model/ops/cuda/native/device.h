@@ -1,9 +1,9 @@
 // What the kernels use of the device beyond plain CUDA C++: fp16 as bits, tensor cores, asynchronous copies.
 //
-// It includes no header but ours, so that NVRTC compiles the kernels without CUDA's headers; and
-// tests/cuda/emulated_device.h offers the same names on a CPU. Kernels keep to these rules, which the emulation rests on:
+// It includes no header, so that NVRTC compiles the kernels without CUDA's. Kernels keep to these rules, on which the
+// tests' emulated device rests, and DriverModule:
 //   blocks have one dimension of threads, a multiple of 32, and every thread of a warp reaches each warp operation;
-//   all shared memory is dynamic, from shared_memory(); a thread's own index is threadIdx.x;
+//   all shared memory is dynamic, from shared_memory();
 //   parameters are pointers, int and float;
 //   no block waits for another one (the last to arrive at a counter may do what remains);
 //   every thread calls wait_for_kernel_before(), and until then only asks for weights, by asynchronous copies: no kernel
@@ -161,6 +161,36 @@ DEVICE void wait_for_kernel_before() {
 #endif
 }
 
-#include "collectives.h"
+// -- what threads do together --------------------------------------------------------------------------------------
+
+DEVICE float warp_sum(float x) {  // the same in every lane, and added in the same order
+#pragma unroll
+  for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+
+DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
+  return x;
+}
+
+// True in the last of `blocks` blocks to call it with this counter, which must be 0 before and is 0 again after. What
+// the others wrote to global memory before is visible then. Every thread of the block calls it; `scratch` is an int of
+// shared memory.
+DEVICE bool last_to_arrive(u32* counter, u32 blocks, int* scratch) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool last = atomicAdd(counter, 1u) == blocks - 1;
+    if (last) *counter = 0;
+    *scratch = last;
+  }
+  __syncthreads();
+  const bool last = *scratch != 0;
+  __threadfence();
+  __syncthreads();
+  return last;
+}
 
 #endif
