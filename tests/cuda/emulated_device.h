@@ -2,8 +2,9 @@
 //
 // A thread of the device is a fiber, and fibers run one at a time, in random order between barriers, and some warps of a
 // block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they are waited for, and
-// not before; shared memory holds NaN at first; addresses must be aligned as the device asks. Some blocks of a kernel may
-// begin before the kernel before it has run, as far as griddepcontrol.wait.
+// not before; shared memory holds NaN at first; addresses must be aligned as the device asks. Two threads that meet at a
+// word of shared memory, one of them to write, must have a barrier between them, whatever order they came in. Some
+// blocks of a kernel may begin before the kernel before it has run, as far as griddepcontrol.wait.
 #ifndef STARLING_EMULATED_DEVICE_H
 #define STARLING_EMULATED_DEVICE_H
 
@@ -32,10 +33,23 @@ namespace emulator {
 
 constexpr int kStackBytes = 128 << 10;
 constexpr int kWarp = 32;
+constexpr int kUnit = 2;  // bytes of shared memory that are watched together: no kernel stores single ones
 
 struct Copy { void* to; const void* from; bool valid; };
 
 struct Barrier { int waiting = 0; u32 generation = 0; };
+
+// Who touched shared memory, after how many barriers of its block and of its warp.
+struct Touch {
+  int16_t thread = -1;
+  bool atomic = false;
+  u32 blocks = 0, warps = 0;
+};
+
+struct Unit {
+  Touch write, read, other_read;  // the latest ones; the reads by threads of two warps
+  bool under_way = false;         // an asynchronous copy may write it at any moment
+};
 
 struct Fiber {
   ucontext_t context;
@@ -45,6 +59,7 @@ struct Fiber {
   bool held = false;
   Barrier* barrier = nullptr;  // what it waits for, and until which generation has passed
   u32 generation = 0;
+  u32 block_barriers = 0, warp_barriers = 0;  // passed, of those that order memory
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
   std::vector<Copy> open;
 };
@@ -58,6 +73,7 @@ struct Block {
   Barrier all;
   std::vector<u8> shared;  // aligned by hand
   u8* memory = nullptr;
+  std::vector<Unit> units;
   u64 exchange[1024];      // a word of each thread, for warp operations
   u32 fragments[1024][10];
   void (*run)(void**) = nullptr;
@@ -112,8 +128,42 @@ inline void warp_barrier() {
   wait_at(block->warps[warp], alive_in(warp));
 }
 
+inline bool comes_after(const Touch& now, const Touch& before) {
+  if (before.thread < 0 || before.thread == now.thread || before.blocks < now.blocks) return true;
+  if (before.atomic && now.atomic) return true;
+  return before.thread / kWarp == now.thread / kWarp && before.warps < now.warps;
+}
+
+// The thread at work touches so many bytes of shared memory, from a host's address on.
+inline void touch(const u8* address, int bytes, bool writes, bool atomic = false) {
+  const u64 from = address - block->memory;
+  if (address < block->memory || from + bytes > kUnit * block->units.size())
+    fail("an address lies outside the block's shared memory");
+  const Fiber& fiber = block->fibers[block->current];
+  const Touch now = {(int16_t)block->current, atomic, fiber.block_barriers, fiber.warp_barriers};
+  for (u64 i = from / kUnit; i <= (from + bytes - 1) / kUnit; i++) {
+    Unit& unit = block->units[i];
+    if (unit.under_way) fail("a thread uses shared memory that a copy under way may write");
+    if (!comes_after(now, unit.write)) fail("two threads meet in shared memory without a barrier: one has written");
+    if (writes) {
+      if (!comes_after(now, unit.read) || !comes_after(now, unit.other_read))
+        fail("two threads meet in shared memory without a barrier: one has read");
+      unit.write = now;
+    } else {
+      if (unit.read.thread >= 0 && unit.read.thread / kWarp != now.thread / kWarp) unit.other_read = unit.read;
+      unit.read = now;
+    }
+  }
+}
+
+inline void set_under_way(const u8* address, bool under_way) {
+  for (int i = 0; i < 16; i += kUnit) block->units[(address - block->memory + i) / kUnit].under_way = under_way;
+}
+
 inline void finish(std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
+    set_under_way((const u8*)copy.to, false);
+    touch((const u8*)copy.to, 16, true);
     if (copy.valid) std::memcpy(copy.to, copy.from, 16);
     else std::memset(copy.to, 0, 16);
   }
@@ -141,6 +191,7 @@ inline std::unique_ptr<Block> make_block(Index index, Index grid, int threads, i
   made->warps.resize(threads / kWarp);
   made->shared.assign(shared_bytes + 128, 0xff);  // NaN, as fp16 and as float32
   made->memory = (u8*)(((uintptr_t)made->shared.data() + 127) & ~(uintptr_t)127);
+  made->units.resize(shared_bytes / kUnit);
   for (int i = 0; i < threads; i++) {
     if (spare_stacks.empty()) spare_stacks.emplace_back(new u8[kStackBytes]);
     made->stacks.push_back(std::move(spare_stacks.back()));
@@ -201,12 +252,6 @@ inline void check_aligned(const void* address, uintptr_t bytes) {
   if ((uintptr_t)address % bytes) fail("an address is not aligned for its access");
 }
 
-inline void check_shared(const void* address, int bytes) {
-  const u8* at = (const u8*)address;
-  if (at < block->memory || at + bytes > block->shared.data() + block->shared.size())
-    fail("an address lies outside the block's shared memory");
-}
-
 template <class T> T exchange(T x, int from) {
   static_assert(sizeof(T) <= 8, "");
   u64 word = 0;
@@ -259,16 +304,19 @@ template <class T> inline u64 load(const u8* at) {
 }
 template <class T> inline void store(u8* at, u64 bits) { std::memcpy(at, &bits, sizeof(T)); }
 
-inline u8* generic_at(u64 address, int bytes) {
+inline u8* global_at(u64 address, int bytes, bool = false, bool = false) {
   check_aligned((const void*)address, bytes);
   return (u8*)address;
 }
-inline u8* global_at(u64 address, int bytes) { return generic_at(address, bytes); }
-inline u8* local_at(u64 address, int bytes) { return generic_at(address, bytes); }
-inline u8* shared_at(u64 address, int bytes) {
+inline u8* local_at(u64 address, int bytes, bool = false) { return global_at(address, bytes); }
+inline u8* shared_at(u64 address, int bytes, bool writes, bool atomic = false) {
   u8* const at = (u8*)((u32)address + shared_window());
-  check_shared(at, bytes);
-  return generic_at((u64)at, bytes);
+  touch(at, bytes, writes, atomic);
+  return global_at((u64)at, bytes);
+}
+inline u8* generic_at(u64 address, int bytes, bool writes) {
+  if (address - (u64)block->memory < kUnit * block->units.size()) touch((u8*)address, bytes, writes);
+  return global_at(address, bytes);
 }
 
 template <class T> inline u64 atomic_add(u8* at, u64 operand) {
@@ -339,7 +387,10 @@ inline u32 half2_fma(u32 a, u32 b, u32 c) {
 
 // -- barriers and warps
 
-inline void block_barrier() { wait_at(block->all, block->alive); }
+inline void block_barrier() {
+  wait_at(block->all, block->alive);
+  block->fibers[block->current].block_barriers++;
+}
 
 inline void whole_warp(u64 mask) {
   if ((u32)mask != ~0u) fail("a warp operation of a part of a warp");
@@ -347,6 +398,7 @@ inline void whole_warp(u64 mask) {
 inline void warp_sync(u64 mask) {
   whole_warp(mask);
   warp_barrier();
+  block->fibers[block->current].warp_barriers++;
 }
 
 inline u32 ballot(bool mine, u64 mask) {
@@ -400,7 +452,7 @@ inline void mma_m16n8k16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 }
 
 inline void load_matrices(u32 (&m)[4], u64 address, bool transposed) {
-  const u16* const row = (const u16*)shared_at(address, 16);
+  const u16* const row = (const u16*)shared_at(address, 16, false);
   block->exchange[block->current] = (u64)(uintptr_t)row;
   warp_barrier();
   const int first = block->current / kWarp * kWarp, g = lane() / 4, t = lane() % 4;
@@ -419,7 +471,9 @@ inline void load_matrices(u32 (&m)[4], u64 address, bool transposed) {
 inline void copy_async(u64 to, u64 from, u64 bytes) {
   if (bytes != 0 && bytes != 16) fail("a copy of neither 0 nor 16 bytes");
   if (bytes) check_aligned((const void*)from, 16);
-  block->fibers[block->current].open.push_back({shared_at(to, 16), (const void*)from, bytes != 0});
+  u8* const at = shared_at(to, 16, true);
+  set_under_way(at, true);
+  block->fibers[block->current].open.push_back({at, (const void*)from, bytes != 0});
 }
 inline void commit_copies() {
   Fiber& fiber = block->fibers[block->current];

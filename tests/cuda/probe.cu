@@ -29,6 +29,21 @@ KERNEL(64) reverse_without_barrier(const float* x, float* y) {
   y[threadIdx.x] = shared[63 - threadIdx.x];
 }
 
+// A buffer is filled anew while another warp may still read it.
+KERNEL(64) refill_without_barrier(const float* x, float* y) {
+  wait_for_kernel_before();
+  float* shared = (float*)shared_memory();
+  const int i = threadIdx.x;
+  if (i < 16) copy_async(shared + 4 * i, x + 4 * i);
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  y[i] = shared[63 - i];
+  if (i < 16) copy_async(shared + 4 * i, x + 4 * i);
+  copy_async_commit();
+  copy_async_wait<0>();
+}
+
 KERNEL(64) divergent() {
   wait_for_kernel_before();
   if (threadIdx.x < 16) __syncthreads();
@@ -72,20 +87,19 @@ KERNEL(32) powers(const float* x, float* y) {
 }
 
 // Warp 0 writes late what warp 1 reads early: without the barrier, that order is likely and not certain.
-KERNEL(64) overtake(float* y, int barrier) {
+KERNEL(64) overtake(float* x, float* y, int barrier) {
   wait_for_kernel_before();
-  float* shared = (float*)shared_memory();
   const int i = threadIdx.x;
-  shared[i] = 1;
+  x[i] = 1;
   __syncthreads();
   if (i < 32) {
     if (barrier) __syncthreads();
     for (int k = 0; k < 10; k++) __syncwarp();
-    shared[i + 32] = 2;
+    x[i + 32] = 2;
   } else {
-    y[i - 32] = shared[i];
+    y[i - 32] = x[i];
     for (int k = 0; k < 2; k++) __syncwarp();
-    y[i] = shared[i];
+    y[i] = x[i];
     if (barrier) __syncthreads();
   }
 }

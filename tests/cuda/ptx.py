@@ -120,10 +120,10 @@ def address(operand: str) -> str:
     return f"({value(found[1])} + {found[2] or 0})"
 
 
-def place(space: str, operand: str, kind: str, count: int = 1) -> str:
-    """The host's address of so many values. All but parameters is checked."""
+def place(space: str, operand: str, kind: str, count: int, use: str) -> str:
+    """The host's address of so many values. All but parameters is checked, with `use`: whether it is to write, …"""
     at = address(operand)
-    return at if space == "param" else f"{space}_at({at}, {count} * sizeof({TYPES[kind]}))"
+    return at if space == "param" else f"{space}_at({at}, {count} * sizeof({TYPES[kind]}), {use})"
 
 
 # -- instructions ------------------------------------------------------------------------------------------------------
@@ -215,19 +215,21 @@ def access(name: str, rest: list[str], first: str, second: str) -> str:
     vector, where = (second, first) if name == "st" else (first, second)
     parts = listed(vector)
     assert len(parts) == next((int(part[1]) for part in rest if part in ("v2", "v4")), 1)
+    at = place(space, where, kind, len(parts), "true" if name == "st" else "false")
     steps = []
     for index, part in enumerate(parts):
-        at = f"at + {index} * sizeof({TYPES[kind]})"
+        slot = f"at + {index} * sizeof({TYPES[kind]})"
         if name == "st":
-            steps.append(f"store<{TYPES[kind]}>({at}, {value(part)});")
+            steps.append(f"store<{TYPES[kind]}>({slot}, {value(part)});")
         else:
-            steps.append(f"{value(part)} = load<{TYPES[kind]}>({at});")
-    return f"{{ u8* const at = {place(space, where, kind, len(parts))}; {' '.join(steps)} }}"
+            steps.append(f"{value(part)} = load<{TYPES[kind]}>({slot});")
+    return f"{{ u8* const at = {at}; {' '.join(steps)} }}"
 
 
 def atomic(rest: list[str], target: str, where: str, operand: str) -> str:
     space, how, kind = rest
-    return f"{value(target)} = atomic_{how}<{TYPES[kind]}>({place(space, where, kind)}, {value(operand)});"
+    at = place(space, where, kind, 1, "true, true")
+    return f"{value(target)} = atomic_{how}<{TYPES[kind]}>({at}, {value(operand)});"
 
 
 def branch(_rest: list[str], label: str) -> str:

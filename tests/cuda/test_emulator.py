@@ -21,11 +21,18 @@ def test_copies_and_barriers(probe: EmulatedModule) -> None:
     assert torch.equal(y, x.flip(1))
 
 
-@pytest.mark.parametrize("kernel", ["reverse_without_waiting", "reverse_without_barrier"])
-def test_a_missing_wait_shows(probe: EmulatedModule, kernel: str) -> None:
-    x, y = torch.randn(64), torch.empty(64)
-    probe.launch(kernel, (1, 1, 1), 64, 256, x, y)
-    assert not torch.equal(y, x.flip(0))
+@pytest.mark.parametrize(
+    ("kernel", "fault"),
+    [
+        ("reverse_without_waiting", "copy under way"),
+        ("reverse_without_barrier", "without a barrier"),
+        ("refill_without_barrier", "without a barrier|copy under way"),
+    ],
+)
+def test_a_missing_wait_is_a_fault(probe: EmulatedModule, kernel: str, fault: str) -> None:
+    for _ in range(20):  # in whatever order threads run
+        with pytest.raises(AssertionError, match=fault):
+            probe.launch(kernel, (1, 1, 1), 64, 256, torch.randn(64), torch.empty(64))
 
 
 def test_a_barrier_that_not_all_reach_is_a_fault(probe: EmulatedModule) -> None:
@@ -79,10 +86,10 @@ def test_powers_of_two(probe: EmulatedModule) -> None:
 def test_a_warp_may_be_far_ahead_of_another(probe: EmulatedModule) -> None:
     found = set()
     for _ in range(200):
-        y = torch.empty(64)
-        probe.launch("overtake", (1, 1, 1), 64, 256, y, 0)
+        x, y = torch.empty(64), torch.empty(64)
+        probe.launch("overtake", (1, 1, 1), 64, 0, x, y, 0)
         found.add((y[:32].max().item(), y[32:].max().item()))
-        probe.launch("overtake", (1, 1, 1), 64, 256, y, 1)
+        probe.launch("overtake", (1, 1, 1), 64, 0, x, y, 1)
         assert (y == 1).all()
     assert {(1, 1), (2, 2)} <= found
 
