@@ -48,6 +48,17 @@ def test_the_compiler_joins_no_product_and_sum_that_are_rounded_apart(source: st
     assert not re.findall(r"\b(?:add|sub|mul)\.(?:ftz\.)?f(?:16|32|64)\S*", ptx)
 
 
+@pytest.mark.parametrize("source", ["elementwise", "norm", "rotary"])
+def test_rows_are_read_and_written_8_or_16_bytes_at_a_time(source: str) -> None:
+    _, *kernels = nvrtc.compile_source(source, 86, ptx=True)[0].decode().split(".entry ")
+    for kernel in kernels:
+        used = set(re.findall(r"(?:ld|st)\.global\.\S+", kernel))
+        assert used - {"ld.global.u32", "ld.global.s32"} <= {  # ids, slots, positions
+            "ld.global.v2.u32", "ld.global.v4.u32", "ld.global.v4.f32",
+            "st.global.v2.u32", "st.global.v4.u32", "st.global.v4.f32",
+        }, kernel.split("(")[0]  # fmt: skip
+
+
 def test_the_cache_keeps_what_was_compiled_by_this_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = nvrtc.SOURCES[0]
     made = nvrtc.cubin(source, 86, tmp_path)

@@ -44,7 +44,7 @@ def test_silu_and_mul(device: str, tokens: int, width: int) -> None:
     torch.testing.assert_close(found.float(), REFERENCE.silu_and_mul(gate_up.float()), rtol=2**-11 * 1.01, atol=2**-24)
 
 
-@pytest.mark.parametrize("hidden", [4096, 576, 40])
+@pytest.mark.parametrize("hidden", [4096, 576, 40, 4])
 def test_embedding(device: str, hidden: int) -> None:
     table = torch.randn(100, hidden, device=device).half()
     ids = torch.randint(0, 100, (7,), dtype=torch.int32, device=device)

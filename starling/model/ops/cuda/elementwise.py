@@ -12,7 +12,8 @@ class ElementwiseKernels:
         self._module = load("elementwise")
 
     def embed(self, ids: torch.Tensor, sampled: torch.Tensor | None, table: torch.Tensor) -> torch.Tensor:
-        """int32 [T], fp16 [V, H] → float32 [T, H]. An id below 0 is -(1 + row) of `sampled` (int32)."""
+        """int32 [T], fp16 [V, H], H a multiple of 4 → float32 [T, H]. An id below 0 is -(1 + row) of `sampled`."""
+        assert table.shape[1] % 4 == 0, table.shape
         out = torch.empty(len(ids), table.shape[1], dtype=torch.float32, device=table.device)
         self._module.launch("embed", (len(ids), 1, 1), 256, 0, ids, sampled, table, out, table.shape[1])
         return out

@@ -1,13 +1,16 @@
 // A token's embedding, the activation between gate|up and down, and what of a last layer's tokens goes on.
 #include "device.h"
 
-// table fp16 [V][hidden] at ids [tokens] → out float32 [tokens][hidden]. An id below 0 is -(1 + row) of `sampled`, what
-// the step before drew, which the host need not know yet.
+// table fp16 [V][hidden] at ids [tokens] → out float32 [tokens][hidden], hidden a multiple of 4. An id below 0 is
+// -(1 + row) of `sampled`, what the step before drew, which the host need not know yet.
 KERNEL(256) embed(const int* ids, const int* sampled, const half_t* table, float* out, int hidden) {
   wait_for_kernel_before();
   const int id = ids[blockIdx.x] >= 0 ? ids[blockIdx.x] : sampled[-1 - ids[blockIdx.x]];
-  for (int i = threadIdx.x; i < hidden; i += blockDim.x)
-    out[(i64)blockIdx.x * hidden + i] = half_to_float(table[(i64)id * hidden + i]);
+  for (int i = 4 * threadIdx.x; i < hidden; i += 4 * blockDim.x) {
+    const uint2 x = *(const uint2*)(table + (i64)id * hidden + i);
+    float4* const to = (float4*)(out + (i64)blockIdx.x * hidden + i);
+    *to = make_float4(low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y));
+  }
 }
 
 // Rows `rows` [blocks] of attended fp16 [tokens][width] and of residual float32 [tokens][hidden]; a width is a multiple

@@ -432,7 +432,6 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
     float4* const partials = l.partials + (i64)block * kSplits * kSums * kThreads + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kSums; i++) partials[(blockIdx.z * kSums + i) * kThreads] = totals[i * kThreads];
-    __syncthreads();
     if (!last_to_arrive(l.counters + block, kSplits, (int*)panels)) return;
 #pragma unroll
     for (int i = 0; i < kSums; i++) {

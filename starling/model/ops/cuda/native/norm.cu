@@ -24,9 +24,10 @@ KERNEL(256) add_rms_norm(const half_t* x, float* residual, const half_t* weight,
   const i64 row = (i64)blockIdx.x * width;
   for (int i = 4 * threadIdx.x; i < width; i += 4 * kNormThreads) {  // each thread reads back only what it wrote
     const uint2 added = *(const uint2*)(x + row + i);
-    float4* sum = (float4*)(residual + row + i);
-    *sum = make_float4(sum->x + low_half(added.x), sum->y + high_half(added.x), sum->z + low_half(added.y),
-                       sum->w + high_half(added.y));
+    float4* const at = (float4*)(residual + row + i);
+    const float4 sum = *at;
+    *at = make_float4(sum.x + low_half(added.x), sum.y + high_half(added.x), sum.z + low_half(added.y),
+                      sum.w + high_half(added.y));
   }
   norm_row(residual + row, weight, out + row, width, eps);
 }

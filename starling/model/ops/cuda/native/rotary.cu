@@ -33,6 +33,7 @@ KERNEL(128) rotate_and_cache(const half_t* qkv, const int* positions, const int*
   }
   const float* cos = rotary + (i64)position * dim + i;
   const float* sin = cos + dim / 2;
-  *(uint4*)to = turn(a, b, cos, sin, false);
-  *(uint4*)(to + dim / 2) = turn(b, a, cos, sin, true);
+  const uint4 first = turn(a, b, cos, sin, false), second = turn(b, a, cos, sin, true);
+  *(uint4*)to = first;
+  *(uint4*)(to + dim / 2) = second;
 }
