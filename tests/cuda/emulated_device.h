@@ -17,8 +17,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
-#include <string>
+#include <set>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -156,6 +158,33 @@ inline void touch(const u8* address, int bytes, bool writes, bool atomic = false
   }
 }
 
+// Passes through shared memory: what an instruction asks for in its lanes, 128 bytes at a time, comes in one if no two
+// words of it lie in the same of 32 banks. Counted where `counting`; which lanes' calls are one instruction is told by
+// the line of the call, and how often the lane came by.
+struct Passes { u64 least = 0, taken = 0; };
+inline bool counting = false;
+inline Passes passes;
+inline std::map<std::pair<int, int>, int> turns;  // by line and thread
+// By line, warp and turn: each lane, its address and bytes.
+inline std::map<std::tuple<int, int, int>, std::vector<std::tuple<int, u64, int>>> together;
+
+inline void count_passes() {
+  for (auto& [key, lanes] : together) {
+    std::map<int, std::set<u64>> words;  // of the lanes that are served at once
+    for (const auto& [lane, address, bytes] : lanes)
+      for (u64 word = address / 4; word <= (address + bytes - 1) / 4; word++)
+        words[lane * std::max(bytes, 4) / 128].insert(word);
+    for (const auto& [group, asked] : words) {
+      u64 banks[32] = {};
+      for (u64 word : asked) banks[word % 32]++;
+      passes.least++;
+      passes.taken += *std::max_element(banks, banks + 32);
+    }
+  }
+  together.clear();
+  turns.clear();
+}
+
 inline void set_under_way(const u8* address, bool under_way) {
   for (int i = 0; i < 16; i += kUnit) block->units[(address - block->memory + i) / kUnit].under_way = under_way;
 }
@@ -245,6 +274,7 @@ inline void run_block(Block& running) {
       setcontext(&fiber.context);
     }
   }
+  count_passes();
   for (auto& stack : running.stacks) spare_stacks.push_back(std::move(stack));
 }
 
@@ -309,8 +339,12 @@ inline u8* global_at(u64 address, int bytes, bool = false, bool = false) {
   return (u8*)address;
 }
 inline u8* local_at(u64 address, int bytes, bool = false) { return global_at(address, bytes); }
-inline u8* shared_at(u64 address, int bytes, bool writes, bool atomic = false) {
+inline u8* shared_at(u64 address, int bytes, bool writes, bool atomic = false, int line = __builtin_LINE()) {
   u8* const at = (u8*)((u32)address + shared_window());
+  if (counting) {
+    const int turn = turns[{line, block->current}]++;
+    together[{line, block->current / kWarp, turn}].emplace_back(block->current % kWarp, address, bytes);
+  }
   touch(at, bytes, writes, atomic);
   return global_at((u64)at, bytes);
 }
@@ -451,8 +485,8 @@ inline void mma_m16n8k16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   warp_barrier();
 }
 
-inline void load_matrices(u32 (&m)[4], u64 address, bool transposed) {
-  const u16* const row = (const u16*)shared_at(address, 16, false);
+inline void load_matrices(u32 (&m)[4], u64 address, bool transposed, int line = __builtin_LINE()) {
+  const u16* const row = (const u16*)shared_at(address, 16, false, false, line);
   block->exchange[block->current] = (u64)(uintptr_t)row;
   warp_barrier();
   const int first = block->current / kWarp * kWarp, g = lane() / 4, t = lane() % 4;
@@ -468,10 +502,10 @@ inline void load_matrices(u32 (&m)[4], u64 address, bool transposed) {
 // -- asynchronous copies
 
 // 16 bytes; of which `bytes` are read, and the rest is zeros.
-inline void copy_async(u64 to, u64 from, u64 bytes) {
+inline void copy_async(u64 to, u64 from, u64 bytes, int line = __builtin_LINE()) {
   if (bytes != 0 && bytes != 16) fail("a copy of neither 0 nor 16 bytes");
   if (bytes) check_aligned((const void*)from, 16);
-  u8* const at = shared_at(to, 16, true);
+  u8* const at = shared_at(to, 16, true, false, line);
   set_under_way(at, true);
   block->fibers[block->current].open.push_back({at, (const void*)from, bytes != 0});
 }

@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -36,7 +37,17 @@ CALLS = """extern "C" const char* begin(void* launch, unsigned early, unsigned l
   return emulator::begin(*(emulator::Launch*)launch, early, seed);
 }
 extern "C" const char* end(void* launch) { return emulator::end(*(emulator::Launch*)launch); }
-extern "C" void forget(void* launch) { delete (emulator::Launch*)launch; }"""
+extern "C" void forget(void* launch) { delete (emulator::Launch*)launch; }
+extern "C" void count(bool on) { emulator::counting = on, emulator::passes = {}; }
+extern "C" emulator::Passes counted() { return emulator::passes; }"""
+
+
+class Passes(ctypes.Structure):
+    """Through shared memory, by warps: how many there were, and how many there had been without bank conflicts."""
+
+    _fields_ = (("least", ctypes.c_uint64), ("taken", ctypes.c_uint64))
+    least: int
+    taken: int
 
 
 class EmulatedModule:
@@ -50,6 +61,16 @@ class EmulatedModule:
         self._library = ctypes.CDLL(str(build(path, 90 if stream else 86)))
         self._random = random.Random(seed)
         self._stream = stream
+
+    def count(self, work: Callable[[], object]) -> Passes:
+        """Those of the launches that `work` makes."""
+        self._library["count"](True)
+        work()
+        counted = self._library["counted"]
+        counted.restype = Passes
+        found: Passes = counted()
+        self._library["count"](False)
+        return found
 
     def launch(self, kernel: str, grid: Grid, threads: int, shared_bytes: int, *arguments: Argument) -> None:
         launch = EmulatedLaunch(self._library, kernel, (*grid, threads, shared_bytes), arguments)

@@ -81,6 +81,24 @@ KERNEL(32) total(const float* x, float* parts, u32* counter, float* sum) {
   }
 }
 
+// Words `stride` apart: stride 1 and odd ones come in one pass, 2 in two, 32 in 32.
+KERNEL(32) strided(float* y, int stride) {
+  wait_for_kernel_before();
+  float* shared = (float*)shared_memory();
+  shared[stride * threadIdx.x] = threadIdx.x;
+  __syncwarp();
+  y[threadIdx.x] = shared[stride * (31 - threadIdx.x)];
+}
+
+// 16 bytes a lane: 8 lanes in a pass.
+KERNEL(32) rows(float4* y) {
+  wait_for_kernel_before();
+  float4* shared = (float4*)shared_memory();
+  shared[threadIdx.x] = make_float4(0, 1, 2, threadIdx.x);
+  __syncwarp();
+  y[threadIdx.x] = shared[31 - threadIdx.x];
+}
+
 KERNEL(32) powers(const float* x, float* y) {
   wait_for_kernel_before();
   y[threadIdx.x] = fast_exp2(x[threadIdx.x]);

@@ -130,6 +130,22 @@ def test_a_mixed_step(rng: random.Random, guards: None, shape: Shape, window: in
         check(kernels.attention(q, keys, values, batch, plan), q, keys, values, batch, window)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_shared_memory_is_free_of_bank_conflicts(rng: random.Random, dim: int) -> None:
+    """But where a prompt's tile ends, and its queries' halves meet."""
+    module = EmulatedModule("attention")
+    kernels = AttentionKernels(lambda _source: module, torch.device("cpu"), 4, 1, dim, 1024, 6)
+    for spans in ([(300, 1), (70, 3)], [(100, 60)]):  # answers, and a prompt
+        pieces = mixed_pieces(rng, spans, 16, 60)
+        batch = step(pieces, 16)
+        keys, values = random_cache(pieces, 60, 1, 16, dim)
+        q = torch.randn(batch.positions.numel(), 4, dim).half()
+        plan = kernels.plan(batch, None)
+        found = module.count(lambda: kernels.attention(q, keys, values, batch, plan))  # noqa: B023 (called at once)
+        assert found.least > 1000
+        assert found.taken <= 1.06 * found.least
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("shape", [(4, 1, 128), (3, 1, 64)])
 def test_a_token_gets_the_same_whatever_shares_its_step(rng: random.Random, shape: Shape, window: int | None) -> None:

@@ -75,6 +75,17 @@ def test_the_last_block_adds_in_order(probe: EmulatedModule) -> None:
     torch.testing.assert_close(total[0], x.sum(), rtol=1e-5, atol=1e-5)
 
 
+def test_bank_conflicts_are_counted(probe: EmulatedModule) -> None:
+    y = torch.empty(128)
+    for stride, passes in ((1, 1), (2, 2), (3, 1), (12, 4), (32, 32)):
+        found = probe.count(lambda stride=stride: probe.launch("strided", (3, 1, 1), 32, 4096, y, stride))
+        assert (found.least, found.taken) == (6, 6 * passes)
+    found = probe.count(lambda: probe.launch("rows", (1, 1, 1), 32, 512, y))
+    assert (found.least, found.taken) == (8, 8)
+    probe.launch("rows", (1, 1, 1), 32, 512, y)
+    assert probe.count(lambda: None).least == 0
+
+
 def test_powers_of_two(probe: EmulatedModule) -> None:
     x, y = torch.linspace(-130, 0, 32), torch.empty(32)
     x[0] = -torch.inf
