@@ -133,7 +133,7 @@ class EmulatedStream:
 def build(path: Path, arch: int) -> Path:
     """The shared library of a .cu file's kernels, as they are for compute capability `arch`."""
     code, _ = compile_source(str(path.with_suffix("")), arch, ptx=True)
-    kernels = map(KERNEL_CALLS.format, KERNEL.findall(path.read_text()))
+    kernels = map(KERNEL_CALLS.format, KERNEL.findall(path.read_text(encoding="utf-8")))
     text = "\n".join(["using namespace emulator;", translate(code.decode().rstrip("\0")), *kernels, CALLS])
     return compiled(f"{path.stem}-{arch}", HEADER, text)
 

@@ -226,10 +226,12 @@ def access(name: str, rest: list[str], first: str, second: str) -> str:
     return f"{{ u8* const at = {at}; {' '.join(steps)} }}"
 
 
-def atomic(rest: list[str], target: str, where: str, operand: str) -> str:
+def atomic(rest: list[str], *operands: str) -> str:
+    """And red, which keeps nothing of what was there."""
     space, how, kind = rest
-    at = place(space, where, kind, 1, "true, true")
-    return f"{value(target)} = atomic_{how}<{TYPES[kind]}>({at}, {value(operand)});"
+    *targets, where, operand = operands
+    found = f"atomic_{how}<{TYPES[kind]}>({place(space, where, kind, 1, 'true, true')}, {value(operand)});"
+    return f"{value(targets[0])} = {found}" if targets else found
 
 
 def branch(_rest: list[str], label: str) -> str:
@@ -281,6 +283,7 @@ FAMILIES: dict[str, Callable[..., str]] = {
     "cvt": convert,
     "cvta": convert_address,
     "atom": atomic,
+    "red": atomic,
     "bra": branch,
     "ret": lambda _rest: "return;",
     "shfl": shuffle,

@@ -9,6 +9,7 @@ import pytest
 from starling.__main__ import main
 from starling.errors import DeviceError
 from starling.model.ops.cuda import nvrtc
+from tests.cuda.emulator import KERNEL
 
 USED = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+)", re.S
@@ -21,7 +22,7 @@ def test_compiles_without_spills(source: str, arch: int) -> None:
     code, report = nvrtc.compile_source(source, arch)
     assert code.startswith(b"\x7fELF")
     kernels = {name: (int(stores), int(loads), int(used)) for name, stores, loads, used in USED.findall(report)}
-    wanted = set(re.findall(r"^KERNEL\([^)]*\)\s*(\w+)\(", (nvrtc.NATIVE / f"{source}.cu").read_text(), re.M))
+    wanted = set(KERNEL.findall((nvrtc.NATIVE / f"{source}.cu").read_text(encoding="utf-8")))
     assert set(kernels) == wanted
     for name, (stores, loads, _) in kernels.items():
         assert stores == loads == 0, f"{name} spills registers on sm_{arch}"

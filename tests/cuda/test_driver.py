@@ -65,7 +65,8 @@ class Machine:
         kernels = ctypes.CDLL(str(build(path, 90 if architecture >= 90 else 86)))
         ctypes.c_void_p.in_dll(self._library, "library").value = kernels._handle
         module = CheckedModule(machine_code(source, architecture), lambda: self.stream, overlap)
-        module.parameter_bytes = {kernel: self._parameter_bytes(kernel) for kernel in KERNEL.findall(path.read_text())}
+        names = KERNEL.findall(path.read_text(encoding="utf-8"))
+        module.parameter_bytes = {name: self._parameter_bytes(name) for name in names}
         return module
 
     def _parameter_bytes(self, kernel: str) -> list[int]:
