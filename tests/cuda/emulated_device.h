@@ -2,9 +2,9 @@
 //
 // A thread of the device is a fiber, and fibers run one at a time, in random order between barriers, and some warps of a
 // block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they are waited for, and
-// not before; shared memory holds NaN at first; addresses must be aligned as the device asks. Two threads that meet at a
-// word of shared memory, one of them to write, must have a barrier between them, whatever order they came in. Some
-// blocks of a kernel may begin before the kernel before it has run, as far as griddepcontrol.wait.
+// not before; shared memory holds NaN at first; addresses must be aligned as the device asks. Two threads that meet in
+// shared memory, one of them to write, must have a barrier between them, whatever order they came in. Some blocks of a
+// kernel may begin before the kernel before it has run, as far as griddepcontrol.wait.
 #ifndef STARLING_EMULATED_DEVICE_H
 #define STARLING_EMULATED_DEVICE_H
 
