@@ -14,8 +14,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -77,7 +75,7 @@ struct Block {
   u8* memory = nullptr;
   std::vector<Unit> units;
   u64 exchange[1024];      // a word of each thread, for warp operations
-  u32 fragments[1024][10];
+  u32 fragments[1024][6];
   void (*run)(void**) = nullptr;
   void** arguments = nullptr;
   std::vector<std::unique_ptr<u8[]>> stacks;
@@ -85,7 +83,6 @@ struct Block {
 
 inline Block* block;  // the one at work
 inline jmp_buf home;
-inline ucontext_t home_context;
 inline u64 random_state = 1;
 inline const char* failure = nullptr;  // ends the grid
 inline std::vector<std::unique_ptr<u8[]>> spare_stacks;
@@ -95,11 +92,7 @@ inline u32 random_below(u32 n) {
   return (u32)(random_state >> 33) % n;
 }
 
-}  // namespace emulator
-
 inline Index threadIdx, blockIdx, blockDim, gridDim;
-
-namespace emulator {
 
 [[noreturn]] inline void fail(const char* what) {  // in a fiber
   failure = what;
@@ -282,25 +275,17 @@ inline void check_aligned(const void* address, uintptr_t bytes) {
   if ((uintptr_t)address % bytes) fail("an address is not aligned for its access");
 }
 
-template <class T> T exchange(T x, int from) {
-  static_assert(sizeof(T) <= 8, "");
-  u64 word = 0;
-  std::memcpy(&word, &x, sizeof(T));
-  block->exchange[block->current] = word;
+inline u32 exchange(u32 x, int from) {
+  block->exchange[block->current] = x;
   warp_barrier();
-  word = block->exchange[block->current / kWarp * kWarp + from];
+  x = (u32)block->exchange[block->current / kWarp * kWarp + from];
   warp_barrier();
-  std::memcpy(&x, &word, sizeof(T));
   return x;
 }
 
 inline int lane() { return block->current % kWarp; }
 
-}  // namespace emulator
-
 // -- instructions: a register is the bits that it holds -----------------------------------------------------------
-
-namespace emulator {
 
 constexpr u64 dynamic_shared_memory = 1024;  // where a block's begins, in addresses of its own
 
@@ -334,23 +319,22 @@ template <class T> inline u64 load(const u8* at) {
 }
 template <class T> inline void store(u8* at, u64 bits) { std::memcpy(at, &bits, sizeof(T)); }
 
-inline u8* global_at(u64 address, int bytes, bool = false, bool = false) {
+inline u8* host_at(u64 address, int bytes) {
   check_aligned((const void*)address, bytes);
   return (u8*)address;
 }
-inline u8* local_at(u64 address, int bytes, bool = false) { return global_at(address, bytes); }
 inline u8* shared_at(u64 address, int bytes, bool writes, bool atomic = false, int line = __builtin_LINE()) {
   u8* const at = (u8*)((u32)address + shared_window());
   if (counting) {
     const int turn = turns[{line, block->current}]++;
-    together[{line, block->current / kWarp, turn}].emplace_back(block->current % kWarp, address, bytes);
+    together[{line, block->current / kWarp, turn}].emplace_back(lane(), address, bytes);
   }
   touch(at, bytes, writes, atomic);
-  return global_at((u64)at, bytes);
+  return host_at((u64)at, bytes);
 }
-inline u8* generic_at(u64 address, int bytes, bool writes) {
-  if (address - (u64)block->memory < kUnit * block->units.size()) touch((u8*)address, bytes, writes);
-  return global_at(address, bytes);
+inline u8* generic_at(u64 address, int bytes, bool writes, int line = __builtin_LINE()) {
+  const bool shared = address - (u64)block->memory < kUnit * block->units.size();
+  return shared ? shared_at(address - shared_window(), bytes, writes, false, line) : host_at(address, bytes);
 }
 
 template <class T> inline u64 atomic_add(u8* at, u64 operand) {
@@ -535,10 +519,9 @@ inline void wait_for_kernel_before() {
   if (fiber.held && !_setjmp(fiber.at)) _longjmp(home, 1);
 }
 
-}  // namespace emulator
+// -- launches ------------------------------------------------------------------------------------------------------
 
 // A kernel over a grid, its blocks in random order.
-namespace emulator {
 struct Launch {
   void (*kernel)(void**);
   void** arguments;
@@ -592,6 +575,7 @@ inline const char* end(Launch& launch) {
   }
   return failure;
 }
+
 }  // namespace emulator
 
 #endif

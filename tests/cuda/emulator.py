@@ -21,8 +21,8 @@ from starling.model.ops.cpu.compiler import find_compiler
 from starling.model.ops.cuda import CudaOps
 from starling.model.ops.cuda.driver import Arguments
 from starling.model.ops.cuda.module import Argument, Grid
-from starling.model.ops.cuda.nvrtc import NATIVE, compile_source
-from tests.cuda.ptx import translate
+from starling.model.ops.cuda.nvrtc import NATIVE
+from tests.cuda.ptx import ptx_of, translate
 
 HEADER = Path(__file__).with_name("emulated_device.h")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", "-ffp-contract=off")
@@ -38,7 +38,7 @@ CALLS = """extern "C" const char* begin(void* launch, unsigned early, unsigned l
 }
 extern "C" const char* end(void* launch) { return emulator::end(*(emulator::Launch*)launch); }
 extern "C" void forget(void* launch) { delete (emulator::Launch*)launch; }
-extern "C" void count(bool on) { emulator::counting = on, emulator::passes = {}; }
+extern "C" void set_counting(bool on) { emulator::counting = on, emulator::passes = {}; }
 extern "C" emulator::Passes counted() { return emulator::passes; }"""
 
 
@@ -64,12 +64,12 @@ class EmulatedModule:
 
     def count(self, work: Callable[[], object]) -> Passes:
         """Those of the launches that `work` makes."""
-        self._library["count"](True)
+        self._library["set_counting"](True)
         work()
         counted = self._library["counted"]
         counted.restype = Passes
         found: Passes = counted()
-        self._library["count"](False)
+        self._library["set_counting"](False)
         return found
 
     def launch(self, kernel: str, grid: Grid, threads: int, shared_bytes: int, *arguments: Argument) -> None:
@@ -132,9 +132,8 @@ class EmulatedStream:
 @lru_cache(maxsize=32)
 def build(path: Path, arch: int) -> Path:
     """The shared library of a .cu file's kernels, as they are for compute capability `arch`."""
-    code, _ = compile_source(str(path.with_suffix("")), arch, ptx=True)
     kernels = map(KERNEL_CALLS.format, KERNEL.findall(path.read_text(encoding="utf-8")))
-    text = "\n".join(["using namespace emulator;", translate(code.decode().rstrip("\0")), *kernels, CALLS])
+    text = "\n".join(["using namespace emulator;", translate(ptx_of(str(path.with_suffix("")), arch)), *kernels, CALLS])
     return compiled(f"{path.stem}-{arch}", HEADER, text)
 
 

@@ -6,7 +6,9 @@ come to is known; anything else is an AssertionError that names it. Source: PTX 
 
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
+
+from starling.model.ops.cuda.nvrtc import compile_source
 
 DECLARED = re.compile(
     r"\.(?:visible \.)?(?P<kind>entry|func)\s*(?:\(\.param[^)]*?(?P<result>\w+)\[\d+\]\))?\s*(?P<name>\w+)\s*"
@@ -20,7 +22,9 @@ SPECIAL = {
 }
 REGISTERS = {"pred": "bool", "b16": "u16", "b32": "u32", "f32": "u32", "b64": "u64", "f64": "u64"}
 TYPES = {f"{letter}{bits}": f"u{bits}" for letter in "bu" for bits in (8, 16, 32, 64)}
-TYPES |= {f"s{bits}": f"int{bits}_t" for bits in (8, 16, 32, 64)} | {"f32": "float", "f64": "double", "pred": "bool"}
+TYPES |= {f"s{bits}": f"int{bits}_t" for bits in (8, 16, 32, 64)} | {
+    "f16x2": "u32", "f32": "float", "f64": "double", "pred": "bool",
+}  # fmt: skip
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "rem": "%", "and": "&", "or": "|", "xor": "^"}
 CALLS = {
@@ -28,8 +32,21 @@ CALLS = {
     "shl.b32": "shl<u32>", "shl.b64": "shl<u64>", "shr.u32": "shr<u32>", "shr.u64": "shr<u64>", "shr.s32": "shr<int>",
     "mul.hi.u64": "multiply_high", "min.f32": "fminf", "max.f32": "fmaxf", "fma.rn.f32": "fmaf",
     "rsqrt.approx.f32": "reciprocal_root", "ex2.approx.f32": "exp2f", "ex2.approx.ftz.f32": "exp2_flushed",
+    "sub.rn.f16x2": "half2_sub", "mul.rn.f16x2": "half2_mul", "fma.rn.f16x2": "half2_fma",
 }  # fmt: skip
-PAIRED = {"sub.rn.f16x2": "half2_sub", "mul.rn.f16x2": "half2_mul", "fma.rn.f16x2": "half2_fma"}
+# Of cvta: from a space's own addresses to generic ones, which are the host's, and back.
+WINDOWS = {"shared": "+ shared_window()", "to.shared": "- shared_window()", "to.global": "", "local": ""}
+
+
+@lru_cache(maxsize=32)  # several tests read the same
+def ptx_of(source: str, arch: int) -> str:
+    """Of native/`source`.cu, or of another file by its absolute path, without suffix."""
+    return compile_source(source, arch, ptx=True)[0].decode().rstrip("\0")
+
+
+def kernels_of(source: str, arch: int) -> list[str]:
+    """The same, each kernel by itself, from its name on."""
+    return ptx_of(source, arch).split(".entry ")[1:]
 
 
 def translate(ptx: str) -> str:
@@ -121,9 +138,12 @@ def address(operand: str) -> str:
 
 
 def place(space: str, operand: str, kind: str, count: int, use: str) -> str:
-    """The host's address of so many values. All but parameters is checked, with `use`: whether it is to write, …"""
+    """The host's address of so many values, for `use`: whether it is written, and by an atomic instruction."""
     at = address(operand)
-    return at if space == "param" else f"{space}_at({at}, {count} * sizeof({TYPES[kind]}), {use})"
+    if space == "param":
+        return at
+    size = f"{count} * sizeof({TYPES[kind]})"
+    return f"host_at({at}, {size})" if space in ("global", "local") else f"{space}_at({at}, {size}, {use})"
 
 
 # -- instructions ------------------------------------------------------------------------------------------------------
@@ -203,10 +223,7 @@ def convert(rest: list[str], target: str, *sources: str) -> str:
 
 
 def convert_address(rest: list[str], target: str, source: str) -> str:
-    by = {"to.shared": " - shared_window()", "shared": " + shared_window()", "to.global": "", "local": ""}[
-        ".".join(rest[:-1])
-    ]
-    return f"{value(target)} = {value(source)}{by};"
+    return f"{value(target)} = {value(source)} {WINDOWS['.'.join(rest[:-1])]};"
 
 
 def access(name: str, rest: list[str], first: str, second: str) -> str:
@@ -260,10 +277,6 @@ def multiply_matrices(target: str, left: str, right: str, addend: str) -> str:
     return f"{{ float c[4] = {{{c}}}; const u32 a[4] = {{{a}}}, b[2] = {{{b}}}; mma_m16n8k16(c, a, b); {taken} }}"
 
 
-def paired(function: str, target: str, *sources: str) -> str:
-    return f"{value(target)} = {function}({', '.join(map(value, sources))});"
-
-
 def copy_async(to: str, source: str, size: str, read: str, _policy: str = "") -> str:
     assert size == "16"
     return f"copy_async({address(to)}, {address(source)}, (u32){value(read)});"
@@ -289,7 +302,6 @@ FAMILIES: dict[str, Callable[..., str]] = {
     "shfl": shuffle,
 }
 WHOLE: dict[str, Callable[..., str]] = {
-    **{code: partial(paired, function) for code, function in PAIRED.items()},
     "mul.wide.s32": partial(multiply_wide, "i64", "s32"),
     "mul.wide.u32": partial(multiply_wide, "u64", "u32"),
     "bar.sync": at_barrier,

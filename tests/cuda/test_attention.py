@@ -4,17 +4,18 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from starling.model.batch import Batch
-from starling.model.ops.cuda import nvrtc
 from starling.model.ops.cuda.attention import AttentionKernels
 from starling.model.ops.cuda.driver import DriverModule
 from starling.model.ops.cuda.module import Module
 from starling.model.ops.reference import ReferenceOps
 from tests.cuda.emulator import EmulatedModule
+from tests.cuda.ptx import ptx_of
 from tests.model.paged import Piece, random_table, step
 
 REFERENCE = ReferenceOps()
@@ -141,7 +142,7 @@ def test_shared_memory_is_free_of_bank_conflicts(rng: random.Random, dim: int) -
         keys, values = random_cache(pieces, 60, 1, 16, dim)
         q = torch.randn(batch.positions.numel(), 4, dim).half()
         plan = kernels.plan(batch, None)
-        found = module.count(lambda: kernels.attention(q, keys, values, batch, plan))  # noqa: B023 (called at once)
+        found = module.count(partial(kernels.attention, q, keys, values, batch, plan))
         assert found.least > 1000
         assert found.taken <= 1.06 * found.least
 
@@ -321,7 +322,7 @@ def test_rotating_within_attention(rng: random.Random, guards: None, shape: Shap
 @pytest.mark.parametrize("arch", [80, 90])
 def test_machine_code(arch: int) -> None:
     """16-byte asynchronous copies, matrices by ldmatrix, tensor cores."""
-    ptx = nvrtc.compile_source("attention", arch, ptx=True)[0].decode(errors="replace")
+    ptx = ptx_of("attention", arch)
     for name, dim in (("attention_64", 64), ("attention_128", 128)):
         body = ptx[ptx.index(f".entry {name}(") :]
         body = body[: body.index("\n}")]

@@ -10,6 +10,7 @@ from starling.__main__ import main
 from starling.errors import DeviceError
 from starling.model.ops.cuda import nvrtc
 from tests.cuda.emulator import KERNEL
+from tests.cuda.ptx import kernels_of, ptx_of
 
 USED = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+)", re.S
@@ -30,7 +31,7 @@ def test_compiles_without_spills(source: str, arch: int) -> None:
 
 @pytest.mark.parametrize("source", nvrtc.SOURCES)
 def test_kernels_wait_for_the_one_before_where_they_may_begin_early(source: str) -> None:
-    _, *kernels = nvrtc.compile_source(source, 90, ptx=True)[0].decode().split(".entry ")
+    kernels = kernels_of(source, 90)
     assert kernels
     for kernel in kernels:
         ahead, waits, _ = kernel.partition("griddepcontrol.wait;")
@@ -38,12 +39,12 @@ def test_kernels_wait_for_the_one_before_where_they_may_begin_early(source: str)
         # Copies of weights to shared memory, and nothing else: what a plain load finds may be old, and what is written
         # may still be read.
         assert not re.findall(r"^\s*(?:@\S+\s+)?((?:ld|st)\.global\S*|(?:atom|red)\.\S*)", ahead, re.M)
-    assert b"griddepcontrol" not in nvrtc.compile_source(source, 86, ptx=True)[0]
+    assert "griddepcontrol" not in ptx_of(source, 86)
 
 
 @pytest.mark.parametrize("source", nvrtc.SOURCES)
 def test_the_compiler_joins_no_product_and_sum_that_are_rounded_apart(source: str) -> None:
-    ptx = nvrtc.compile_source(source, 90, ptx=True)[0].decode()
+    ptx = ptx_of(source, 90)
     # "An add instruction with no rounding modifier [...] may be optimized aggressively by the code optimizer. In
     # particular, mul/add sequences with no rounding modifiers may be optimized to use fused-multiply-add": PTX ISA.
     assert not re.findall(r"\b(?:add|sub|mul)\.(?:ftz\.)?f(?:16|32|64)\S*", ptx)
@@ -51,8 +52,7 @@ def test_the_compiler_joins_no_product_and_sum_that_are_rounded_apart(source: st
 
 @pytest.mark.parametrize("source", ["elementwise", "norm", "rotary"])
 def test_rows_are_read_and_written_8_or_16_bytes_at_a_time(source: str) -> None:
-    _, *kernels = nvrtc.compile_source(source, 86, ptx=True)[0].decode().split(".entry ")
-    for kernel in kernels:
+    for kernel in kernels_of(source, 86):
         used = set(re.findall(r"(?:ld|st)\.global\.\S+", kernel))
         assert used - {"ld.global.u32", "ld.global.s32"} <= {  # ids, slots, positions
             "ld.global.v2.u32", "ld.global.v4.u32", "ld.global.v4.f32",

@@ -9,15 +9,17 @@ tensor cores truncated, not rounded: 2^-23 instead of 2^-24). An output of K pro
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from starling.model.awq import AwqWeight, pack, quantize
-from starling.model.ops.cuda import linear, nvrtc
+from starling.model.ops.cuda import linear
 from starling.model.ops.cuda.linear import LinearKernels, PackedLinear
 from starling.model.ops.reference import ReferenceOps
 from tests.cuda.emulator import EmulatedModule
+from tests.cuda.ptx import kernels_of
 
 REFERENCE = ReferenceOps()
 EPS = 1e-5
@@ -300,15 +302,14 @@ def test_shared_memory_is_free_of_bank_conflicts(group: int) -> None:
     w = packed(kernels, random_awq(1024, 192, group))
     for tokens in (1, 3, 8, 12, 32, 64, 200):
         x = random_activations(tokens, 1024)
-        found = module.count(lambda: kernels.linear(x, w))  # noqa: B023 (called at once)
+        found = module.count(partial(kernels.linear, x, w))
         assert found.least > 1000
         assert found.taken <= 1.04 * found.least
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_weights_and_activations_come_16_bytes_at_a_time(source: str) -> None:
-    ptx = nvrtc.compile_source(source, 86, ptx=True)[0].decode()
-    for entry in ptx.split(".entry ")[1:]:
+    for entry in kernels_of(source, 86):
         name = re.match(r"\w+", entry)
         assert name is not None
         copies = re.findall(r"cp\.async\.(\S+) \[[^\]]*\], \[[^\]]*\], (\d+)", entry)

@@ -33,6 +33,7 @@ KERNEL(128) rotate_and_cache(const half_t* qkv, const int* positions, const int*
   }
   const float* cos = rotary + (i64)position * dim + i;
   const float* sin = cos + dim / 2;
+  // Both before either is stored: for all that the compiler knows, a store could change the angles.
   const uint4 first = turn(a, b, cos, sin, false), second = turn(b, a, cos, sin, true);
   *(uint4*)to = first;
   *(uint4*)(to + dim / 2) = second;
