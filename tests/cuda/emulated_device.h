@@ -3,8 +3,9 @@
 // A thread of the device is a fiber, and fibers run one at a time, in random order between barriers, and some warps of a
 // block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they are waited for, and
 // not before; shared memory holds NaN at first; addresses must be aligned as the device asks. Two threads that meet in
-// shared memory, one of them to write, must have a barrier between them, whatever order they came in. Some blocks of a
-// kernel may begin before the kernel before it has run, as far as griddepcontrol.wait.
+// memory, one of them to write, must have a barrier between them, or if they are of two blocks, a fence, an atomic
+// instruction each at one place, and a fence again, whatever order they came in. Some blocks of a kernel may begin before
+// the kernel before it has run, as far as griddepcontrol.wait.
 #ifndef STARLING_EMULATED_DEVICE_H
 #define STARLING_EMULATED_DEVICE_H
 
@@ -19,6 +20,7 @@
 #include <memory>
 #include <set>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -33,23 +35,43 @@ namespace emulator {
 
 constexpr int kStackBytes = 128 << 10;
 constexpr int kWarp = 32;
-constexpr int kUnit = 2;  // bytes of shared memory that are watched together: no kernel stores single ones
-
-struct Copy { void* to; const void* from; bool valid; };
+constexpr int kUnit = 2;  // bytes of memory that are watched together: no kernel stores single ones
+constexpr int kPage = 4096;
 
 struct Barrier { int waiting = 0; u32 generation = 0; };
 
-// Who touched shared memory, after how many barriers of its block and of its warp.
+// Who touched memory, after how many barriers of its block and of its warp, and after how many fences of its own.
 struct Touch {
+  u32 block = 0;
   int16_t thread = -1;
   bool atomic = false;
-  u32 blocks = 0, warps = 0;
+  u16 blocks = 0, warps = 0, fences = 0;
 };
 
 struct Unit {
-  Touch write, read, other_read;  // the latest ones; the reads by threads of two warps
+  Touch write, read;              // the latest ones
+  Touch other_warp, other_block;  // the latest reads by others than `read`'s
   bool under_way = false;         // an asynchronous copy may write it at any moment
 };
+
+struct Copy { void* to; const void* from; bool valid; Touch begun; };
+
+// What an atomic instruction in global memory makes known to those that come by there: what its block did that was
+// fenced off before it. PTX ISA, "Memory Consistency Model": release and acquire patterns, and fences being cumulative.
+struct Release {
+  Touch by;
+  u32 before = 0;           // all that its block did ahead of so many barriers
+  std::vector<u16> fences;  // and what each thread did ahead of so many fences
+};
+
+// Global memory in the course of one launch. Other launches come before or after it as a whole.
+struct GlobalMemory {
+  std::unordered_map<u64, std::unique_ptr<Unit[]>> pages;
+  std::unordered_map<u64, std::vector<Release>> releases;  // by the place of the atomic instruction
+};
+
+// A thread came by a place with releases.
+struct Acquire { u64 place; size_t releases; Touch by; };
 
 struct Fiber {
   ucontext_t context;
@@ -59,7 +81,8 @@ struct Fiber {
   bool held = false;
   Barrier* barrier = nullptr;  // what it waits for, and until which generation has passed
   u32 generation = 0;
-  u32 block_barriers = 0, warp_barriers = 0;  // passed, of those that order memory
+  u16 block_barriers = 0, warp_barriers = 0;  // passed, of those that order memory
+  std::vector<u16> fences;                    // how many of its block's barriers each came after
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
   std::vector<Copy> open;
 };
@@ -74,6 +97,8 @@ struct Block {
   std::vector<u8> shared;  // aligned by hand
   u8* memory = nullptr;
   std::vector<Unit> units;
+  GlobalMemory* global = nullptr;
+  std::vector<Acquire> acquires;
   u64 exchange[1024];      // a word of each thread, for warp operations
   u32 fragments[1024][6];
   void (*run)(void**) = nullptr;
@@ -123,32 +148,96 @@ inline void warp_barrier() {
   wait_at(block->warps[warp], alive_in(warp));
 }
 
-inline bool comes_after(const Touch& now, const Touch& before) {
-  if (before.thread < 0 || before.thread == now.thread || before.blocks < now.blocks) return true;
-  if (before.atomic && now.atomic) return true;
-  return before.thread / kWarp == now.thread / kWarp && before.warps < now.warps;
+inline Touch touch_now(bool atomic = false) {
+  const Fiber& fiber = block->fibers[block->current];
+  const Index at = block->index, grid = block->grid;
+  return {at.x + grid.x * (at.y + grid.y * at.z), (int16_t)block->current, atomic, fiber.block_barriers,
+          fiber.warp_barriers, (u16)fiber.fences.size()};
+}
+
+inline bool is_released(const Touch& touch, const Release& release) {
+  return touch.block == release.by.block &&
+         (touch.blocks < release.before || touch.fences < release.fences[touch.thread]);
+}
+
+// Whether what another block did at `place` is known to this one.
+inline bool is_acquired(const Touch& now, const Touch& before, u64 place) {
+  for (const Acquire& acquire : block->acquires) {
+    if (acquire.place == place && acquire.by.thread == now.thread && before.atomic) return true;
+    const std::vector<u16>& fences = block->fibers[acquire.by.thread].fences;
+    const bool fenced = fences.size() > acquire.by.fences;
+    if (!fenced || (acquire.by.thread != now.thread && fences[acquire.by.fences] >= now.blocks)) continue;
+    const std::vector<Release>& releases = block->global->releases[acquire.place];
+    for (size_t i = 0; i < acquire.releases; i++)
+      if (is_released(before, releases[i])) return true;
+  }
+  return false;
+}
+
+inline void check_order(const Touch& now, const Touch& before, u64 place) {
+  if (before.thread < 0 || (before.atomic && now.atomic)) return;
+  if (before.block != now.block) {
+    if (!is_acquired(now, before, place)) fail("two blocks meet in memory without fences and an atomic instruction");
+    return;
+  }
+  if (before.thread == now.thread || before.blocks < now.blocks) return;
+  if (before.thread / kWarp == now.thread / kWarp && before.warps < now.warps) return;
+  fail("two threads meet in memory without a barrier");
+}
+
+// `now` is when it may have begun: of an asynchronous copy's read, long before.
+inline void meet(Unit& unit, const Touch& now, bool writes, u64 place = 0) {
+  if (unit.under_way) fail("a thread uses shared memory that a copy under way may write");
+  check_order(now, unit.write, place);
+  if (writes) {
+    for (const Touch& read : {unit.read, unit.other_warp, unit.other_block}) check_order(now, read, place);
+    unit.write = now;
+    return;
+  }
+  const Touch latest = touch_now();
+  if (unit.read.thread >= 0 && unit.read.block != latest.block) unit.other_block = unit.read;
+  else if (unit.read.thread >= 0 && unit.read.thread / kWarp != latest.thread / kWarp) unit.other_warp = unit.read;
+  unit.read = latest;
 }
 
 // The thread at work touches so many bytes of shared memory, from a host's address on.
-inline void touch(const u8* address, int bytes, bool writes, bool atomic = false) {
+inline void touch_shared(const u8* address, int bytes, bool writes, bool atomic = false) {
   const u64 from = address - block->memory;
   if (address < block->memory || from + bytes > kUnit * block->units.size())
     fail("an address lies outside the block's shared memory");
-  const Fiber& fiber = block->fibers[block->current];
-  const Touch now = {(int16_t)block->current, atomic, fiber.block_barriers, fiber.warp_barriers};
-  for (u64 i = from / kUnit; i <= (from + bytes - 1) / kUnit; i++) {
-    Unit& unit = block->units[i];
-    if (unit.under_way) fail("a thread uses shared memory that a copy under way may write");
-    if (!comes_after(now, unit.write)) fail("two threads meet in shared memory without a barrier: one has written");
-    if (writes) {
-      if (!comes_after(now, unit.read) || !comes_after(now, unit.other_read))
-        fail("two threads meet in shared memory without a barrier: one has read");
-      unit.write = now;
-    } else {
-      if (unit.read.thread >= 0 && unit.read.thread / kWarp != now.thread / kWarp) unit.other_read = unit.read;
-      unit.read = now;
-    }
+  const Touch now = touch_now(atomic);
+  for (u64 i = from / kUnit; i <= (from + bytes - 1) / kUnit; i++) meet(block->units[i], now, writes);
+}
+
+// The same of global memory; of one page, as aligned accesses are.
+inline void touch_global(const u8* address, int bytes, bool writes, const Touch& now) {
+  const u64 place = (u64)(uintptr_t)address;
+  std::unique_ptr<Unit[]>& page = block->global->pages[place / kPage];
+  if (!page) page.reset(new Unit[kPage / kUnit]);
+  for (u64 i = place % kPage / kUnit; i <= (place % kPage + bytes - 1) / kUnit; i++) meet(page[i], now, writes, place);
+}
+
+inline void fence() {
+  Fiber& fiber = block->fibers[block->current];
+  fiber.fences.push_back(fiber.block_barriers);
+}
+
+// An atomic instruction at a place in global memory.
+inline void release_and_acquire(u64 place) {
+  Release release;
+  release.by = touch_now();
+  bool any = false;
+  for (const Fiber& fiber : block->fibers) {
+    const bool own = &fiber == &block->fibers[release.by.thread];
+    u16 count = 0;
+    for (u16 barriers : fiber.fences)
+      if (own || barriers < release.by.blocks) release.before = std::max<u32>(release.before, barriers), count++;
+    any |= count > 0;
+    release.fences.push_back(count);
   }
+  std::vector<Release>& releases = block->global->releases[place];
+  block->acquires.push_back({place, releases.size(), release.by});
+  if (any) releases.push_back(std::move(release));
 }
 
 // Passes through shared memory: what an instruction asks for in its lanes, 128 bytes at a time, comes in one if no two
@@ -185,7 +274,8 @@ inline void set_under_way(const u8* address, bool under_way) {
 inline void finish(std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
     set_under_way((const u8*)copy.to, false);
-    touch((const u8*)copy.to, 16, true);
+    touch_shared((const u8*)copy.to, 16, true);
+    if (copy.valid) touch_global((const u8*)copy.from, 16, false, copy.begun);
     if (copy.valid) std::memcpy(copy.to, copy.from, 16);
     else std::memset(copy.to, 0, 16);
   }
@@ -329,12 +419,21 @@ inline u8* shared_at(u64 address, int bytes, bool writes, bool atomic = false, i
     const int turn = turns[{line, block->current}]++;
     together[{line, block->current / kWarp, turn}].emplace_back(lane(), address, bytes);
   }
-  touch(at, bytes, writes, atomic);
+  touch_shared(at, bytes, writes, atomic);
   return host_at((u64)at, bytes);
 }
+inline u8* global_at(u64 address, int bytes, bool writes, bool atomic = false) {
+  u8* const at = host_at(address, bytes);
+  if (atomic) release_and_acquire(address);
+  touch_global(at, bytes, writes, touch_now(atomic));
+  return at;
+}
 inline u8* generic_at(u64 address, int bytes, bool writes, int line = __builtin_LINE()) {
-  const bool shared = address - (u64)block->memory < kUnit * block->units.size();
-  return shared ? shared_at(address - shared_window(), bytes, writes, false, line) : host_at(address, bytes);
+  if (address - (u64)block->memory < kUnit * block->units.size())
+    return shared_at(address - shared_window(), bytes, writes, false, line);
+  const u8* const stack = block->stacks[block->current].get();
+  const bool local = address - (u64)(uintptr_t)stack < kStackBytes;
+  return local ? host_at(address, bytes) : global_at(address, bytes, writes);
 }
 
 template <class T> inline u64 atomic_add(u8* at, u64 operand) {
@@ -491,7 +590,7 @@ inline void copy_async(u64 to, u64 from, u64 bytes, int line = __builtin_LINE())
   if (bytes) check_aligned((const void*)from, 16);
   u8* const at = shared_at(to, 16, true, false, line);
   set_under_way(at, true);
-  block->fibers[block->current].open.push_back({at, (const void*)from, bytes != 0});
+  block->fibers[block->current].open.push_back({at, (const void*)from, bytes != 0, touch_now()});
 }
 inline void commit_copies() {
   Fiber& fiber = block->fibers[block->current];
@@ -527,6 +626,7 @@ struct Launch {
   void** arguments;
   Index grid;
   u32 threads, shared_bytes;
+  GlobalMemory global;
   std::vector<std::unique_ptr<Block>> early;
   std::vector<u32> order;  // of the blocks that have not begun; the last comes next
 
@@ -534,7 +634,7 @@ struct Launch {
     const u32 i = order.back();
     order.pop_back();
     auto made = make_block({i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, grid, threads, shared_bytes);
-    made->run = kernel, made->arguments = arguments;
+    made->run = kernel, made->arguments = arguments, made->global = &global;
     return made;
   }
 };

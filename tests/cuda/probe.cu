@@ -4,12 +4,12 @@
 KERNEL(64) reverse(const float* x, float* y) {  // through shared memory, by a copy that must be waited for
   wait_for_kernel_before();
   float* shared = (float*)shared_memory();
-  const int i = threadIdx.x;
-  if (i < 16) copy_async(shared + 4 * i, x + 64 * blockIdx.x + 4 * i);
+  const int i = threadIdx.x, row = blockIdx.x + gridDim.x * blockIdx.y;
+  if (i < 16) copy_async(shared + 4 * i, x + 64 * row + 4 * i);
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
-  y[64 * blockIdx.x + i] = shared[63 - i];
+  y[64 * row + i] = shared[63 - i];
 }
 
 KERNEL(64) reverse_without_waiting(const float* x, float* y) {
@@ -81,13 +81,58 @@ KERNEL(32) total(const float* x, float* parts, u32* counter, float* sum) {
   }
 }
 
+// One block writes each place once; of two, both write it.
+KERNEL(64) write_without_barrier(float* x, float* y) {
+  wait_for_kernel_before();
+  x[(threadIdx.x + 32 * blockIdx.x) % 64] = 1;
+  y[threadIdx.x] = 1;
+}
+
+KERNEL(64) read_without_barrier(float* x, float* y) {
+  wait_for_kernel_before();
+  const int i = threadIdx.x + 64 * blockIdx.x;
+  x[i] = 1;
+  y[i] = x[i ^ 32];
+}
+
+// A copy reads while another warp may still write, with a barrier between the two and the copy's end.
+KERNEL(64) copy_without_barrier(float* x, float* y) {
+  wait_for_kernel_before();
+  float* shared = (float*)shared_memory();
+  const int i = threadIdx.x;
+  if (i < 8) copy_async(shared + 4 * i, x + 32 + 4 * i);
+  copy_async_commit();
+  if (i >= 32) x[i] = 1;
+  __syncthreads();
+  copy_async_wait<0>();
+  y[i] = 0;
+}
+
+// last_to_arrive without the first fence, without the barrier, and without the second fence.
+KERNEL(32) total_without(const float* x, float* parts, u32* counter, float* sum, int missing) {
+  wait_for_kernel_before();
+  int* scratch = (int*)shared_memory();
+  parts[32 * blockIdx.x + threadIdx.x] = x[32 * blockIdx.x + threadIdx.x];
+  if (missing != 0) __threadfence();
+  if (missing != 1) __syncthreads();
+  if (threadIdx.x == 0) *scratch = atomicAdd(counter, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (missing != 2) __threadfence();
+  if (missing != 3) __syncthreads();
+  if (!*scratch) return;
+  if (threadIdx.x == 0) *counter = 0;
+  float all = 0;
+  for (u32 i = 0; i < gridDim.x; i++) all += parts[32 * i + threadIdx.x];
+  sum[threadIdx.x] = all;
+}
+
 // Words `stride` apart: stride 1 and odd ones come in one pass, 2 in two, 32 in 32.
 KERNEL(32) strided(float* y, int stride) {
   wait_for_kernel_before();
   float* shared = (float*)shared_memory();
   shared[stride * threadIdx.x] = threadIdx.x;
   __syncwarp();
-  y[threadIdx.x] = shared[stride * (31 - threadIdx.x)];
+  y[32 * blockIdx.x + threadIdx.x] = shared[stride * (31 - threadIdx.x)];
 }
 
 // 16 bytes a lane: 8 lanes in a pass.
@@ -104,8 +149,9 @@ KERNEL(32) powers(const float* x, float* y) {
   y[threadIdx.x] = fast_exp2(x[threadIdx.x]);
 }
 
-// Warp 0 writes late what warp 1 reads early: without the barrier, that order is likely and not certain.
-KERNEL(64) overtake(float* x, float* y, int barrier) {
+// Warp 0 writes late what warp 1 reads early: without the barrier, that order is likely and not certain. Atomic
+// instructions are no fault where they meet.
+KERNEL(64) overtake(u32* x, u32* y, int barrier) {
   wait_for_kernel_before();
   const int i = threadIdx.x;
   x[i] = 1;
@@ -113,11 +159,11 @@ KERNEL(64) overtake(float* x, float* y, int barrier) {
   if (i < 32) {
     if (barrier) __syncthreads();
     for (int k = 0; k < 10; k++) __syncwarp();
-    x[i + 32] = 2;
+    atomicAdd(x + i + 32, 1);
   } else {
-    y[i - 32] = x[i];
+    y[i - 32] = atomicAdd(x + i, 0);
     for (int k = 0; k < 2; k++) __syncwarp();
-    y[i] = x[i];
+    y[i] = atomicAdd(x + i, 0);
     if (barrier) __syncthreads();
   }
 }

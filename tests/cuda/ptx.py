@@ -143,7 +143,7 @@ def place(space: str, operand: str, kind: str, count: int, use: str) -> str:
     if space == "param":
         return at
     size = f"{count} * sizeof({TYPES[kind]})"
-    return f"host_at({at}, {size})" if space in ("global", "local") else f"{space}_at({at}, {size}, {use})"
+    return f"host_at({at}, {size})" if space == "local" else f"{space}_at({at}, {size}, {use})"
 
 
 # -- instructions ------------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ WHOLE: dict[str, Callable[..., str]] = {
         f"prefetch({address(where)}, {value(size)});"
     ),
     "createpolicy.fractional.L2::evict_first.b64": lambda policy, _fraction: f"{policy} = 0;",
-    "membar.gl": lambda: "",
+    "membar.gl": lambda: "fence();",
     "griddepcontrol.wait": lambda: "wait_for_kernel_before();",
     "griddepcontrol.launch_dependents": lambda: "",
 }

@@ -107,7 +107,7 @@ def probe(machine: Machine) -> CheckedModule:
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_launch_arrives_as_it_was_asked_for(machine: Machine, overlap: bool) -> None:
     machine.set(architecture=90)
-    x, y = torch.randn(3, 64), torch.empty(3, 64)
+    x, y = torch.randn(6, 64), torch.empty(6, 64)
     probe = machine.load(PROBE, overlap)
     for machine.stream in (0x7FFE_DCBA_9876, 0):
         probe.launch("reverse", (3, 2, 1), 64, 272, x, y)

@@ -1,5 +1,6 @@
 """The emulated device does what device.h promises, and finds what it is there to find."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ PROBE = Path(__file__).with_name("probe.cu")
 @pytest.fixture(scope="module")
 def probe() -> EmulatedModule:
     return EmulatedModule(PROBE)
+
+
+def fault_of(message: str | None) -> contextlib.AbstractContextManager[object]:
+    return pytest.raises(AssertionError, match=message) if message else contextlib.nullcontext()
 
 
 def test_copies_and_barriers(probe: EmulatedModule) -> None:
@@ -75,6 +80,30 @@ def test_the_last_block_adds_in_order(probe: EmulatedModule) -> None:
     torch.testing.assert_close(total[0], x.sum(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "blocks", "fault"),
+    [
+        ("write_without_barrier", 1, None),
+        ("write_without_barrier", 2, "two blocks meet"),
+        ("read_without_barrier", 1, "without a barrier"),
+        ("copy_without_barrier", 1, "without a barrier"),
+    ],
+)
+def test_threads_that_meet_in_global_memory(probe: EmulatedModule, kernel: str, blocks: int, fault: str | None) -> None:
+    for _ in range(20):
+        with fault_of(fault):
+            probe.launch(kernel, (blocks, 1, 1), 64, 128, torch.zeros(128), torch.empty(128))
+
+
+@pytest.mark.parametrize("missing", range(-1, 4))
+def test_blocks_that_meet_need_fences_and_barriers(probe: EmulatedModule, missing: int) -> None:
+    x, parts, total, counter = torch.randn(5, 32), torch.empty(5, 32), torch.empty(32), torch.zeros(1).int()
+    for _ in range(20):
+        with fault_of("two blocks meet" if missing >= 0 else None):
+            probe.launch("total_without", (5, 1, 1), 32, 4, x, parts, counter.zero_(), total, missing)
+            torch.testing.assert_close(total, x.sum(0), rtol=1e-5, atol=1e-5)
+
+
 def test_bank_conflicts_are_counted(probe: EmulatedModule) -> None:
     y = torch.empty(128)
     for stride, passes in ((1, 1), (2, 2), (3, 1), (12, 4), (32, 32)):
@@ -97,7 +126,7 @@ def test_powers_of_two(probe: EmulatedModule) -> None:
 def test_a_warp_may_be_far_ahead_of_another(probe: EmulatedModule) -> None:
     found = set()
     for _ in range(200):
-        x, y = torch.empty(64), torch.empty(64)
+        x, y = torch.empty(64, dtype=torch.int32), torch.empty(64, dtype=torch.int32)
         probe.launch("overtake", (1, 1, 1), 64, 0, x, y, 0)
         found.add((y[:32].max().item(), y[32:].max().item()))
         probe.launch("overtake", (1, 1, 1), 64, 0, x, y, 1)
