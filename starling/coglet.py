@@ -56,6 +56,11 @@ class CancelSignal:
         if fired:
             action()
 
+    def disconnect(self) -> None:
+        """From here on nothing is left to stop, nor kept for it."""
+        with self._lock:
+            self._action = None
+
 
 _signal: ContextVar[CancelSignal | None] = ContextVar("starling_cancel_signal", default=None)
 _run_coroutine_threadsafe = asyncio.run_coroutine_threadsafe
@@ -145,6 +150,9 @@ def drain(start: Callable[[], G], record: Callable[[G], None], signal: CancelSig
             yield from generation
             record(generation)
         finally:
+            # The future, its `cancel` and the signal hold one another: what they lead to would stay until Python's
+            # next full collection, which is rare.
+            signal.disconnect()
             generation.close()
     except (GenerationCancelled, CancelationException):
         raise asyncio.CancelledError from None

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
 
@@ -71,6 +73,25 @@ def test_cancelling_a_future_that_is_done_stops_its_generator(loop: asyncio.Abst
     with pytest.raises(asyncio.CancelledError):
         next(chunks)
     assert counting.closed == 1
+
+
+def test_nothing_of_an_answer_that_has_ended_is_kept(loop: asyncio.AbstractEventLoop) -> None:
+    async def predict(counting: Counting) -> Iterator[str]:
+        return drain(lambda: counting, nothing, current_signal())
+
+    gc.disable()  # what takes a collection to be found stays for long in a server
+    try:
+        counting = Counting(length=3)
+        ended = weakref.ref(counting)
+        future = asyncio.run_coroutine_threadsafe(predict(counting), loop)
+        del counting
+        assert list(future.result()) == ["0", "1", "2"]
+        loop.call_soon_threadsafe(future.cancel)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
+        del future
+        assert ended() is None
+    finally:
+        gc.enable()
 
 
 def test_each_prediction_has_its_own_signal(loop: asyncio.AbstractEventLoop) -> None:
