@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import threading
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -121,6 +122,27 @@ def test_rows_without_a_token_add_nothing() -> None:
 def test_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(RequestError, match="lone surrogate"):
         starling().encode("a\ud83ea")
+
+
+def test_a_long_text_leaves_other_threads_running() -> None:
+    turns, done = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal turns
+        while not done.wait(0.001):
+            turns += 1
+
+    counting = threading.Thread(target=count)
+    counting.start()
+    try:
+        text = "Grüße an alle, transformers! " * 20_000
+        tokenizer = starling()
+        before = turns
+        tokenizer.encode(text)
+        assert turns - before > 10  # with Python's lock held, one at most
+    finally:
+        done.set()
+        counting.join()
 
 
 def test_a_control_token_beyond_the_embedding_table_cannot_be_had() -> None:
