@@ -21,18 +21,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
-
 from starling.errors import EngineError, RequestError, StarlingError
 from starling.openapi import slots
 from starling.request import Request
 from starling.settings import Settings
 from starling.weights import locate_weights
+
+try:
+    from ray import serve
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import DeploymentUnavailableError
+    from ray.serve.handle import DeploymentHandle
+    from starlette.requests import Request as HttpRequest
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+except ImportError as error:
+    sys.exit(
+        f"{error.name} is not installed, and replicas run on Ray Serve. Run: pip install -r requirements-replicas.txt"
+    )
 
 if TYPE_CHECKING:
     from starling.generation import Generation

@@ -1,6 +1,6 @@
 """Two replicas on Ray Serve: one is killed, and no request that had not begun to stream is lost.
 
-Slow, and Ray is installed by nothing else:
+These are slow, and Ray is installed by nothing else:
     pip install -r requirements-replicas.txt
     pytest -m slow tests/test_replicas.py
 """
@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,6 @@ import pytest
 from starling.client import AnswerError, Client
 from starling.local_server import free_port
 from tests.waiting import HANG_S, wait_for
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None, reason="needs ray[serve], of requirements-replicas.txt"
-    ),
-]
 
 ROOT = Path(__file__).parent.parent
 SLOTS = 2
@@ -85,6 +78,19 @@ class Cluster:
             process.kill()
 
 
+def on_ray(test: Callable[..., None]) -> Callable[..., None]:
+    missing = importlib.util.find_spec("ray") is None
+    return pytest.mark.slow(pytest.mark.skipif(missing, reason="needs ray[serve], of requirements-replicas.txt")(test))
+
+
+def test_without_ray_its_installation_is_told() -> None:
+    hidden = "import runpy, sys; sys.modules['ray'] = None; runpy.run_module('starling.replicas', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("ray is not installed") and len(done.stderr.splitlines()) == 1
+    assert "pip install -r requirements-replicas.txt" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def cluster(demo_folder: Path) -> Iterator[Cluster]:
     cluster = Cluster(demo_folder)
@@ -92,6 +98,7 @@ def cluster(demo_folder: Path) -> Iterator[Cluster]:
     cluster.close()
 
 
+@on_ray
 def test_an_answer_streams_and_comes_whole(cluster: Cluster) -> None:
     with cluster.client.stream(prompt=FRANCE, temperature=0) as answer:
         chunks = list(answer)
@@ -102,6 +109,7 @@ def test_an_answer_streams_and_comes_whole(cluster: Cluster) -> None:
     assert (whole["status"], "".join(whole["output"])) == ("succeeded", "".join(chunks))
 
 
+@on_ray
 @pytest.mark.parametrize(
     ("content", "fault"),
     [(b"{", "not JSON"), (b'{"input": 1}', "no object"), (json.dumps({"input": {"prompt": ""}}).encode(), "neither")],
@@ -112,6 +120,7 @@ def test_what_cannot_run_is_refused(cluster: Cluster, content: bytes, fault: str
     assert fault in answer.text
 
 
+@on_ray
 def test_a_killed_replica_loses_nothing_that_had_not_begun(cluster: Cluster) -> None:
     """More requests than both replicas take: some stream, some wait. One replica is killed in the midst of it."""
     begun: list[int] = []
