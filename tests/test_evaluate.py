@@ -9,11 +9,7 @@ import torch
 from starling import tokenizer_json
 from starling.__main__ import main
 from starling.dense import DenseWeights, loaded_model
-from starling.errors import StarlingError
-from starling.evaluate.answers import answer_questions
 from starling.evaluate.text import evaluate_text
-from starling.service import Service
-from starling.settings import Settings
 from starling.tokenizer import Tokenizer, byte_alphabet
 from tests.model.tiny import write_checkpoint
 
@@ -85,21 +81,11 @@ def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(demo_folder: Pa
         {"question_id": 82, "category": "writing", "turns": ["Say hello."]},
     ]
     questions.write_text("".join(json.dumps(question) + "\n" for question in asked))
-    service = Service.from_folder(demo_folder, Settings(max_concurrency=1))
-    assert answer_questions(service, "demo", questions, out, max_tokens=16) == 2
+    command = ["evaluate", "answers", str(demo_folder), str(questions), str(out), "--max-tokens", "16"]
+    assert main(command) == 0
     first = out.read_text()
-    assert answer_questions(service, "demo", questions, out, max_tokens=16) == 0
+    assert main(command) == 0
     assert out.read_text() == first
-    with pytest.raises(StarlingError, match="line 1: not an object with a question_id"):
-        questions.write_text("{}\n")
-        answer_questions(service, "demo", questions, out)
-    with pytest.raises(StarlingError, match="question 83 has no list of texts"):
-        questions.write_text('{"question_id": 83, "turns": "What?"}\n')
-        answer_questions(service, "demo", questions, out)
-    with pytest.raises(StarlingError, match=r"absent/answers\.jsonl cannot be written: No such file"):
-        questions.write_text(json.dumps(asked[0]))
-        answer_questions(service, "demo", questions, tmp_path / "absent" / "answers.jsonl")
-    service.close()
     answers = [json.loads(line) for line in first.splitlines()]
     assert [answer["question_id"] for answer in answers] == [81, 82]
     for answer, question in zip(answers, asked, strict=True):
@@ -107,3 +93,26 @@ def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(demo_folder: Pa
         (choice,) = answer["choices"]
         assert choice["index"] == 0 and len(choice["turns"]) == len(question["turns"])  # type: ignore[arg-type]
     assert answers[0]["choices"][0]["turns"][0] == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize(
+    ("asked", "out", "fault"),
+    [
+        ("{}\n", "answers.jsonl", "line 1: not an object with a question_id"),
+        ('{"question_id": 83, "turns": "What?"}\n', "answers.jsonl", "question 83 has no list of texts"),
+        ('{"question_id": 83, "turns": ["What?"]}\n', "absent/answers.jsonl", "cannot be written: No such file"),
+    ],
+)
+def test_a_fault_in_the_files_is_told_before_the_model_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: str,
+    out: str,
+    fault: str,
+) -> None:
+    questions = tmp_path / "question.jsonl"
+    questions.write_text(asked)
+    monkeypatch.setattr("starling.service.Service.from_folder", lambda *_: pytest.fail("the weights were read"))
+    assert main(["evaluate", "answers", str(tmp_path), str(questions), str(tmp_path / out)]) == 1
+    assert fault in capsys.readouterr().err

@@ -26,42 +26,39 @@ TEMPERATURES = {
 OTHER_TEMPERATURE = 0.7
 
 
-def answer_questions(
-    service: Service, model_id: str, questions: Path, out: Path, max_tokens: int = 1024, seed: int = 0
-) -> int:
-    """Ask every question of an MT-bench file ({"question_id", "category", "turns"}), turn by turn.
+def unanswered(questions: Path, out: Path) -> list[dict[str, Any]]:
+    """The questions of an MT-bench file ({"question_id", "category", "turns"}) that `out` holds no answer to.
 
-    Appends to `out`, a line per question, in the form that FastChat's judge reads; questions that are answered there
-    already are left out, so an interrupted run goes on. Returns how many were asked. Raises StarlingError.
+    So an interrupted run goes on. Raises StarlingError.
     """
-    known = {answer["question_id"] for answer in read_lines(out)} if out.exists() else set()
     wanted = read_lines(questions)
     for question in wanted:
         turns = question.get("turns")
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
             raise StarlingError(f"{questions}: question {question['question_id']} has no list of texts as its turns.")
-    asked = 0
-    with _appending(out) as file:
-        for question in tqdm(wanted, desc="Answering", unit="question"):
-            if question["question_id"] in known:
-                continue
-            temperature = TEMPERATURES.get(question.get("category", ""), OTHER_TEMPERATURE)
-            answer = {
-                "question_id": question["question_id"],
-                "answer_id": uuid.uuid4().hex,
-                "model_id": model_id,
-                "choices": [
-                    {"index": 0, "turns": _converse(service, question["turns"], temperature, max_tokens, seed)}
-                ],
-                "tstamp": time.time(),
-            }
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-            file.flush()
-            asked += 1
-    return asked
+    known = {answer["question_id"] for answer in read_lines(out)} if out.exists() else set()
+    return [question for question in wanted if question["question_id"] not in known]
 
 
-def _appending(out: Path) -> TextIO:
+def answer_questions(
+    service: Service, model_id: str, questions: list[dict[str, Any]], out: TextIO, max_tokens: int = 1024, seed: int = 0
+) -> None:
+    """Ask every question turn by turn; a line per question is written, in the form that FastChat's judge reads."""
+    for question in tqdm(questions, desc="Answering", unit="question"):
+        temperature = TEMPERATURES.get(question.get("category", ""), OTHER_TEMPERATURE)
+        answer = {
+            "question_id": question["question_id"],
+            "answer_id": uuid.uuid4().hex,
+            "model_id": model_id,
+            "choices": [{"index": 0, "turns": _converse(service, question["turns"], temperature, max_tokens, seed)}],
+            "tstamp": time.time(),
+        }
+        out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        out.flush()
+
+
+def appending(out: Path) -> TextIO:
+    """Raises StarlingError when `out` cannot be written."""
     try:
         return out.open("a", encoding="utf-8")
     except OSError as error:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from starling.errors import StarlingError
@@ -50,18 +51,16 @@ def _evaluate_text(args: argparse.Namespace) -> int:
 
 
 def _evaluate_answers(args: argparse.Namespace) -> int:
-    from starling.evaluate.answers import answer_questions
+    from starling.evaluate.answers import answer_questions, appending, unanswered
     from starling.service import Service
     from starling.settings import Settings
 
     settings = Settings.from_env(os.environ)
     settings = settings.model_copy(update={"engine": args.engine} if args.engine else {})
-    service = Service.from_folder(args.weights, settings)
-    try:
-        asked = answer_questions(service, args.model_id, args.questions, args.out, args.max_tokens)
-    finally:
-        service.close()
-    print(f"{asked} questions answered, in {args.out}")
+    questions = unanswered(args.questions, args.out)  # files first: to load the model takes longer
+    with appending(args.out) as out, closing(Service.from_folder(args.weights, settings)) as service:
+        answer_questions(service, args.model_id, questions, out, args.max_tokens)
+    print(f"{len(questions)} questions answered, in {args.out}")
     return 0
 
 
