@@ -4,6 +4,7 @@ On machines that it cannot serve, scripts/install says so before anything is mad
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,7 +26,7 @@ def checkout(tmp_path: Path) -> Path:
 def run(checkout: Path, command: list[str], stand_ins: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     """A script for a user whose programs are `stand_ins`, name → shell script, before those of this machine."""
     programs = checkout.parent / "bin"
-    programs.mkdir()
+    programs.mkdir(exist_ok=True)
     for name, script in stand_ins.items():
         (programs / name).write_text(f"#!/bin/sh\n{script}\n")
         (programs / name).chmod(0o755)
@@ -62,6 +63,21 @@ def test_a_python_that_is_too_old_is_named(checkout: Path) -> None:
 def test_a_python_without_venv_is_told_the_package(checkout: Path) -> None:
     said = install(checkout, {"python3": 'case "$2" in venv) exit 1;; esac'})
     assert said.endswith("[install] no .venv could be made; on Debian or Ubuntu: apt-get install python3-venv\n")
+
+
+@pytest.mark.parametrize(("what", "files"), [("serve", "cpu demo"), ("dev", "cpu dev demo")])
+def test_what_is_asked_is_installed_and_compiled_once(checkout: Path, what: str, files: str) -> None:
+    stand_ins = {
+        "made": f'echo "$@" >> "{checkout}/said"',
+        "python3": f'case "$2" in venv) mkdir -p .venv/bin && cp "{checkout.parent}/bin/made" .venv/bin/python;; esac',
+    }
+    done = run(checkout, ["install", what], stand_ins)
+    assert done.returncode == 0, done.stderr
+    said = (checkout / "said").read_text()
+    assert re.findall(r"-r requirements-(.*)\.txt", said) == files.split()
+    assert said.count("import") == 1 + 1, "Python's version is asked for, then kernels are compiled"
+    again = run(checkout, ["install", what], {})
+    assert again.stderr == "" and (checkout / "said").read_text() == said
 
 
 # A compiler that looks for what it is to read, and makes programs that say what they are told.
