@@ -225,18 +225,19 @@ class Scheduler:
         chunks = self._chunks(prompts)
         plan = []
         for sequence, count in zip(prompts, chunks, strict=True):
-            while count > 0 and sequence.row >= 0 and not self.cache.grow(sequence, sequence.computed + count):
-                # Only a sequence that arrived later makes way; else this one waits for the older ones to end.
-                newest = self.running[-1]
-                if newest is sequence and len(self.running) > 1:
-                    break
+            if count == 0 or sequence.row < 0:
+                continue  # it waits, or is paused for an older one
+            end = sequence.computed + count
+            while not (room := self.cache.grow(sequence, end)) and (newest := self.running[-1]) is not sequence:
                 if self._in_flight:
                     return None
-                assert newest is not sequence, "a sequence that fits alone found no room alone"
                 self._pause(newest)
-            else:
-                if count > 0 and sequence.row >= 0:
-                    plan.append(Work(sequence, sequence.computed, count, [], samples=count == sequence.pending))
+            if room:
+                plan.append(Work(sequence, sequence.computed, count, [], samples=count == sequence.pending))
+            elif len(self.running) == 1:
+                assert self._in_flight, "a sequence that fits alone found no room alone"
+                return None
+            # Else it waits for the older ones to end: only those that arrived later make way.
         return plan
 
     def _chunks(self, prompts: list[Sequence]) -> list[int]:
