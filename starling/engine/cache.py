@@ -201,16 +201,18 @@ class BlockCache:
     def _longest_cached(self, sequence: Sequence) -> int:
         # At least one token must be computed: its logits are wanted.
         full = (len(sequence.tokens) - 1) // self.block_size
+        self._extend_keys(sequence, full)
         best = run = 0
-        for index in range(full):
-            self._extend_keys(sequence, index + 1)
-            run = run + 1 if sequence.keys[index] in self._block_of_key else 0
-            if run == 0 and self.window is None:
+        for count, key in enumerate(sequence.keys[:full], start=1):
+            if key in self._block_of_key:
+                run += 1
+                if run == count or run >= count - self._dead(count * self.block_size):
+                    best = count
+            elif self.window is None:
                 break
-            tokens = (index + 1) * self.block_size
-            if run > 0 and run >= index + 1 - self._dead(tokens):
-                best = tokens
-        return best
+            else:
+                run = 0
+        return best * self.block_size
 
     def _extend_keys(self, sequence: Sequence, count: int) -> None:
         """Content keys chain: equal keys mean equal tokens from the very start."""

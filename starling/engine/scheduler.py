@@ -276,7 +276,8 @@ class Scheduler:
         while self.waiting and len(self.running) < self.limits.max_running:
             sequence = self.waiting[0]
             need = self._need(len(sequence.tokens) + 1)
-            if self.running and need - self.cache.shared(sequence) + promised > self.cache.available:
+            missing = need + promised - self.cache.available
+            if self.running and missing > 0 and missing > self.cache.shared(sequence):
                 return
             self.waiting.popleft()
             self.cache.admit(sequence)
