@@ -39,20 +39,21 @@ class Shaping:
             if not work.samples:
                 continue
             params, constraint = work.sequence.params, work.sequence.constraint
-            own = rules[row : row + 1 + len(work.drafts)]
-            if params.penalized:
-                end = self._penalize(work, own, tail, end)
-            short = rows_too_short(work)
-            for first, last, banned in ((0, short, params.stop_ids), (short, len(own), frozenset[int]())):
-                if first < last and (banned or constraint is not None):
-                    if constraint is None:
-                        masks[used] = ALL
-                        clear(masks[used], banned)
-                    else:
-                        masks[used] = permitted(constraint, banned)
-                    used += 1
-                    own["mask"][first:last] = used
-            row += len(own)
+            if params.penalized or params.min_tokens or constraint is not None:
+                own = rules[row : row + 1 + len(work.drafts)]
+                if params.penalized:
+                    end = self._penalize(work, own, tail, end)
+                short = rows_too_short(work)
+                for first, last, banned in ((0, short, params.stop_ids), (short, len(own), frozenset[int]())):
+                    if first < last and (banned or constraint is not None):
+                        if constraint is None:
+                            masks[used] = ALL
+                            clear(masks[used], banned)
+                        else:
+                            masks[used] = permitted(constraint, banned)
+                        used += 1
+                        own["mask"][first:last] = used
+            row += 1 + len(work.drafts)
         return used
 
     def _penalize(self, work: Work, own: np.ndarray, tail: np.ndarray, begin: int) -> int:
