@@ -106,7 +106,9 @@ class Scheduler:
         if prefills is None:
             return None
         # Making room for an older sequence may have paused one that was planned already.
-        plan = [work for work in decodes + prefills if work.sequence.row >= 0]
+        decodes = [work for work in decodes if work.sequence.row >= 0]
+        self._guess(decodes)
+        plan = decodes + [work for work in prefills if work.sequence.row >= 0]
         sampled_row = 0
         for work in plan:
             sequence = work.sequence
@@ -190,26 +192,27 @@ class Scheduler:
 
     def _plan_decodes(self) -> list[Work] | None:
         plan: list[Work] = []
-        decoding = [sequence for sequence in self.running if sequence.pending == 1]
-        rows = len(decoding)
-        for sequence in decoding:
-            if sequence.row < 0:
-                continue  # paused for an older one
+        for sequence in [sequence for sequence in self.running if sequence.pending == 1]:
             size = sequence.size
-            drafts: list[int] = []
-            if rows <= self.limits.speculative_rows and not sequence.unknown:
-                drafts = self._drafts(sequence, rows)
-                if drafts and not self.cache.grow(sequence, size + len(drafts)):
-                    drafts = []  # nobody is paused for a guess
             while sequence.row >= 0 and not self.cache.grow(sequence, size):
                 if self._in_flight:
                     return None  # what it ends gives room, and who is paused has nothing in flight
                 self._pause(self.running[-1])
             if sequence.row >= 0:
-                rows += len(drafts)
                 source = sequence.sampled_row if sequence.unknown else -1
-                plan.append(Work(sequence, size - 1, 1, drafts, True, source))
+                plan.append(Work(sequence, size - 1, 1, [], True, source))
         return plan
+
+    def _guess(self, decodes: list[Work]) -> None:
+        """Add drafts where there is room: what the step must compute has its blocks, so nobody is paused for them."""
+        rows = len(decodes)
+        for work in decodes:
+            sequence = work.sequence
+            if rows <= self.limits.speculative_rows and not sequence.unknown:
+                drafts = self._drafts(sequence, rows)
+                if drafts and self.cache.grow(sequence, sequence.size + len(drafts)):
+                    work.drafts = drafts
+                    rows += len(drafts)
 
     def _drafts(self, sequence: Sequence, rows: int) -> list[int]:
         if sequence.lookup is None or sequence.constraint is not None:

@@ -343,6 +343,27 @@ def test_a_pause_for_a_prompt_waits_too() -> None:
     assert newer.tokens[3:] == expected_answer([2] * 3, 40, frozenset())
 
 
+def test_nobody_is_paused_for_a_guess() -> None:
+    """The last free block is the newer one's, which needs it for its next token, and not the older one's guesses'."""
+
+    def pauses(speculative_rows: int) -> list[int]:
+        target = loop(blocks=5, block_size=16, prefill_tokens=256, speculative_rows=speculative_rows)
+        prompt = [1, 2, 3] * 9
+        older, newer = make(0, prompt, 20), make(1, [4] * 31, 20)
+        older.lookup = Foresight(prompt + expected_answer(prompt, 20, frozenset()))
+        target.scheduler.add(older)
+        target.scheduler.add(newer)
+        found, drafts = [], 0
+        while newer.size < 34:
+            plan, _ = step(target)
+            drafts += sum(len(work.drafts) for work in plan)
+            found.append(target.scheduler.counters.pauses)
+        assert bool(drafts) == bool(speculative_rows)
+        return found
+
+    assert pauses(8) == pauses(0) == [0, 0, 0]
+
+
 def test_nothing_idle_is_trusted_once_a_step_has_failed() -> None:
     """What a chunk has written is only judged when a token is drawn at the prompt's end."""
     target = loop(prefill_tokens=8)
