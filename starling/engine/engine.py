@@ -22,6 +22,11 @@ from starling.errors import DeviceError, EngineError, EngineStoppedError, Reques
 
 logger = logging.getLogger(__name__)
 
+NOTHING_TO_DRAW = (
+    "After this text the model's logits hold no finite number, so no token can be drawn. The server goes on; "
+    "try again, or change the text."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
@@ -246,7 +251,10 @@ class Engine:
         for outcome in outcomes:
             sequence = outcome.sequence
             delivery = Delivery(outcome.tokens, outcome.finish, None, sequence.cached or 0)
-            if sequence.constraint is not None:
+            if outcome.finish == "error":
+                logger.error("request %d ends: %s", sequence.arrival, NOTHING_TO_DRAW)
+                delivery = Delivery([], "error", EngineError(NOTHING_TO_DRAW))
+            elif sequence.constraint is not None:
                 broken = self._constrain(sequence.constraint, outcome)
                 if broken is not None:
                     self._scheduler.remove(sequence)

@@ -14,10 +14,9 @@ import torch
 from starling.engine.cache import BlockCache
 from starling.engine.frame import TURNS, Frame, Shape, Upload
 from starling.engine.inputs import StepInputs, split
-from starling.engine.runner import NOTHING_TO_DRAW, Step, device_faults
-from starling.engine.scheduler import Limits, Work
+from starling.engine.runner import Step, device_faults
+from starling.engine.scheduler import NO_TOKEN, Limits, Work
 from starling.engine.shaping import Shaping
-from starling.errors import EngineError
 from starling.model.batch import Batch
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
@@ -40,9 +39,7 @@ class InFlight:
             with device_faults():
                 self.arrived.synchronize()
         ids, faults = self.results[:, : self.rows].tolist()
-        if any(faults):
-            raise EngineError(NOTHING_TO_DRAW)
-        return split(self.plan, ids)
+        return split(self.plan, [NO_TOKEN if fault else id for id, fault in zip(ids, faults, strict=True)])
 
 
 @dataclass

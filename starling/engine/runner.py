@@ -11,13 +11,11 @@ import torch
 from starling.engine.cache import BlockCache
 from starling.engine.inputs import StepInputs, split
 from starling.engine.sampling import RowRules, rules
-from starling.engine.scheduler import Work
-from starling.errors import DeviceError, EngineError
+from starling.engine.scheduler import NO_TOKEN, Work
+from starling.errors import DeviceError
 from starling.model.batch import Batch
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
-
-NOTHING_TO_DRAW = "A row of logits holds no finite number, so no token can be drawn from it."
 
 
 class Step(Protocol):
@@ -25,7 +23,8 @@ class Step(Protocol):
 
     def result(self) -> list[list[int]]:
         """Wait for it. Tokens per work: none for a chunk inside a prompt, else one for the last row and one after each
-        draft. Asked for once, and in the order in which steps were started."""
+        draft; NO_TOKEN where the logits are no numbers. Asked for once, and in the order in which steps were started.
+        """
         ...
 
 
@@ -81,17 +80,15 @@ class Runner:
 
     @torch.inference_mode()
     def compute(self, inputs: StepInputs, row_rules: list[RowRules]) -> torch.Tensor:
-        """Token ids, int64 [rows]. Raises EngineError where a row's id has no finite logit, as among NaNs."""
+        """Token ids, int64 [rows]; NO_TOKEN where a row's id has no finite logit, as among NaNs."""
         with device_faults():
             logits = self._model.forward(to_batch(inputs, self._model.ops.device, self._sampled), self._cache)
             for rule in row_rules:
                 rule.apply(logits)
             settings = (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.uniform)
             sampled = self._model.ops.sample(logits, *map(torch.from_numpy, settings))
-            if not logits.gather(1, sampled[:, None]).isfinite().all():
-                raise EngineError(NOTHING_TO_DRAW)
             self._sampled = sampled
-            return sampled
+            return sampled.where(logits.gather(1, sampled[:, None])[:, 0].isfinite(), NO_TOKEN)
 
 
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation: what torch says where a graph or pinned memory finds no room

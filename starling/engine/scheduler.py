@@ -16,6 +16,8 @@ from starling.engine.cache import BlockCache
 from starling.engine.sequence import FinishReason, Sequence
 from starling.engine.speculation import MAX_DRAFT
 
+NO_TOKEN = -1  # in place of one, where a row of logits held no finite number
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -125,7 +127,10 @@ class Scheduler:
         return plan
 
     def complete(self, plan: list[Work], sampled: list[list[int]]) -> list[Outcome]:
-        """Book a step's results. `sampled` holds, per work, one token for its last row and one after each draft."""
+        """Book a step's results. `sampled` holds, per work, one token for its last row and one after each draft.
+
+        NO_TOKEN where nothing could be drawn: that sequence ends with "error", and no other.
+        """
         outcomes = []
         prefilled = decoded = 0
         for work, candidates in zip(plan, sampled, strict=True):
@@ -151,6 +156,8 @@ class Scheduler:
         for outcome in outcomes:
             if outcome.finish is not None:
                 self.remove(outcome.sequence)
+            if outcome.finish == "error":
+                self.cache.forget()
         self.counters.steps += 1
         self.counters.prefill_tokens += prefilled
         self.counters.decode_tokens += decoded
@@ -315,6 +322,8 @@ class Scheduler:
         generated = len(sequence.tokens) - sequence.prompt_length
         for token in tokens:
             generated += 1
+            if token == NO_TOKEN:
+                return [], "error"
             if token in params.stop_ids:  # before min_tokens none is drawn, but where a grammar leaves nothing else
                 return tokens[: generated - sequence.generated], "stop"
             if generated >= params.max_tokens:

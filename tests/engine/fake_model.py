@@ -2,6 +2,7 @@
 
 import zlib
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +14,7 @@ from starling.engine.frame import TAIL
 from starling.engine.inputs import StepInputs, split
 from starling.engine.runner import Step, StepRunner
 from starling.engine.sampling import RowRules, rules
-from starling.engine.scheduler import Outcome, Scheduler, Work
+from starling.engine.scheduler import NO_TOKEN, Outcome, Scheduler, Work
 from starling.engine.sequence import Sequence
 from starling.engine.shaping import Shaping
 from starling.model.ops.cuda.sampling import SETTINGS
@@ -78,6 +79,7 @@ class FakeRunner:
         self.shaping = Shaping(lambda row, tokens, prompt_length: self.recounts.append((row, tokens)))
         self.recounts: list[tuple[int, list[int]]] = []  # of the step that is being started
         self.table: dict[int, list[int]] = {}  # tokens that the device has counted
+        self.draws_nothing: Callable[[], bool] = lambda: False  # asked for every row
         self._books = books
         self._memory = np.full(books.blocks * books.block_size, -1)
         self._sampled: list[int] = []  # by the step before
@@ -96,6 +98,7 @@ class FakeRunner:
         tokens = self.resolve(inputs.token_ids)  # type: ignore[arg-type]
         self._memory[inputs.slots] = tokens
         self._sampled = []
+        drawn = []
         for row, at in enumerate(inputs.logit_rows):
             table = inputs.block_tables[np.searchsorted(inputs.query_starts, at, side="right") - 1]
             position, size = int(inputs.positions[at]), self._books.block_size
@@ -103,7 +106,8 @@ class FakeRunner:
             assert (table[seen // size] >= 0).all()
             token = next_token(self._memory[table[seen // size] * size + seen % size].tolist())
             self._sampled.append(rules.get(row, Rule()).apply(token))
-        return self._sampled
+            drawn.append(NO_TOKEN if self.draws_nothing() else self._sampled[-1])
+        return drawn
 
 
 class FakeStep:

@@ -15,7 +15,7 @@ from starling.engine.cache import BlockCache
 from starling.engine.engine import Delivery, Engine, TokenStream
 from starling.engine.inputs import StepInputs
 from starling.engine.runner import Step
-from starling.engine.scheduler import Limits, Scheduler, Work
+from starling.engine.scheduler import NO_TOKEN, Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams
 from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError
 from tests.engine.fake_model import FakeRunner, Rhythm, Rule, expected_answer
@@ -151,6 +151,27 @@ def test_a_failing_step_ends_its_own_requests_and_no_other(kind: type[Failing], 
         with pytest.raises(EngineError, match="ArithmeticError"):
             raise drain(engine.submit([1, 6], params()))[1].error or AssertionError("no error")
         assert drain(engine.submit([1, 2], params()))[0] == expected_answer([1, 2], 10, frozenset({0}))
+        assert engine.healthy
+
+
+class Undrawable(FakeRunner):
+    """Has nothing to draw from after a prompt that ends with 6."""
+
+    def compute(self, inputs: StepInputs, rules: dict[int, Rule]) -> list[int]:
+        drawn = super().compute(inputs, rules)
+        broken = (inputs.token_ids == 6) & inputs.prompt_tokens
+        return [NO_TOKEN if broken[at] else token for at, token in zip(inputs.logit_rows, drawn, strict=True)]
+
+
+def test_logits_that_are_no_numbers_end_their_own_request(overlaps: bool) -> None:
+    with running(Undrawable, overlaps) as (engine, _):
+        streams = [engine.submit(prompt, params()) for prompt in ([1, 2], [1, 6], [2, 3])]
+        ends = [drain(stream) for stream in streams]
+        assert [tokens for tokens, _ in ends] == [
+            expected_answer([1, 2], 10, frozenset({0})), [], expected_answer([2, 3], 10, frozenset({0}))
+        ]  # fmt: skip
+        with pytest.raises(EngineError, match="no finite number"):
+            raise ends[1][1].error or AssertionError("no error")
         assert engine.healthy
 
 

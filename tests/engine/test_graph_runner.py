@@ -19,7 +19,6 @@ from starling.engine.runner import Runner, StepRunner
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.engine.speculation import PromptLookup
-from starling.errors import EngineError
 from starling.model.batch import Batch
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
@@ -168,12 +167,20 @@ def test_answers_are_those_of_the_plain_runner(model: Mistral, speculative_rows:
 
 
 @pytest.mark.parametrize("make", [plain, graphs])
-def test_logits_that_are_no_numbers_are_an_error(
+def test_logits_that_are_no_numbers_end_their_own_request(
     model: Mistral, make: Callable[[Mistral, BlockCache, Limits], StepRunner]
 ) -> None:
-    broken = replace(model, norm=torch.full_like(model.norm, torch.nan))
-    with pytest.raises(EngineError, match="no finite number"):
-        answers(broken, make, sequences(0, 1, False))
+    embedding = model.embedding.clone()
+    embedding[9] = torch.inf
+    broken = replace(model, embedding=embedding)
+
+    def asked() -> list[Sequence]:
+        params = SamplingParams(max_tokens=4, stop_ids=frozenset({2}), seed=0)
+        return [Sequence(i, prompt, params) for i, prompt in enumerate(([3, 4, 5], [6, 9, 7], [8, 3] * 9))]
+
+    made = answers(broken, make, asked())
+    assert made[0] and made[1] == [] and made[2]
+    assert made == [answers(broken, make, [sequence])[0] for sequence in asked()]
 
 
 ON_GPU = pytest.mark.parametrize(

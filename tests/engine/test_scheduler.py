@@ -78,6 +78,9 @@ class Life:
             speculative_rows=dice.choice([0, 2, 4, 16]),
         )
         self.target = self.loop.scheduler
+        chance = dice.choice([0, 0, 0.01, 0.05])
+        assert isinstance(self.loop.runner, FakeRunner)
+        self.loop.runner.draws_nothing = lambda: dice.random() < chance
         self.live: dict[int, Sequence] = {}
         self.answers: dict[int, list[int]] = {}
         self.prompts: list[list[int]] = []
@@ -172,7 +175,9 @@ class Life:
             del self.live[sequence.arrival]
         for outcome in turn.outcomes:
             self.answers[outcome.sequence.arrival] += outcome.tokens
-            if outcome.finish is not None:
+            if outcome.finish == "error":
+                assert not self.live.pop(outcome.sequence.arrival).blocks
+            elif outcome.finish is not None:
                 self._judge(self.live.pop(outcome.sequence.arrival))
 
     def _judge(self, sequence: Sequence) -> None:
@@ -362,6 +367,28 @@ def test_nobody_is_paused_for_a_guess() -> None:
         return found
 
     assert pauses(8) == pauses(0) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_who_has_nothing_to_draw_from_ends_alone_and_is_not_trusted(overlaps: bool) -> None:
+    target = loop(overlaps, prefill_tokens=64)
+    assert isinstance(target.runner, FakeRunner)
+    broken, other = make(0, [3] * 30, 8), make(1, [4] * 30, 8)
+    rows = iter([True])  # the first to be drawn
+    target.runner.draws_nothing = lambda: next(rows, False)
+    for sequence in (broken, other):
+        target.scheduler.add(sequence)
+    finished = {}
+    while not target.idle:
+        finished |= {o.sequence.arrival: o.finish for o in target.step().outcomes if o.finish}
+        target.scheduler.cache.check(target.scheduler.running)
+    assert finished == {0: "error", 1: "length"}
+    assert broken.tokens == [3] * 30
+    assert other.tokens == [4] * 30 + expected_answer([4] * 30, 8, frozenset())
+    again = make(2, [3] * 30, 4)
+    target.scheduler.add(again)
+    target.step()
+    assert again.cached == 0
 
 
 def test_nothing_idle_is_trusted_once_a_step_has_failed() -> None:
