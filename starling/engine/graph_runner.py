@@ -2,9 +2,10 @@
 
 Everything is queued on one stream, in the order of the steps. A step of decodes alone is padded to the next of SIZES
 and replayed as one graph, from the embedding to the drawn ids; any other step is queued kernel by kernel. The first
-step of a size is queued that way too, and captured behind.
+step of a size is queued that way too, and captured behind; if that fails, so are all of its size.
 """
 
+import logging
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from starling.model.batch import Batch
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
+
+logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # decodes in a captured step
 
@@ -49,6 +52,7 @@ class Decodes:
     frame: Frame
     batch: Batch
     graph: torch.cuda.CUDAGraph | None = None
+    given_up: bool = False  # the capture has failed, and is not tried again
 
 
 class GraphRunner:
@@ -97,8 +101,8 @@ class GraphRunner:
                 decodes.graph.replay()
             else:
                 self._compute(frame, decodes.batch if decodes else self._batch(frame))
-                if decodes and self._cuda:
-                    decodes.graph = self._capture(decodes)
+                if decodes and not decodes.given_up:
+                    self._try_to_capture(decodes)
             return self._receive(plan, len(inputs.logit_rows))
 
     @torch.inference_mode()
@@ -150,6 +154,18 @@ class GraphRunner:
             device = frame.device
             self._sampling.sample(logits, device["settings"], device["tail"], self._masks)
 
+    def _try_to_capture(self, decodes: Decodes) -> None:
+        """The step itself is queued: where there is no memory for a graph, say, its requests need not end for that.
+
+        If the device is lost, what follows says so.
+        """
+        try:
+            decodes.graph = self._capture(decodes) if self._cuda else None
+        except Exception:
+            decodes.given_up = True
+            works = decodes.frame.shape.works
+            logger.exception("steps of %d decodes could not be captured: they run on, kernel by kernel, slower", works)
+
     def _capture(self, decodes: Decodes) -> torch.cuda.CUDAGraph:
         # torch.cuda.graph would wait for the device and collect garbage first, which running streams would notice.
         # All sizes share a pool, and replay in any order: nothing in it outlives a step, and steps follow each other.
@@ -157,14 +173,14 @@ class GraphRunner:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             self._compute(decodes.frame, decodes.batch)
+            graph.capture_end()
         except BaseException:
             # Or what is queued from now on would be recorded, and never computed. It fails where a call has broken the
             # capture, and would hide what that call said.
-            with suppress(torch.AcceleratorError):
+            with suppress(RuntimeError):
                 graph.capture_end()
             self._pool = torch.cuda.graph_pool_handle()  # torch refuses one whose last graph is gone
             raise
-        graph.capture_end()
         return graph
 
     def _receive(self, plan: list[Work], rows: int) -> InFlight:

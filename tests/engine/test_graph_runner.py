@@ -20,7 +20,6 @@ from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.engine.speculation import PromptLookup
 from starling.model.batch import Batch
-from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 from tests.cuda.emulator import EmulatedStream, emulated_ops
@@ -197,37 +196,51 @@ def test_graphs_of_one_pool_replay_in_any_order(model: Mistral) -> None:
 
 
 class FailingCapture(GraphRunner):
-    """The first capture of every size fails in its middle; the next step of that size tries again."""
+    """Steps of 2 and 8 decodes cannot be captured: `fault` is called in the middle of each."""
 
-    def __init__(self, model: Mistral, cache: KVCache, books: BlockCache, limits: Limits) -> None:
-        super().__init__(model, cache, books, limits)
-        self.failed: set[int] = set()
-        self.captured: set[int] = set()
-
-    def _capture(self, decodes: Decodes) -> torch.cuda.CUDAGraph | None:  # type: ignore[override]
-        works = decodes.frame.shape.works
-        if works in self.failed:
-            self.captured.add(works)
-            return super()._capture(decodes)
-        with pytest.raises(ArithmeticError):
-            super()._capture(decodes)
-        return None
+    fault: Callable[[], object]
 
     def _compute(self, frame: Frame, batch: Batch) -> None:
         super()._compute(frame, batch)
-        if torch.cuda.is_current_stream_capturing() and frame.shape.works not in self.failed:
-            self.failed.add(frame.shape.works)
-            raise ArithmeticError
+        if torch.cuda.is_current_stream_capturing() and frame.shape.works in (2, 8):
+            self.fault()
 
 
 @ON_GPU
-def test_a_capture_that_fails_leaves_the_stream_as_it_was(model: Mistral) -> None:
+@pytest.mark.parametrize("fault", [lambda: 1 / 0, torch.cuda.synchronize], ids=["raises", "breaks the capture"])
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(
+    model: Mistral, fault: Callable[[], object], caplog: pytest.LogCaptureFixture
+) -> None:
     runners: list[FailingCapture] = []
 
     def failing(model: Mistral, books: BlockCache, limits: Limits) -> StepRunner:
         runners.append(FailingCapture(model, model.allocate_cache(BLOCKS, BLOCK), books, limits))
+        runners[0].fault = fault
         return runners[0]
 
-    made = answers(model, failing, sequences(1, 7, False))
-    assert made == [answers(model, plain, [sequence])[0] for sequence in sequences(1, 7, False)]
-    assert runners[0].captured and runners[0].captured <= runners[0].failed
+    made = arriving(model, failing, sequences(1, 60, False), random.Random(1))
+    assert made == [answers(model, plain, [sequence])[0] for sequence in sequences(1, 60, False)]
+    captured = {size: decodes.graph is not None for size, decodes in runners[0]._decodes.items()}
+    assert captured == {1: True, 2: False, 4: True, 8: False}
+    assert len(caplog.records) == 2
+
+
+def test_a_step_that_cannot_be_captured_is_computed_all_the_same(
+    model: Mistral, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(runner: GraphRunner, decodes: Decodes) -> None:
+        raise torch.OutOfMemoryError(f"no room for {decodes.frame.shape.works}")
+
+    monkeypatch.setattr(GraphRunner, "_capture", refuse)
+    captures = GraphRunner._try_to_capture
+
+    def on_a_gpu(runner: GraphRunner, decodes: Decodes) -> None:
+        cuda, runner._cuda = runner._cuda, True
+        captures(runner, decodes)
+        runner._cuda = cuda
+
+    monkeypatch.setattr(GraphRunner, "_try_to_capture", on_a_gpu)
+    made = answers(model, graphs, sequences(2, 5, False))
+    assert made == [answers(model, plain, [sequence])[0] for sequence in sequences(2, 5, False)]
+    told = [record.getMessage().split()[2] for record in caplog.records]
+    assert told and len(told) == len(set(told)), "once for each size"
