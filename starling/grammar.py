@@ -18,14 +18,17 @@ from starling.tokenizer import Tokenizer
 WHITESPACE = r"[ \n]"
 
 # Masks are computed on the engine's thread, where every answer waits for them: with llguidance's own limits up to
-# 0.6 s for one of a hostile schema, with these 0.04 s. 120 tools of 8 arguments (61 KiB of schema), 2,000 required
+# 0.6 s for one of a hostile schema, with these 0.06 s. 120 tools of 8 arguments (61 KiB of schema), 2,000 required
 # properties or 2,000 values of an enum stay within them. A state of the lexer takes 1 to 2 kB while the answer lasts.
-LIMITS = LLParserLimits(step_lexer_fuel=50_000, step_max_items=10_000, max_grammar_size=10_000, max_lexer_states=50_000)
+LIMITS = LLParserLimits(
+    step_lexer_fuel=300_000, step_max_items=10_000, max_grammar_size=10_000, max_lexer_states=50_000
+)
 # What none of its limits bounds as it compiles: each pattern of properties is compared with each other (500 take 30 s),
-# and each remainder is a state (999,983 take 6 s and 400 MB). Of 150 numbers below the limit, which lets the seconds of
-# a day through, none took more than 1.2 s and 40 MB, and one, 99,990, ran out of the lexer's fuel in its answer.
+# and each remainder is a state (999,983 take 6 s and 400 MB; of 150 numbers below the limit none took more than 1.2 s).
+# Of a large one between large bounds (86,400 within a year) the search may still end with the fuel, in the answer.
 MAX_PATTERNS = 16
 MAX_MULTIPLE = 100_000
+JOINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}  # two schemas may hold for one number
 # How llguidance's errors begin: a line and column of the grammar, and a regular expression's text, pointed into.
 PLACE = r'^at \d+\(\d+\): (invalid regex ".*" \(in regex\): )?(regex parse error: .* error: )?'
 
@@ -106,12 +109,15 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
             "Name the properties, or drop some patterns."
         )
     multiples: list[Any] = [each for found in objects if type(each := found.get("multipleOf")) in (int, float)]
+    digits = set(map(_digits, multiples))
     # Two that hold for one number are joined to their least common multiple; of 0.25 and 0.5 that is 25 * 2 here.
-    multiple = math.lcm(*map(_digits, multiples))
-    if multiple > MAX_MULTIPLE:
+    joined = math.lcm(*digits)
+    if not any(JOINING & found.keys() for found in objects):
+        joined = min(joined, sum(digits))
+    if joined > MAX_MULTIPLE:
         raise RequestError(
-            f"json_schema's values of multipleOf have a least common multiple of more than {MAX_MULTIPLE}, decimal "
-            "points not counted. Use smaller or fewer ones."
+            f"json_schema's values of multipleOf come to more than {MAX_MULTIPLE}, decimal points not counted: "
+            "in sum, or as their least common multiple where two may hold for one number. Use smaller or fewer ones."
         )
 
 
