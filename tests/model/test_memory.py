@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from starling.model import control_groups
-from starling.model.memory import activation_bytes, free_bytes, kv_cache_room
+from starling.model.memory import GPU_RESERVE_BYTES, activation_bytes, free_bytes, kv_cache_room
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 from tests.model.sequences import Sequence, step
@@ -64,6 +64,12 @@ def test_version_1(groups: Path) -> None:
 
 def test_without_groups_the_machine_is_the_limit(groups: Path) -> None:
     assert free_bytes(CPU) == kv_cache_room(CPU, 0) == 1000 * GB
+
+
+@pytest.mark.parametrize(("free", "room"), [(24 * GB, 24 * GB - GPU_RESERVE_BYTES - GB), (1 * GB, 0)])
+def test_on_a_gpu_steps_come_before_the_cache(monkeypatch: pytest.MonkeyPatch, free: int, room: int) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GB))
+    assert kv_cache_room(torch.device("cuda"), step_bytes=GB) == room
 
 
 class NoKernels:
