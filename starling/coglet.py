@@ -8,7 +8,8 @@ through `current_signal`.
 
 A prediction that is cancelled before that future exists is hit otherwise: coglet raises CancelationException in the
 thread that serves it, at whatever line that thread has reached. Both places where that can be our line turn it into a
-cancelled prediction; else it would end as a failed one.
+cancelled prediction; else it would end as a failed one. Where it is a line of the future's own, coglet goes by the
+error's text, so the exception gets one that says "cancelled".
 
 For each prediction coglet makes folders for files that come and go, and leaves them, 12 kB of disk each time:
 `discard_folders` removes them.
@@ -74,6 +75,7 @@ def current_signal() -> CancelSignal:
 def install_cancellation() -> None:
     """Make every future that coglet gets from now on carry a signal. Calling it again changes nothing."""
     asyncio.run_coroutine_threadsafe = _submit  # type: ignore[assignment]
+    CancelationException.__str__ = lambda error: "cancelled"  # type: ignore[method-assign]
 
 
 def _submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> "Future[T]":

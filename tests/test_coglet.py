@@ -123,6 +123,11 @@ def test_cancelling_before_the_generator_is_drained(loop: asyncio.AbstractEventL
     assert counting.closed == 1
 
 
+def test_what_coglet_raises_to_cancel_says_so(loop: asyncio.AbstractEventLoop) -> None:
+    """It may raise this where it waits for the coroutine, and takes an error there for a cancel by this word."""
+    assert "cancelled" in str(CancelationException())
+
+
 def test_cancelling_a_coroutine_that_still_runs(loop: asyncio.AbstractEventLoop) -> None:
     running, ended = threading.Event(), threading.Event()
 
