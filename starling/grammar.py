@@ -29,8 +29,12 @@ LIMITS = LLParserLimits(
 MAX_PATTERNS = 16
 MAX_MULTIPLE = 100_000
 JOINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}  # two schemas may hold for one number
-# How llguidance's errors begin: a line and column of the grammar, and a regular expression's text, pointed into.
-PLACE = r'^at \d+\(\d+\): (invalid regex ".*" \(in regex\): )?(regex parse error: .* error: )?'
+# How llguidance's errors begin: a line and column of the grammar that we wrote.
+PLACE = r'^at \d+\(\d+\): (invalid regex ".*" \(in regex\): |failed to compile JSON schema: )?'
+# What does not say to whoever wrote the schema or regex what to change.
+REWORDED = {
+    r"lookarounds not supported yet; \w+": r"^ and $ can stand only at its ends or an alternative's, \\b nowhere,",
+}
 
 
 class GrammarConstraint:
@@ -128,23 +132,28 @@ def _digits(number: float) -> int:
 
 
 def _regex_grammar(regex: str) -> str:
+    """The regex stands alone in a terminal: so ^ and $ at its ends, or those of its alternatives, mean the answer's, a
+    flag holds in it only, and a comment ends with it."""
+    if not re.fullmatch(r"(\\.|[^\\])*", regex):
+        raise RequestError(r"regex has a backslash at the end of a line, where it escapes nothing. Write \\ or \n.")
+    # Not llguidance's regex_to_lark, which writes \n for a line break: that would end no comment of (?x).
+    slashed = re.sub(r"\\.|/", lambda unit: r"\/" if unit[0] == "/" else unit[0], regex)
     try:
-        return LLMatcher.grammar_from_regex(f" ?(?:{_unanchored(regex)})")
+        return LLMatcher.grammar_from_lark(f'start: ANSWER\nANSWER: " "? REGEX\nREGEX: /{slashed}/\n')
     except UnicodeEncodeError:
         raise RequestError("regex holds a lone surrogate, which is no character; send valid Unicode.") from None
 
 
-def _unanchored(regex: str) -> str:
-    """Without ^ at the start and $ at the end: where the whole answer must match they say nothing, and llguidance
-    refuses them."""
-    return re.sub(r"(?<!\\)((?:\\\\)*)\$\Z", r"\1", regex.removeprefix("^"))
-
-
 def _brief(error: str) -> str:
     """What helps in an error of llguidance: neither its state and the grammar that we wrote, which come after it, nor
-    a place in that grammar, which comes before it."""
-    said = " ".join(re.split(r"<state>|\n\s*1 \| ", error)[0].split())
-    return re.sub(PLACE, "", said)[:300].rstrip(".")
+    a place in that grammar, which comes before it, nor carets below a regular expression."""
+    said = re.split(r"<state>|\n\s*1 \| ", error)[0]
+    said = re.sub(r"regex parse error:\n    (.*)\n.*\nerror: (.*)", r"\2 in regex /\1/", said)
+    said = re.sub(r"(?s)regex parse error:.*\nerror: ", "", said)  # of several lines
+    said = re.sub(PLACE, "", " ".join(said.split()))
+    for theirs, ours in REWORDED.items():
+        said = re.sub(theirs, ours, said)
+    return said[:300].rstrip(".")
 
 
 class _Vocabulary:

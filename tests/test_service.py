@@ -139,9 +139,21 @@ def test_a_grammar_that_fails_ends_no_answer_as_if_it_were_complete(service: Ser
 
 
 @pytest.mark.parametrize(
-    ("regex", "answer"), [(r"^(yes|no)$", "yes|no"), (r"^a|b\\$", r"a|b\\"), (r"^\$", r"\$"), (r"\^[$]", r"\^\$")]
+    ("regex", "answer"),
+    [
+        (r"^(yes|no)$", "yes|no"),
+        (r"^a|b\\$", r"a|b\\"),
+        (r"^\$", r"\$"),
+        (r"\^[$]", r"\^\$"),
+        ("^yes$|^no$", "yes|no"),
+        ("(?i)^(yes|no)$", "(?i:yes|no)"),
+        (r"\Ayes\z", "yes"),
+        ("(?x)yes # no/", "yes"),
+        ("(?x)\n  yes  # agreed\n  | no", "yes|no"),
+        (r"a/b|\\/|\/", r"a/b|\\/|/"),
+    ],
 )
-def test_anchors_say_nothing_new(service: Service, regex: str, answer: str) -> None:
+def test_anchors_and_comments_say_nothing_new(service: Service, regex: str, answer: str) -> None:
     for seed in range(3):
         result = ask(service, prompt="Yes or no?", regex=regex, temperature=5, seed=seed)
         assert re.fullmatch(answer, result.text)
@@ -233,9 +245,16 @@ def test_a_grammar_that_grows_without_bound_ends_its_request_alone(
         ({"json_schema": '{"items": {"multipleOf": 999983}}'}, "multipleOf.*more than 100000"),
         ({"json_schema": '{"allOf": [{"multipleOf": 997}, {"multipleOf": 0.991}]}'}, "multipleOf.*more than 100000"),
         ({"json_schema": '{"prefixItems": [{"multipleOf": 50021}, {"multipleOf": 50023}]}'}, "more than 100000"),
-        ({"regex": "(a"}, r"followed: unclosed group\. Mend"),
-        ({"regex": "a|^b"}, "followed: lookarounds not supported"),
-        ({"json_schema": '{"pattern": "(a"}'}, "unclosed group"),
+        ({"regex": "(a"}, r"followed: unclosed group in regex /\(a/\. Mend"),
+        ({"regex": "a\n(b"}, r"followed: unclosed group\. Mend"),
+        ({"regex": "a^b"}, r"followed: \^ and \$ can stand only at its ends .* in regex /a\^b/\. Mend"),
+        ({"regex": r"\bb"}, r"followed: .* \\b nowhere, in regex /\\bb/\. Mend"),
+        ({"regex": "a\\"}, r"a backslash at the end of a line.*Write"),
+        ({"json_schema": '{"pattern": "(a"}'}, r"followed: unclosed group in regex /\(a/\. Mend"),
+        (
+            {"json_schema": '{"pattern": "a(?=b)"}'},
+            r"followed: look-around, .* not supported in regex /a\(\?=b\)/\. Mend",
+        ),
         ({"json_schema": '{"const": NaN}'}, "not finite"),
         ({"json_schema": '{"maximum": 1e400}'}, "not finite"),
         ({"regex": "\ud800"}, "lone surrogate"),
