@@ -17,6 +17,24 @@ from starling.tokenizer import Tokenizer
 # One space or line break at most between two parts: without a bound, a small model can write spaces for ever.
 WHITESPACE = r"[ \n]"
 
+# How llguidance reads a schema. oneOf is taken as anyOf: it cannot tell that only one alternative matches where a $ref
+# leads to them, say. Without \u a text has one spelling, so no declared key comes back as an additional one; control
+# characters without a short escape cannot be written then.
+OPTIONS = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": WHITESPACE,
+    "coerce_one_of": True,
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+# What llguidance makes an answer follow.
+KEYWORDS = {
+    "$ref", "additionalProperties", "allOf", "anyOf", "const", "enum", "exclusiveMaximum", "exclusiveMinimum",
+    "format", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minLength",
+    "minProperties", "minimum", "multipleOf", "oneOf", "pattern", "patternProperties", "prefixItems", "properties",
+    "required", "type",
+}  # fmt: skip
+FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
+
 # Masks are computed on the engine's thread, where every answer waits for them: with llguidance's own limits up to
 # 0.6 s for one of a hostile schema, with these 0.06 s. 120 tools of 8 arguments (61 KiB of schema), 2,000 required
 # properties or 2,000 values of an enum stay within them. A state of the lexer takes 1 to 2 kB while the answer lasts.
@@ -33,6 +51,7 @@ JOINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}  # two schema
 PLACE = r'^at \d+\(\d+\): (invalid regex ".*" \(in regex\): |failed to compile JSON schema: )?'
 # What does not say to whoever wrote the schema or regex what to change.
 REWORDED = {
+    r"Failed to generate regex for (\w+) range: .*": r"a bound (\1) is too large; 17 digits are safe",
     r"lookarounds not supported yet; \w+": r"^ and $ can stand only at its ends or an alternative's, \\b nowhere,",
 }
 
@@ -95,10 +114,16 @@ def _json_grammar(schema: str) -> str:
         raise RequestError(f"json_schema is not JSON: {error}. Give a JSON Schema as text.") from None
     if not isinstance(parsed, dict):
         raise RequestError(f"json_schema is a JSON {type(parsed).__name__}; give an object that is a JSON Schema.")
+    if parsed and not KEYWORDS & parsed.keys():
+        raise RequestError(
+            f"json_schema's keys ({', '.join(parsed)[:200]}) are none that an answer can follow. Put the schema itself "
+            'at the top, as in {"type": "object", …}; {} stands for any JSON.'
+        )
     _check_cost(objects)
-    options = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+    _check_counts(objects)
+    _drop_unknown_formats(parsed)
     try:
-        schema = json.dumps({**parsed, "x-guidance": options}, allow_nan=False)
+        schema = json.dumps({**parsed, "x-guidance": OPTIONS}, allow_nan=False)
     except ValueError:  # Python reads NaN, Infinity and 1e400
         raise RequestError("json_schema holds a number that is not finite, which is no JSON. Mend it.") from None
     return LLMatcher.grammar_from_lark(f'start: " "? body\nbody: %json {schema}\n')
@@ -123,6 +148,36 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
             f"json_schema's values of multipleOf come to more than {MAX_MULTIPLE}, decimal points not counted: "
             "in sum, or as their least common multiple where two may hold for one number. Use smaller or fewer ones."
         )
+
+
+def _check_counts(objects: list[dict[str, Any]]) -> None:
+    """Raises RequestError where a key that repeats could be counted twice: llguidance lets those repeat that properties
+    and required do not name. That is harmless elsewhere, since one schema holds for both values."""
+    for found in objects:
+        minimum, required = found.get("minProperties"), found.get("required")
+        named = len(set(map(str, required))) if isinstance(required, list) else 0
+        if type(minimum) is int and minimum > named + 1:
+            raise RequestError(
+                f"json_schema has minProperties {minimum} beside {named} required keys; at most one more than those is "
+                "accepted, since other keys could repeat. Name more keys in required, or lower it."
+            )
+
+
+def _drop_unknown_formats(schema: dict[str, Any]) -> None:
+    """Such as password or uri-reference: to JSON Schema they are annotations, and llguidance refuses them."""
+    pending: list[Any] = [schema]
+    while pending:
+        match pending.pop():
+            case dict() as found:
+                if isinstance(name := found.get("format"), str) and name not in FORMATS:
+                    del found["format"]
+                for key, each in found.items():
+                    if key == "properties" and isinstance(each, dict):
+                        pending += each.values()  # its keys are names
+                    elif key not in ("const", "enum"):  # which hold values, no schemas
+                        pending.append(each)
+            case list() as found:
+                pending += found
 
 
 def _digits(number: float) -> int:

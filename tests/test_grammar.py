@@ -1,0 +1,127 @@
+"""Which texts a schema or regex lets through, token by token, without a model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from starling.errors import RequestError
+from starling.grammar import FORMATS, KEYWORDS, Grammars
+from starling.request import Request
+from starling.tokenizer import Tokenizer
+
+END = 2
+
+Follows = Callable[[str, dict[str, Any]], bool]
+
+
+@pytest.fixture(scope="module")
+def grammars(demo_folder: Path) -> Grammars:
+    return Grammars(Tokenizer.from_folder(demo_folder, 49152), frozenset({END}))
+
+
+@pytest.fixture(scope="module")
+def follows(demo_folder: Path, grammars: Grammars) -> Follows:
+    """Whether an answer under this schema can be this text, whole."""
+    tokenizer = Tokenizer.from_folder(demo_folder, 49152)
+
+    def ask(text: str, schema: dict[str, Any]) -> bool:
+        constraint = grammars.constraint(Request.parse(prompt="x", json_schema=json.dumps(schema)))
+        assert constraint is not None
+        for token in [*tokenizer.encode(text), END]:
+            if not constraint.mask()[token // 32] >> token % 32 & 1:
+                return False
+            if token != END:
+                constraint.advance(token)
+        return True
+
+    return ask
+
+
+@pytest.mark.parametrize("name", ["b", "é", "\n", '"'])
+def test_a_declared_key_comes_once(follows: Follows, name: str) -> None:
+    """Another value for it, in whatever spelling, would be checked as an additional property."""
+    schema = {"properties": {name: {"type": "integer"}}}
+    key, escaped = json.dumps(name, ensure_ascii=False), f'"\\u{ord(name):04x}"'
+    assert follows(f'{{{key}:1,"c":"x","c":2}}', schema)
+    assert not follows(f'{{{key}:1,{key}:"x"}}', schema)
+    assert not follows(f'{{{key}:1,{escaped}:"x"}}', schema)
+    pattern = {"patternProperties": {"^b": {"type": "integer"}}, "additionalProperties": {"type": "string"}}
+    assert follows('{"b":1,"cb":"x"}', pattern)
+    assert not follows('{"b":1,"\\u0062":"x"}', pattern)
+
+
+OPEN = {"additionalProperties": {"type": "integer"}}
+
+
+@pytest.mark.parametrize("keys", [{}, {"required": ["a", "b"]}, {"required": ["a", "b", "b"], "patternProperties": {}}])
+def test_keys_that_may_repeat_are_not_counted(follows: Follows, keys: dict[str, Any]) -> None:
+    named = 2 if keys else 0
+    text = '{"a":1,"b":1,' if keys else "{"
+    assert follows(text + '"c":1}', OPEN | keys | {"minProperties": named + 1, "maxProperties": named + 1})
+    assert not follows(text + '"c":1,"d":1}', OPEN | keys | {"maxProperties": named + 1})
+    with pytest.raises(RequestError, match=f"minProperties {named + 2} beside {named} required keys.*Name more"):
+        follows("{}", {"items": OPEN | keys | {"minProperties": named + 2}})
+
+
+def test_one_of_is_any_of(follows: Follows) -> None:
+    kinds = {
+        kind: {
+            "type": "object",
+            "properties": {"kind": {"const": kind}, "of": {"type": "array", "items": {"$ref": "#"}}},
+            "required": ["kind"],
+            "additionalProperties": False,
+        }
+        for kind in ("leaf", "tree")
+    }
+    schema = {"oneOf": [{"$ref": f"#/$defs/{kind}"} for kind in kinds], "$defs": kinds}
+    assert follows('{"kind":"tree","of":[{"kind":"leaf"}]}', schema)
+    assert not follows('{"kind":"twig"}', schema)
+    assert follows("1.5", {"oneOf": [{"type": "integer"}, {"type": "number"}]})
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_known_format_is_followed(follows: Follows, name: str) -> None:
+    assert not follows('"no such text"', {"type": "string", "format": name})
+
+
+def test_an_unknown_format_says_nothing(follows: Follows) -> None:
+    for name in ("password", "uuid4", "uri-reference"):
+        assert follows('"no such text"', {"$defs": {"a": {"type": "string", "format": name}}, "$ref": "#/$defs/a"})
+        assert follows('["x"]', {"items": {"anyOf": [{"type": "string", "format": name}]}})
+    assert follows('{"format":"x"}', {"properties": {"format": {"type": "string", "format": "password"}}})
+    with pytest.raises(RequestError, match="schema must be an object"):
+        follows("{}", {"properties": {"format": "string"}})
+    file = {"format": "png"}
+    for schema in ({"const": file}, {"enum": [file]}, {"properties": {"format": {"const": "png"}}}):
+        assert follows('{"format":"png"}', schema)
+        assert not follows('{"format":"gif"}', schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"name": "p", "strict": True, "schema": {"type": "object"}},
+        {"name": "string", "age": "integer"},
+        {"$defs": {"a": {"type": "string"}}, "title": "A"},
+    ],
+)
+def test_a_schema_that_says_nothing_is_refused(follows: Follows, schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"keys \(.*\) are none that .* Put the schema itself at the top"):
+        follows("{}", schema)
+    assert follows("{}", {})
+
+
+@pytest.mark.parametrize("keyword", sorted(KEYWORDS - {"const"}))
+def test_every_keyword_is_llguidances(follows: Follows, keyword: str) -> None:
+    """It reads each, and so refuses what is no value of it. (Anything is one of const.)"""
+    with pytest.raises(RequestError, match="cannot be followed"):
+        follows("[0]", {keyword: {"$ref": "#/no"}})
+
+
+def test_numbers_too_large_for_llguidance_are_refused(follows: Follows) -> None:
+    with pytest.raises(RequestError, match=r"a bound \(integer\) is too large; 17 digits are safe\. Mend"):
+        follows("1", {"type": "integer", "minimum": 10**20})
+    assert follows("1" + "0" * 17, {"type": "integer", "minimum": 10**17 - 1})
