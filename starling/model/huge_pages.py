@@ -31,9 +31,9 @@ def move_to_huge_pages(mapped: mmap.mmap, file: int, piece_bytes: int = PIECE_BY
     """Begin to replace `mapped`, a private mapping of all of the open `file` that nobody writes to.
 
     The thread ends when it is done, or logs why it stopped. None where the file fills no huge page, or memory is short:
-    as much again must stay free.
+    as much again must be free.
     """
-    if len(mapped) < HUGE_BYTES or free_bytes(torch.device("cpu")) < 2 * len(mapped):
+    if len(mapped) < HUGE_BYTES or free_bytes(torch.device("cpu")) < len(mapped):
         return None
     thread = threading.Thread(target=_move, args=(mapped, os.dup(file), piece_bytes), name=THREAD, daemon=True)
     thread.start()

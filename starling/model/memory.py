@@ -18,11 +18,15 @@ GPU_RESERVE_BYTES = 1 << 30
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated. On a CPU the container's own limit counts, not only the machine's."""
+    """Bytes that can still be allocated. On a CPU the container's own limit counts, not only the machine's.
+
+    Cached files count as free, since they make way; but not those that this process maps, as it does the weights.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in _group_limits())])
+    groups = (limit - used + cached for limit, used, cached in _groups())
+    return max(0, min([psutil.virtual_memory().available, *groups]) - _mapped_bytes())
 
 
 def kv_cache_budget(device: torch.device, step_bytes: int) -> int:
@@ -34,11 +38,11 @@ def kv_cache_room(device: torch.device, step_bytes: int) -> int:
     """Bytes that the KV cache can hold at most, once the weights are loaded.
 
     On a GPU all that steps leave; `step_bytes` are the activations of the largest. On a CPU what a control group uses
-    does not count, as its page cache makes way.
+    does not count: whoever asks for so much may know what else makes way.
     """
     if device.type == "cuda":
         return max(0, free_bytes(device) - GPU_RESERVE_BYTES - step_bytes)
-    return min([psutil.virtual_memory().available, *(limit for limit, _ in _group_limits())])
+    return min([psutil.virtual_memory().available, *(limit for limit, _, _ in _groups())])
 
 
 def activation_bytes(config: ModelConfig, tokens: int) -> int:
@@ -70,13 +74,19 @@ def check_fits(free: int, weights: int, cache: int) -> None:
         )
 
 
-def _group_limits() -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of this process's control group, and of each one around it."""
+def _groups() -> Iterator[tuple[int, int, int]]:
+    """Limit, use, and cached files in it, in bytes, of this process's control group and of each one around it."""
     for version, folder in limiting_groups("memory"):
         names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         try:
-            limit, used = ((folder / name).read_text().strip() for name in names)
+            limit, used, stat = ((folder / name).read_text().strip() for name in (*names, "memory.stat"))
         except OSError:
             continue
         if limit != "max":
-            yield int(limit), int(used)
+            counts = dict(line.split() for line in stat.splitlines())
+            kind = "{}_file" if version == 2 else "total_{}_file"
+            yield int(limit), int(used), sum(int(counts[kind.format(name)]) for name in ("active", "inactive"))
+
+
+def _mapped_bytes() -> int:
+    return int(psutil.Process().memory_info().shared)

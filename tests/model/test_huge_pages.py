@@ -74,7 +74,7 @@ def test_a_file_that_has_become_shorter_stays_mapped(file: Path, caplog: pytest.
 
 
 def test_where_memory_is_short_nothing_moves(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huge_pages, "free_bytes", lambda device: 2 * SIZE - 1)
+    monkeypatch.setattr(huge_pages, "free_bytes", lambda device: SIZE - 1)
     with file.open("rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         assert move_to_huge_pages(mapped, opened.fileno()) is None

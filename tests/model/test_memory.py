@@ -1,5 +1,6 @@
 """What steps take of memory, and how much is free: what control groups leave, wherever this process stands in them."""
 
+import mmap
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from starling.model import control_groups
+from starling.model import control_groups, memory
 from starling.model.memory import GPU_RESERVE_BYTES, activation_bytes, free_bytes, kv_cache_room
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
@@ -27,14 +28,18 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(control_groups, "ROOT", tmp_path)
     monkeypatch.setattr(control_groups, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000 * GB))
+    monkeypatch.setattr(memory, "_mapped_bytes", lambda: 0)
     return tmp_path
 
 
-def group(folder: Path, limit: str, used: int, version: int = 2) -> None:
+def group(folder: Path, limit: str, used: int, version: int = 2, cached: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
     (folder / names[0]).write_text(f"{limit}\n")
     (folder / names[1]).write_text(f"{used}\n")
+    total = "" if version == 2 else "total_"
+    stat = {"file": cached, f"{total}active_file": cached // 4, f"{total}inactive_file": cached - cached // 4}
+    (folder / "memory.stat").write_text("".join(f"{name} {value}\n" for name, value in stat.items()))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +65,28 @@ def test_version_1(groups: Path) -> None:
     group(groups / "memory" / "box", str(8 * GB), 3 * GB, version=1)
     (groups / "membership").write_text("5:cpu,cpuacct:/other\n4:memory:/box\n")
     assert (free_bytes(CPU), kv_cache_room(CPU, 0)) == (5 * GB, 8 * GB)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_cached_files_make_way_but_for_those_that_are_mapped(
+    groups: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    folder = groups / "memory" if version == 1 else groups
+    group(folder, str(8 * GB), 7 * GB, version, cached=6 * GB)
+    assert free_bytes(CPU) == 7 * GB
+    monkeypatch.setattr(memory, "_mapped_bytes", lambda: 4 * GB)
+    assert free_bytes(CPU) == 3 * GB
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * GB))
+    assert free_bytes(CPU) == 0
+
+
+def test_what_this_process_maps_is_known(tmp_path: Path) -> None:
+    size = 64 << 20
+    (tmp_path / "file").write_bytes(bytes(size))
+    before = memory._mapped_bytes()
+    with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
+        assert sum(mapped[::4096]) == 0
+        assert memory._mapped_bytes() - before >= size * 0.9
 
 
 def test_without_groups_the_machine_is_the_limit(groups: Path) -> None:
