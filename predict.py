@@ -8,12 +8,11 @@ and defaults; a test holds the two equal.
 import os
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cog import BasePredictor, ConcatenateIterator, Input, concurrent, streaming
 
 from starling.coglet import current_signal, discard_folders, drain, install_cancellation
-from starling.errors import RequestError
 from starling.logs import configure as configure_logs
 from starling.request import Request
 from starling.settings import Settings
@@ -107,15 +106,4 @@ class Predictor(BasePredictor):
             for name in METRICS:
                 scope.record_metric(name, getattr(generation.result, name))
 
-        return drain(lambda: self.service.generate(to_request(**inputs)), record, current_signal())  # type: ignore[return-value]
-
-
-def to_request(max_tokens: int, max_new_tokens: int | None, **inputs: Any) -> Request:
-    """Check Cog's inputs; a text left blank in the form is one that is not given. Raises RequestError."""
-    if max_new_tokens is not None:
-        if max_tokens not in (max_new_tokens, Request.model_fields["max_tokens"].default):
-            raise RequestError(
-                f"max_tokens is {max_tokens} and max_new_tokens, its old name, is {max_new_tokens}. Give one of them"
-            )
-        max_tokens = max_new_tokens
-    return Request.parse(max_tokens=max_tokens, **{name: value for name, value in inputs.items() if value != ""})
+        return drain(lambda: self.service.generate(Request.parse(**inputs)), record, current_signal())  # type: ignore[return-value]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from starling.errors import EngineError, RequestError, StarlingError
 from starling.openapi import slots
-from starling.request import Request
+from starling.request import OLD_NAMES, Request
 from starling.settings import Settings
 from starling.weights import locate_weights
 
@@ -142,8 +142,8 @@ def fields_of(body: bytes) -> dict[str, Any]:
         raise RequestError('The body is not JSON of the form {"input": {…}}') from None
     if not isinstance(fields, dict):
         raise RequestError("input is no object. Give the inputs by name")
-    known = Request.model_fields
-    fields = {name: value for name, value in fields.items() if name in known and value != ""}  # as Cog: others drop
+    known = Request.model_fields.keys() | OLD_NAMES
+    fields = {name: value for name, value in fields.items() if name in known}  # as Cog: others are dropped
     Request.parse(**fields)
     return fields
 

@@ -15,6 +15,7 @@ MAX_MESSAGES = 1024
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
 MAX_GRAMMAR_BYTES = 64 << 10
+OLD_NAMES = {"max_new_tokens": "max_tokens"}
 
 
 class Message(BaseModel):
@@ -78,6 +79,25 @@ class Request(BaseModel):
             return cls(**fields)
         except ValidationError as error:
             raise RequestError("; ".join(_fault(e) for e in error.errors(include_url=False))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_given(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """A blank text is one that is not given, but for stop sequences, in which spaces count; old names are known."""
+        given = {
+            name: value
+            for name, value in fields.items()
+            if name == "stop_sequences" or not isinstance(value, str) or value.strip()
+        }
+        for old, name in OLD_NAMES.items():
+            value = given.pop(old, None)
+            if value is None:
+                continue
+            default = cls.model_fields[name].default  # Cog's form sends it where nothing is given
+            if given.get(name, default) not in (value, default):
+                raise ValueError(f"{name} is {given[name]} and {old}, its old name, is {value}. Give one of them")
+            given[name] = value
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> "Request":

@@ -12,22 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from predict import METRICS, Predictor, to_request
+from predict import METRICS, Predictor
 from starling.errors import RequestError
 from starling.openapi import Field, SignatureError, read_signature, render
-from starling.request import MAX_STOP_SEQUENCES, Request
+from starling.request import MAX_STOP_SEQUENCES, OLD_NAMES, Request
 from starling.service import GenerationResult
 
 ROOT = Path(__file__).parent.parent
 SIGNATURE = read_signature((ROOT / "predict.py").read_text())
 INPUTS = {field.name: field for field in SIGNATURE.inputs}
 NUMBERS = [field for field in SIGNATURE.inputs if field.schema["type"] in ("integer", "number")]
-CHECKED_AS = {"max_new_tokens": "max_tokens"}  # the deprecated name is an alias, not a field of a request
 
 
 def bounds_of_request(name: str) -> dict[str, Any]:
     """ge and le of a request's field."""
-    metadata = Request.model_fields[CHECKED_AS.get(name, name)].metadata
+    metadata = Request.model_fields[OLD_NAMES.get(name, name)].metadata
     return {key: getattr(m, key) for m in metadata for key in ("ge", "le") if hasattr(m, key)}
 
 
@@ -37,7 +36,7 @@ def test_inputs_are_the_request_s_fields_in_the_documented_order() -> None:
         frequency_penalty repetition_penalty stop_sequences seed prompt_template max_new_tokens json_schema regex
     """
     assert " ".join(INPUTS) == " ".join(order.split())
-    assert {CHECKED_AS.get(name, name) for name in INPUTS} == set(Request.model_fields)
+    assert {OLD_NAMES.get(name, name) for name in INPUTS} == set(Request.model_fields)
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
@@ -49,7 +48,7 @@ def test_defaults_are_the_request_s() -> None:
     nothing = Request.parse(prompt="a").model_dump() | {"prompt": "", "max_new_tokens": None, "stop_sequences": ""}
     defaults = {name: field.options["default"] for name, field in INPUTS.items()}
     assert defaults == nothing | {"messages": list(nothing["messages"])}
-    assert to_request(**defaults | {"prompt": "a"}) == Request(prompt="a")
+    assert Request.parse(**defaults | {"prompt": "a"}) == Request(prompt="a")
 
 
 def test_choices_are_the_request_s() -> None:
@@ -64,7 +63,7 @@ def test_descriptions_fit_the_form_and_the_bounds(field: Field) -> None:
     assert text.endswith(".")
     for values in re.findall(r"(-?[\d.]+(?: and -?[\d.]+)*) (?:is|are) ", text):
         for value in map(float, values.split(" and ")):
-            to_request(**{"max_tokens": 512, "max_new_tokens": None, "prompt": "a", field.name: value})
+            Request.parse(**{"prompt": "a", field.name: value})
 
 
 @given(st.sampled_from(NUMBERS), st.data())
@@ -80,7 +79,7 @@ def test_the_form_and_the_request_accept_the_same_numbers(field: Field, data: st
     if field.name == "max_new_tokens":
         inputs["max_tokens"] = 512  # its default: not given
     try:
-        to_request(**inputs)
+        Request.parse(**inputs)
     except RequestError:
         assert not in_form
     else:
@@ -132,15 +131,15 @@ def test_what_cog_would_read_otherwise_is_refused(signature: str, fault: str) ->
     ("max_tokens", "max_new_tokens", "used"), [(512, 7, 7), (7, 7, 7), (7, 7.0, 7), (9, None, 9), (512, 512, 512)]
 )
 def test_the_old_name_of_max_tokens(max_tokens: int, max_new_tokens: Any, used: int) -> None:
-    assert to_request(max_tokens, max_new_tokens, prompt="a").max_tokens == used
+    assert Request.parse(prompt="a", max_tokens=max_tokens, max_new_tokens=max_new_tokens).max_tokens == used
 
 
 def test_two_different_lengths_are_refused() -> None:
     with pytest.raises(RequestError, match=r"max_tokens is 9 and max_new_tokens, its old name, is 8"):
-        to_request(9, 8, prompt="a")
+        Request.parse(prompt="a", max_tokens=9, max_new_tokens=8)
 
 
 def test_a_list_of_stop_sequences_reaches_the_request_as_text() -> None:
     stops = [f"s{n}" for n in range(MAX_STOP_SEQUENCES)]
     for text in (json.dumps(stops), ",".join(stops)):
-        assert to_request(512, None, prompt="a", stop_sequences=text).stop_sequences == tuple(stops)
+        assert Request.parse(prompt="a", stop_sequences=text).stop_sequences == tuple(stops)

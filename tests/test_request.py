@@ -74,6 +74,14 @@ def test_faults_say_the_value_the_rule_and_the_remedy(fields: dict[str, Any], wo
         assert word in str(caught.value)
 
 
+def test_a_blank_text_is_not_set_but_for_stop_sequences() -> None:
+    blank = dict.fromkeys(("prompt", "system_prompt", "prompt_template", "json_schema", "regex", "mode"), " \n")
+    request = Request.parse(messages=[USER], stop_sequences=" ", **blank)
+    assert request == Request.parse(messages=[USER], stop_sequences=[" "])
+    with pytest.raises(RequestError, match="neither prompt nor messages"):
+        Request.parse(prompt=" ")
+
+
 def test_every_fault_is_named_at_once() -> None:
     with pytest.raises(RequestError) as caught:
         Request.parse(prompt="x", temperature=9, top_p=2, seed=-5)
