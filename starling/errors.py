@@ -9,6 +9,10 @@ class RequestError(StarlingError, ValueError):
     """What a caller asked for cannot be done: bad input, a prompt that leaves no room."""
 
 
+class NoRoomError(RequestError):
+    """Prompt and answer together are longer than the context or the KV cache. A chat's front knows it by this name."""
+
+
 class CheckpointError(StarlingError):
     """A checkpoint's files are missing, damaged, or of a kind that is not implemented."""
 

@@ -88,12 +88,16 @@ class ReferenceEngine:
 
     # -- from any thread -----------------------------------------------------------------------------------------
 
+    def check(self, prompt: list[int], max_tokens: int) -> None:
+        """Raises RequestError for what can never run, EngineStoppedError while a step hangs."""
+        check_request(prompt, max_tokens, self._context_limit, self._vocab_size)
+        self._watch.refuse_if_hung()
+
     def submit(
         self, prompt: list[int], params: SamplingParams, constraint: TokenConstraint | None = None
     ) -> TokenStream:
-        """Queue a request. Raises RequestError when it can never run, EngineStoppedError when nothing runs any more."""
-        check_request(prompt, params.max_tokens, self._context_limit, self._vocab_size)
-        self._watch.refuse_if_hung()
+        """Queue a request. Raises what `check` does, and EngineStoppedError when nothing runs any more."""
+        self.check(prompt, params.max_tokens)
         task = _Task(prompt, params, constraint)
         task.stream = TokenStream(lambda: self._cancel(task))
         with self._change:

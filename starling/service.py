@@ -38,6 +38,8 @@ WARM_UP = Request(prompt="Hello", max_tokens=2, temperature=0)
 class TokenEngine(Protocol):
     """What the service asks of an engine: `Engine`, or the reference that it is compared with."""
 
+    def check(self, prompt: list[int], max_tokens: int) -> None: ...
+
     def submit(
         self, prompt: list[int], params: SamplingParams, constraint: TokenConstraint | None = None
     ) -> TokenStream: ...
@@ -92,6 +94,7 @@ class Service:
     def generate(self, request: Request) -> Generation:
         """Start an answer. Raises RequestError at once for what cannot run, EngineStoppedError when nothing can."""
         prompt = self._chat.prompt_ids(request)
+        self._engine.check(prompt, request.max_tokens)  # before a grammar is compiled, which may take seconds
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         params = SamplingParams(
             max_tokens=request.max_tokens,

@@ -18,7 +18,7 @@ from starling.engine.scheduler import Counters, Outcome, Scheduler, Work
 from starling.engine.sequence import FinishReason, SamplingParams, Sequence, TokenConstraint
 from starling.engine.speculation import PromptLookup
 from starling.engine.step_watch import StepWatch
-from starling.errors import DeviceError, EngineError, EngineStoppedError, RequestError, StarlingError
+from starling.errors import DeviceError, EngineError, EngineStoppedError, NoRoomError, RequestError, StarlingError
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +70,18 @@ def check_request(prompt: list[int], max_tokens: int, context_limit: int, vocab_
         raise RequestError(
             f"The prompt holds token id {foreign[0]}; the model's embedding table has ids 0 to {vocab_size - 1}."
         )
-    together, room = len(prompt) + max_tokens, context_limit - len(prompt)
-    if together > context_limit:
-        remedy = f"Lower max_tokens to {room} or less" if room > 0 else "Shorten the prompt"
-        raise RequestError(
-            f"The prompt is {len(prompt)} tokens long and max_tokens is {max_tokens}, {together} together; "
-            f"the model's context holds {context_limit}. {remedy}."
-        )
+    if len(prompt) + max_tokens > context_limit:
+        raise no_room(len(prompt), max_tokens, "the model's context", context_limit)
+
+
+def no_room(prompt_length: int, max_tokens: int, where: str, limit: int) -> NoRoomError:
+    """What refuses a request for which `where`, that holds `limit` tokens, is too small."""
+    room = limit - prompt_length
+    remedy = f"Lower max_tokens to {room} or less" if room > 0 else "Shorten the prompt"
+    return NoRoomError(
+        f"The prompt is {prompt_length} tokens long and max_tokens is {max_tokens}, {prompt_length + max_tokens} "
+        f"together; {where} holds {limit}. {remedy}."
+    )
 
 
 def grammar_error(fault: str) -> RequestError:
@@ -129,18 +134,19 @@ class Engine:
 
     # -- from any thread -----------------------------------------------------------------------------------------
 
+    def check(self, prompt: list[int], max_tokens: int) -> None:
+        """Raises RequestError for what can never run, EngineStoppedError while a step hangs."""
+        check_request(prompt, max_tokens, self._context_limit, self._vocab_size)
+        if not self._scheduler.fits(len(prompt), max_tokens):
+            cache = self._scheduler.cache
+            raise no_room(len(prompt), max_tokens, "this server's KV cache", cache.blocks * cache.block_size)
+        self._watch.refuse_if_hung()
+
     def submit(
         self, prompt: list[int], params: SamplingParams, constraint: TokenConstraint | None = None
     ) -> TokenStream:
-        """Queue a request. Raises RequestError when it can never run, EngineStoppedError when nothing runs any more."""
-        check_request(prompt, params.max_tokens, self._context_limit, self._vocab_size)
-        if not self._scheduler.fits(len(prompt), params.max_tokens):
-            blocks, size = self._scheduler.cache.blocks, self._scheduler.cache.block_size
-            raise RequestError(
-                f"The prompt is {len(prompt)} tokens long and max_tokens is {params.max_tokens}; this server's KV "
-                f"cache holds {blocks * size} tokens in all. Lower max_tokens, or give the server more memory."
-            )
-        self._watch.refuse_if_hung()
+        """Queue a request. Raises what `check` does, and EngineStoppedError when nothing runs any more."""
+        self.check(prompt, params.max_tokens)
         lookup = PromptLookup() if self._scheduler.limits.speculative_rows > 0 else None
         sequence = Sequence(next(self._arrivals), prompt, params, constraint, lookup)
         stream = TokenStream(lambda: self._put(_Command("cancel", sequence)))

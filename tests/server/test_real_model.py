@@ -98,8 +98,8 @@ def test_an_answer_follows_a_regular_expression(client: Client) -> None:
 @pytest.mark.parametrize(
     ("inputs", "fault"),
     [
-        ({"prompt": "a" * CONTEXT}, r"RequestError.*\b4096\b"),
-        ({"prompt": "a", "max_tokens": CONTEXT}, r"RequestError.*\b4096\b"),
+        ({"prompt": "a" * CONTEXT}, r"NoRoomError.*\b4096\b"),
+        ({"prompt": "a", "max_tokens": CONTEXT}, r"NoRoomError.*\b4096\b"),
         ({"prompt": "a", "regex": "[ab"}, "RequestError.*regex"),
         ({"prompt": "a", "json_schema": "{"}, "RequestError.*json_schema"),
     ],
