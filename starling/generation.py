@@ -99,6 +99,8 @@ class Generation(Iterator[str]):
             self._text.append(buffer)
             self.result = self.summary(finish)
             outcome = finish
+            if finish == "stop_sequence":  # the engine does not know it, and would compute on for a slow reader
+                self._stream.cancel()
             if buffer:
                 yield buffer
         except GenerationCancelled:
@@ -108,7 +110,7 @@ class Generation(Iterator[str]):
             outcome = type(error).__name__
             raise
         finally:
-            if outcome not in ("stop", "length"):  # the engine does not know yet
+            if self.result is None:
                 self._stream.cancel()
             self._on_end(self, outcome)
 
@@ -131,10 +133,11 @@ class Generation(Iterator[str]):
             text += self._show(self._decoder.feed(token))
             if self._stops.matched is not None:
                 return text, "stop_sequence"
-        if finish is not None:
-            text += self._show(self._decoder.flush())
+        if finish == "stop":
+            text += self._show(self._decoder.flush())  # at "length", a character that was cut short is left out
             if self._stops.matched is not None:
                 return text, "stop_sequence"
+        if finish is not None:
             text += self._stops.flush()
         return text, finish
 

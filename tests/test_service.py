@@ -6,14 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
 
 from starling import tokenizer_json
 from starling.engine.engine import Delivery, TokenStream
-from starling.errors import CheckpointError, DeviceError, GenerationCancelled, RequestError
+from starling.errors import CheckpointError, DeviceError, GenerationCancelled, NoRoomError, RequestError
 from starling.generation import Generation, GenerationResult
 from starling.request import Request
 from starling.service import Service, load_engine
@@ -267,6 +267,14 @@ def test_what_cannot_run_is_refused_at_once(service: Service, fields: dict[str, 
         service.generate(Request.parse(**{"prompt": "x", **fields}))
 
 
+def test_what_is_too_long_is_refused_before_its_grammar_is_compiled(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service._grammars, "constraint", lambda _: pytest.fail("the grammar was compiled"))
+    with pytest.raises(NoRoomError):
+        service.generate(Request.parse(prompt=FRANCE, max_tokens=8192, regex="yes|no"))
+
+
 def test_cancelling_ends_iteration_with_an_error(service: Service) -> None:
     generation = service.generate(Request.parse(prompt="Count.", min_tokens=2000, max_tokens=2000))
     next(generation)
@@ -302,6 +310,29 @@ def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:
     stream.put(Delivery([], "length"))
     generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
     assert "".join(generation) == text
+
+
+@pytest.mark.parametrize(("finish", "end"), [("length", ""), ("stop", "\N{REPLACEMENT CHARACTER}")])
+def test_a_character_that_the_length_cut_is_left_out(
+    demo_folder: Path, finish: Literal["stop", "length"], end: str
+) -> None:
+    tokenizer = Tokenizer.from_folder(demo_folder, 49152)
+    stream = TokenStream(lambda: None)
+    stream.put(Delivery([*tokenizer.encode(" a fox 🦊")[:-1], *([2] if finish == "stop" else [])], finish))
+    generation = Generation(stream, IncrementalDecoder(tokenizer), Request.parse(prompt="x"), 1, seed=0)
+    assert "".join(generation) == "a fox " + end
+    assert generation.result is not None and generation.result.text == "a fox " + end
+
+
+def test_a_stop_sequence_ends_the_computing_before_the_last_chunk_is_read(demo_folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(demo_folder, 49152)
+    cancelled: list[bool] = []
+    stream = TokenStream(lambda: cancelled.append(True))
+    stream.put(Delivery(tokenizer.encode(" one two three")))
+    request = Request.parse(prompt="x", stop_sequences=["three"])
+    generation = Generation(stream, IncrementalDecoder(tokenizer), request, 1, seed=0)
+    assert next(generation) == "one two "
+    assert cancelled
 
 
 def test_a_model_of_another_chat_format_is_refused_before_its_weights_are_read(
