@@ -1,7 +1,9 @@
-"""A terminal's face: one answer, or a small chat, streamed from the server.
+"""A terminal's face: one answer, or a small chat, streamed from the server. Its output is the text; the rest is said
+on standard error.
 
 python -m starling.terminal --url http://127.0.0.1:5000 "What is the capital of France?"
 python -m starling.terminal --weights weights/demo          # starts a server for itself; no prompt: a chat
+python -m starling.terminal --weights weights/demo < FILE   # the file is the prompt
 """
 
 import argparse
@@ -15,16 +17,18 @@ from pathlib import Path
 from types import FrameType
 
 from starling.client import Answer, AnswerError, Client
-from starling.errors import StarlingError
+from starling.errors import NoRoomError, StarlingError
 from starling.local_server import LocalServer
+from starling.request import Request
 from starling.settings import Settings
 from starling.weights import locate_weights
 
+Turn = dict[str, str]
 HINT = "Ctrl-C stops an answer; Ctrl-C or Ctrl-D at the prompt leaves."
 
 
 def show(client: Client, **inputs: object) -> str:
-    """Stream one answer to the terminal, then its metrics. Ctrl-C cancels it. Returns the text that was made."""
+    """Stream one answer to the output, then tell its metrics. Ctrl-C cancels it. Returns the text that was made."""
     said: list[str] = []
     try:
         with client.stream(**inputs) as answer:
@@ -32,9 +36,11 @@ def show(client: Client, **inputs: object) -> str:
                 said.append(chunk)
                 print(chunk, end="", flush=True)
             stopped = answer.status == "canceled"  # by someone else; such an answer has no metrics
-            print(f"\n\n{'[stopped]' if stopped else summary(answer)}", flush=True)
+            end = "[stopped]" if stopped else summary(answer)
     except KeyboardInterrupt:
-        print("\n\n[stopped]", flush=True)
+        end = "[stopped]"
+    print(flush=True)
+    print(f"\n{end}", file=sys.stderr, flush=True)
     return "".join(said)
 
 
@@ -52,7 +58,7 @@ def summary(answer: Answer) -> str:
 def chat(client: Client, **inputs: object) -> None:
     """Turn after turn, until the input ends."""
     print(HINT)
-    messages: list[dict[str, str]] = []
+    messages: list[Turn] = []
     while True:
         try:
             prompt = input("\nYou: ").strip()
@@ -63,11 +69,23 @@ def chat(client: Client, **inputs: object) -> None:
             continue
         print("Starling: ", end="", flush=True)
         try:
-            text = show(client, prompt=prompt, messages=messages, **inputs)
+            messages = take_turn(client, messages, prompt, **inputs)
         except AnswerError as error:
             print(f"\n[{error}]")
-            continue
-        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+
+
+def take_turn(client: Client, messages: list[Turn], prompt: str, **inputs: object) -> list[Turn]:
+    """Show the answer to a chat's next prompt. Returns the turns to go on with; without an answer, those before it."""
+    try:
+        text = show(client, prompt=prompt, messages=messages, **inputs)
+    except AnswerError as error:
+        if not messages or NoRoomError.__name__ not in str(error):
+            raise
+        print("[the chat has grown too long: its older half is left out]")
+        # Half, since what is left is computed again: turn by turn that would be so at each prompt from here on.
+        return take_turn(client, messages[max(2, len(messages) // 4 * 2) :], prompt, **inputs)
+    turn = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+    return messages + turn if text else messages
 
 
 def start(server: LocalServer) -> None:
@@ -88,9 +106,14 @@ def leave(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def discard_output() -> None:
+    """What is still to be written would fail at exit once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m starling.terminal", description="Ask the model, or chat with it.")
-    parser.add_argument("prompt", nargs="?", help="without one: a chat")
+    parser.add_argument("prompt", nargs="*", help="in quotes; without one: a chat, or what is piped in")
     parser.add_argument("--code", action="store_true", help="use the model's condition for programming")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the server's)")
     where = parser.add_mutually_exclusive_group(required=True)
@@ -100,16 +123,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--engine", choices=("engine", "reference"), help="with --weights; default: STARLING_ENGINE")
     options = parser.parse_args(arguments)
+    if options.engine and options.url:
+        parser.error("--engine goes with --weights: a running server has its engine already")
+    if len(options.prompt) > 1:
+        parser.error("the prompt is one argument: put it in quotes")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the terminal cannot show, or a byte that is none
-    if options.engine and options.url:
-        parser.error("--engine goes with --weights: a running server has its engine already")
+    prompt: str | None = options.prompt[0] if options.prompt else None
     inputs: dict[str, object] = {"mode": "code" if options.code else "chat"}
     if options.temperature is not None:
         inputs["temperature"] = options.temperature
     with contextlib.ExitStack() as cleanup:
         try:
+            if prompt is None and not sys.stdin.isatty():
+                prompt = sys.stdin.read().strip()
+            Request.parse(prompt="Hello" if prompt is None else prompt, **inputs)  # before a server is started for it
             url = options.url
             if url is None:
                 environ = {"STARLING_WEIGHTS": str(options.weights.resolve())}
@@ -123,12 +157,19 @@ def main(arguments: list[str] | None = None) -> int:
                 url = server.url
             client = Client(url)
             cleanup.callback(client.close)
-            if options.prompt is None:
+            if prompt is None:
                 with contextlib.suppress(ImportError):
                     import readline  # noqa: F401 - input() then edits and recalls lines
                 chat(client, **inputs)
             else:
-                show(client, prompt=options.prompt, **inputs)
+                show(client, prompt=prompt, **inputs)
+        except BrokenPipeError:  # who reads the output has seen enough
+            discard_output()
+            return 128 + signal.SIGPIPE
+        except OSError as error:  # the disk that it goes to is full, say
+            discard_output()
+            print(f"\n{error}", file=sys.stderr)
+            return 1
         except StarlingError as error:
             print(f"\n{error}", file=sys.stderr)
             return 1

@@ -4,6 +4,7 @@ What happened is written to $ECHO_FOLDER/journal. Words that act:
     gate:NAME   waits until the file NAME is in $ECHO_FOLDER
     fail:KIND   raises: request, engine or surprise
     turns:      says how many messages came before the prompt, and the mode
+    room:N      raises where more than N messages came before the prompt
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import predict
-from starling.errors import EngineError, GenerationCancelled, RequestError
+from starling.errors import EngineError, GenerationCancelled, NoRoomError, RequestError
 from starling.request import Request
 from starling.settings import Settings
 
@@ -62,6 +63,9 @@ class EchoGeneration:
                         raise GenerationCancelled("cancelled")
             elif kind == "fail":
                 raise FAILURES[name]
+            elif kind == "room":
+                if len(self._request.messages) > int(name):
+                    raise NoRoomError("it is too long")
             else:
                 self._said += 1
                 self._note("said")

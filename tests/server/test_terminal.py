@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -20,17 +21,19 @@ from tests.waiting import HANG_S, wait_for
 
 
 class Terminal:
-    """`python -m starling.terminal` beside the echo server."""
+    """`python -m starling.terminal` beside the echo server, at a keyboard."""
 
     def __init__(self, echo: Echo, *arguments: str, **environ: str) -> None:
+        self._keyboard, stdin = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "starling.terminal", "--url", echo.server.url, *arguments],
             cwd=ROOT,
             env={**os.environ, **environ},
-            stdin=subprocess.PIPE,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        os.close(stdin)
 
     @property
     def screen(self) -> IO[bytes]:
@@ -38,9 +41,7 @@ class Terminal:
         return self.process.stdout
 
     def type(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line.encode() + b"\n")
-        self.process.stdin.flush()
+        os.write(self._keyboard, line.encode() + b"\n")
 
     def read_until(self, text: str) -> str:
         seen = b""
@@ -55,6 +56,21 @@ class Terminal:
         wait_for(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_SLEEPING)
         self.process.send_signal(signal.SIGINT)
 
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        os.close(self._keyboard)
+
+
+def piped(
+    *arguments: str, stdin: str = "", stdout: int | IO[str] = subprocess.PIPE
+) -> "subprocess.CompletedProcess[str]":
+    """The same without a keyboard."""
+    command = [sys.executable, "-m", "starling.terminal", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, input=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=HANG_S, check=False
+    )
+
 
 @pytest.fixture
 def terminals() -> Iterator[list[Terminal]]:
@@ -62,8 +78,7 @@ def terminals() -> Iterator[list[Terminal]]:
     terminals: list[Terminal] = []
     yield terminals
     for terminal in terminals:
-        terminal.process.kill()
-        terminal.process.communicate()
+        terminal.close()
 
 
 def test_one_answer_is_shown_as_it_is_made(echo: Echo, terminals: list[Terminal]) -> None:
@@ -78,11 +93,29 @@ def test_one_answer_is_shown_as_it_is_made(echo: Echo, terminals: list[Terminal]
     assert terminal.process.wait(HANG_S) == 0
 
 
-def test_a_refused_request_is_told(echo: Echo, terminals: list[Terminal]) -> None:
-    terminal = Terminal(echo, "")
-    terminals.append(terminal)
-    assert "neither prompt nor messages is given" in terminal.screen.read().decode()
-    assert terminal.process.wait(HANG_S) == 1
+def test_what_is_piped_in_is_one_prompt_and_the_answer_alone_is_the_output(echo: Echo) -> None:
+    done = piped("--url", echo.server.url, stdin="one\ntwo\n")
+    assert (done.returncode, done.stdout) == (0, "one two \n")
+    assert done.stderr.startswith("\n[2 tokens at 10.0/s")
+
+
+def test_a_blank_prompt_and_one_without_quotes_are_told(echo: Echo) -> None:
+    for done in (piped("--url", echo.server.url, " "), piped("--url", echo.server.url, stdin="\n")):
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "neither prompt nor messages is given" in done.stderr
+    done = piped("--url", echo.server.url, "one", "two")
+    assert done.returncode == 2
+    assert "put it in quotes" in done.stderr
+
+
+def test_an_output_that_takes_no_more_ends_it_without_a_traceback(echo: Echo) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed, Path("/dev/full").open("w") as full:
+        done = piped("--url", echo.server.url, "one two", stdout=closed)
+        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+        done = piped("--url", echo.server.url, "one two", stdout=full)
+        assert (done.returncode, done.stderr) == (1, "\n[Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize(
@@ -94,10 +127,11 @@ def test_a_refused_request_is_told(echo: Echo, terminals: list[Terminal]) -> Non
         ),
         (("--url", "localhost:5000"), "Request URL has an unsupported protocol"),
         (("--url", "http://localhost:port"), "'http://localhost:port' is no address (Invalid port: 'port')"),
-        (("--url", "http://127.0.0.1:1", "--temperature", "nan"), "numbers finite"),
         (("--weights", "/absent"), "STARLING_WEIGHTS names '/absent', which is no folder."),
+        (("--weights", "/absent", "--temperature", "nan"), "temperature is nan: Input should be a finite number"),
+        (("--weights", "/absent", "--temperature", "9"), "temperature is 9.0: Input should be less than or equal to 5"),
     ],
-    ids=["nobody listens", "no http://", "no port", "no number", "no weights"],
+    ids=["nobody listens", "no http://", "no port", "no weights", "no number", "too hot"],
 )
 def test_what_cannot_begin_is_told_in_one_line(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
@@ -143,10 +177,11 @@ def test_a_server_that_dies_ends_the_answer(own_echo: Echo, terminals: list[Term
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_its_own_server_ends_with_it(tiny_folder: Path, number: signal.Signals) -> None:
+    keyboard, stdin = pty.openpty()
     terminal = subprocess.Popen(
         [sys.executable, "-m", "starling.terminal", "--weights", tiny_folder],
         cwd=ROOT,
-        stdin=subprocess.PIPE,
+        stdin=stdin,
         stdout=subprocess.PIPE,
     )
     server: list[psutil.Process] = []
@@ -162,6 +197,8 @@ def test_its_own_server_ends_with_it(tiny_folder: Path, number: signal.Signals) 
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         terminal.communicate()
+        os.close(keyboard)
+        os.close(stdin)
 
 
 def test_a_chat_and_both_uses_of_ctrl_c(echo: Echo, terminals: list[Terminal]) -> None:
@@ -178,8 +215,17 @@ def test_a_chat_and_both_uses_of_ctrl_c(echo: Echo, terminals: list[Terminal]) -
     assert "[stopped]" in terminal.read_until("You: ")
     wait_for(lambda: ("cancelled", 1) in echo.journal(name))
 
+    silent = f"gate:{echo.name()}"
+    terminal.type(silent)
+    wait_for(lambda: ("start", 0) in echo.journal(silent))
+    terminal.interrupt()
+    assert "[stopped]" in terminal.read_until("You: ")
+
     terminal.type("a fail:engine")
     assert "out of luck" in terminal.read_until("You: ")
+
+    terminal.type("turns:")
+    assert "Starling: 4 chat " in terminal.read_until("You: "), "those without an answer are not kept"
 
     terminal.interrupt()
     assert terminal.process.wait(HANG_S) == 0
@@ -193,3 +239,20 @@ def test_earlier_turns_are_sent_along(echo: Echo, terminals: list[Terminal]) -> 
         terminal.read_until("You: ")
         terminal.type("turns:")
         assert f"Starling: {turns} code " in terminal.read_until("]")
+
+
+def test_a_chat_too_long_for_the_context_goes_on_without_its_older_half(echo: Echo, terminals: list[Terminal]) -> None:
+    terminal = Terminal(echo)
+    terminals.append(terminal)
+    for turns in range(6):
+        terminal.read_until("You: ")
+        terminal.type("turns:")
+        assert f"Starling: {2 * turns} chat " in terminal.read_until("]")
+    terminal.read_until("You: ")
+    terminal.type("room:4 turns:")
+    said = terminal.read_until("You: ")
+    assert said.count("its older half is left out") == 2 and "\n4 chat " in said
+    terminal.type("room:-1 turns:")
+    assert "NoRoomError: it is too long]" in terminal.read_until("You: ")
+    terminal.type("turns:")
+    assert "Starling: 6 chat " in terminal.read_until("]"), "nothing is forgotten for a prompt that never fits"
