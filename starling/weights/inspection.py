@@ -1,6 +1,6 @@
 """Is a folder what the lock says? Sizes first, then digests; every fault is reported."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -58,18 +58,23 @@ def inspect(folder: Path, lock: Lock) -> list[FileReport]:
 def verify(folder: Path, lock: Lock, *, afresh: bool = False, first_use: bool = True) -> list[FileReport]:
     """Hash what the ledger does not remember, or everything when `afresh`, and record what is right.
 
-    A digest that neither the lock nor the ledger knows is recorded and from then on expected; with `first_use` False
-    such a file stays UNCHECKED.
+    A digest that neither the lock nor the ledger knows is recorded and from then on expected. Such a file stays
+    UNCHECKED where another is wrong, since this may be another model's folder, and with `first_use` False.
     """
     known = Ledger.read(folder)
     files = {file.name: file for file in lock.files}
-    reports = []
-    for report in inspect(folder, lock):
-        checkable = first_use or (report.name in files and known.expected(lock, files[report.name]) is not None)
-        if checkable and (report.state is State.UNCHECKED or (afresh and report.state is State.VERIFIED)):
-            report = _hash_file(folder, lock, files[report.name])  # noqa: PLW2901
-        reports.append(report)
-    return reports
+    unknown = {name for name, file in files.items() if known.expected(lock, file) is None}
+    due = {State.UNCHECKED, State.VERIFIED} if afresh else {State.UNCHECKED}
+    reports = inspect(folder, lock)
+
+    def hashed(names: Set[str]) -> list[FileReport]:
+        return [
+            _hash_file(folder, lock, files[report.name]) if report.name in names and report.state in due else report
+            for report in reports
+        ]
+
+    reports = hashed(files.keys() - unknown)
+    return hashed(unknown) if first_use and not faults(reports) else reports
 
 
 def faults(reports: Sequence[FileReport]) -> list[str]:

@@ -42,6 +42,16 @@ def test_status_pull_verify_damage_repair(lock_path, hub, folder, files, capsys)
     assert_whole(folder, files)
 
 
+def test_nothing_of_another_model_is_trusted(lock_path, folder, files, capsys):
+    folder.mkdir()
+    for name, body in files.items():
+        (folder / name).write_bytes(bytes(len(body)))
+    assert weights("verify", "--lock", lock_path) == 1
+    out = capsys.readouterr().out
+    assert "tokenizer.json: not hashed yet" in out and "weights pin" not in out
+    assert not (folder / ".verified.json").exists()
+
+
 def test_pin_fills_in_what_is_unknown_and_nothing_else(lock_path, hub, files, capsys):
     weights("pull", "--lock", lock_path, "--from", hub.url)
     assert "weights pin" in capsys.readouterr().out
