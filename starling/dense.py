@@ -5,7 +5,6 @@ linears are dequantized when asked for. What stands on this is a second opinion:
 serving path, and no arithmetic but `AwqWeight.dequantize`.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from starling.errors import CheckpointError
 from starling.model.awq import AwqWeight
 from starling.model.checkpoint import FREQUENCIES
-from starling.model.config import ARCHITECTURES
+from starling.model.config import ARCHITECTURES, read_config
 
 _AWQ_PARTS = (".qweight", ".qzeros", ".scales")
 
@@ -32,7 +31,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         """Raises CheckpointError when `folder` is no Mistral or Llama checkpoint."""
         self.folder = folder
         self.dtype = dtype
-        self.raw_config = _read_json(folder / "config.json")
+        self.raw_config = read_config(folder)
         self.quantized = "quantization_config" in self.raw_config
         self.architecture, self.config = _model_config(folder, self.raw_config)
         self._files = _open_all(folder)
@@ -118,16 +117,6 @@ def _dense_name(name: str) -> str:
         if name.endswith(part):
             return name.removesuffix(part) + ".weight"
     return name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds a {type(raw).__name__}, not an object.")
-    return raw
 
 
 def _model_config(folder: Path, raw: dict[str, Any]) -> tuple[str, PretrainedConfig]:

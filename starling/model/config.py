@@ -50,16 +50,7 @@ class ModelConfig(BaseModel):
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
         """Read `folder`/config.json. Raises CheckpointError when it is missing, damaged or not implemented."""
-        path = folder / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing: a checkpoint folder needs config.json.") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path} holds a {type(raw).__name__}, not an object.")
-        return cls.from_dict(raw, source=str(path))
+        return cls.from_dict(read_config(folder), source=str(folder / "config.json"))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
@@ -141,6 +132,20 @@ class ModelConfig(BaseModel):
             if not 0 <= token < self.vocab_size:
                 faults.append(f"token id {token} lies outside the embedding table of {self.vocab_size} rows")
         return faults
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`folder`/config.json as parsed. Raises CheckpointError when it is missing or no object."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: a checkpoint folder needs config.json.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds a {type(raw).__name__}, not an object.")
+    return raw
 
 
 def _group_size(quantization: Any) -> tuple[int | None, list[str]]:

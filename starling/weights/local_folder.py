@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from starling.errors import WeightsError
 from starling.weights.digest import CHUNK_BYTES
 from starling.weights.source import FileFaultError, Offer
 
@@ -14,12 +13,6 @@ class LocalFolder:
     """Files that lie directly in `folder` (links are followed, so a snapshot of the hub's cache will do)."""
 
     folder: Path
-
-    def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise WeightsError(
-                f"{str(self.folder)!r} is no source of weights: it is neither a folder nor an http(s) URL."
-            )
 
     def offer(self, name: str) -> Offer:
         try:
