@@ -1,5 +1,10 @@
 """The tree of errors. A message says the value, the rule and the remedy; it never quotes a prompt."""
 
+# What mends an ImportError of what serves nobody: the reference engine, quantizing, perplexity.
+INSTALL_REFERENCE = (
+    "Run: .venv/bin/pip install setuptools && .venv/bin/pip install --no-build-isolation -r requirements-reference.txt"
+)
+
 
 class StarlingError(Exception):
     """Anything this package raises on purpose."""

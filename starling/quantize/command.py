@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from starling.errors import StarlingError
+from starling.errors import INSTALL_REFERENCE, StarlingError
 from starling.model.config import GROUP_SIZES
 from starling.quantize.calibration import BUILT_IN
 
@@ -37,10 +37,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from starling.quantize.layerwise import quantize  # transformers and AutoAWQ: seconds to import
     except ImportError as error:
-        print(
-            f"{error.name} is not installed. Run: pip install --no-build-isolation -r requirements-reference.txt",
-            file=sys.stderr,
-        )
+        print(f"{error.name} is not installed. {INSTALL_REFERENCE}", file=sys.stderr)
         return 1
     try:
         text = args.calibration.read_text(encoding="utf-8")
