@@ -1,6 +1,8 @@
 """Figures on quality, against the same sums made by hand; and answers in the form that MT-bench's judge reads."""
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,16 @@ def test_the_command_prints_them(folders: list[Path], tmp_path: Path, capsys: py
     assert "text is empty" in capsys.readouterr().err
 
 
-def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(demo_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def usual_log() -> Iterator[None]:
+    """The command quiets the service for its process, which is the tests' here."""
+    yield
+    logging.getLogger("starling.service").setLevel(logging.NOTSET)
+
+
+def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(
+    demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     questions, out = tmp_path / "question.jsonl", tmp_path / "answers.jsonl"
     asked = [
         {"question_id": 81, "category": "math", "turns": ["What is the capital of France?", "And of Italy?"]},
@@ -84,7 +95,9 @@ def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(demo_folder: Pa
     command = ["evaluate", "answers", str(demo_folder), str(questions), str(out), "--max-tokens", "16"]
     assert main(command) == 0
     first = out.read_text()
+    capsys.readouterr()
     assert main(command) == 0
+    assert capsys.readouterr().out == f"{out} answers every question already.\n"
     assert out.read_text() == first
     answers = [json.loads(line) for line in first.splitlines()]
     assert [answer["question_id"] for answer in answers] == [81, 82]
@@ -92,6 +105,7 @@ def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(demo_folder: Pa
         assert set(answer) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
         (choice,) = answer["choices"]
         assert choice["index"] == 0 and len(choice["turns"]) == len(question["turns"])  # type: ignore[arg-type]
+    assert answers[0]["model_id"] == demo_folder.name
     assert answers[0]["choices"][0]["turns"][0] == "The capital of France is Paris."
 
 
@@ -100,6 +114,7 @@ def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(demo_folder: Pa
     [
         ("{}\n", "answers.jsonl", "line 1: not an object with a question_id"),
         ('{"question_id": 83, "turns": "What?"}\n', "answers.jsonl", "question 83 has no list of texts"),
+        ('{"question_id": 83, "turns": ["What?"]}\n', "question.jsonl", "holds the questions: name another"),
         ('{"question_id": 83, "turns": ["What?"]}\n', "absent/answers.jsonl", "cannot be written: No such file"),
     ],
 )

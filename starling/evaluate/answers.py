@@ -31,6 +31,8 @@ def unanswered(questions: Path, out: Path) -> list[dict[str, Any]]:
 
     So an interrupted run goes on. Raises StarlingError.
     """
+    if out.exists() and out.samefile(questions):
+        raise StarlingError(f"{out} holds the questions: name another file for the answers.")
     wanted = read_lines(questions)
     for question in wanted:
         turns = question.get("turns")

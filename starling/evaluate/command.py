@@ -1,15 +1,15 @@
 """`python -m starling evaluate text|answers`. What they run is imported when they run: transformers takes seconds."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from starling.errors import StarlingError
+from starling.errors import INSTALL_REFERENCE, StarlingError
 
-INSTALL = "Run: pip install --no-build-isolation -r requirements-reference.txt"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -28,7 +28,7 @@ def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.Argume
     answers.add_argument("questions", type=Path, metavar="QUESTIONS", help="MT-bench's question.jsonl, or its like")
     answers.add_argument("out", type=Path, metavar="OUT", help="answers are appended; those already there are kept")
     answers.add_argument("--engine", choices=("engine", "reference"), help="default: as STARLING_ENGINE says")
-    answers.add_argument("--model-id", default="starling-lm-7b-alpha-awq", help="default: %(default)s")
+    answers.add_argument("--model-id", help="what the judge calls the model (default: the name of WEIGHTS)")
     answers.add_argument("--max-tokens", type=int, default=1024, help="per answer (default: %(default)s)")
     answers.set_defaults(run=_guarded(_evaluate_answers))
 
@@ -58,8 +58,13 @@ def _evaluate_answers(args: argparse.Namespace) -> int:
     settings = Settings.from_env(os.environ)
     settings = settings.model_copy(update={"engine": args.engine} if args.engine else {})
     questions = unanswered(args.questions, args.out)  # files first: to load the model takes longer
+    if not questions:
+        print(f"{args.out} answers every question already.")
+        return 0
+    model_id = args.model_id or args.weights.resolve().name
+    logging.getLogger("starling.service").setLevel(logging.WARNING)  # its lines for operators would cut the bar up
     with appending(args.out) as out, closing(Service.from_folder(args.weights, settings)) as service:
-        answer_questions(service, args.model_id, questions, out, args.max_tokens)
+        answer_questions(service, model_id, questions, out, args.max_tokens)
     print(f"{len(questions)} questions answered, in {args.out}")
     return 0
 
@@ -71,7 +76,7 @@ def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
         try:
             return command(args)
         except ImportError as error:
-            print(f"{error.name} is not installed. {INSTALL}", file=sys.stderr)
+            print(f"{error.name} is not installed. {INSTALL_REFERENCE}", file=sys.stderr)
         except StarlingError as error:
             print(error, file=sys.stderr)
         except KeyboardInterrupt:
