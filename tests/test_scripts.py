@@ -76,8 +76,9 @@ def test_what_is_asked_is_installed_and_compiled_once(checkout: Path, what: str,
     said = (checkout / "said").read_text()
     assert re.findall(r"-r requirements-(.*)\.txt", said) == files.split()
     assert said.count("import") == 1 + 1, "Python's version is asked for, then kernels are compiled"
-    again = run(checkout, ["install", what], {})
-    assert again.stderr == "" and (checkout / "said").read_text() == said
+    for held in (what, "serve"):
+        again = run(checkout, ["install", held], {})
+        assert again.stderr == "" and (checkout / "said").read_text() == said
 
 
 # A compiler that looks for what it is to read, and makes programs that say what they are told.
