@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from bench.command import checkpoint, count, told
 from starling.model.ops.cpu.cores import usable_cores
 from starling.request import Request
 from starling.service import Service
@@ -67,7 +68,9 @@ def compare(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     for turn in range(rounds):
         for engine in ENGINES:
             command = [sys.executable, "-m", "bench.compare", "--weights", str(folder), "--only", engine]
-            done = subprocess.run([*command, "--seed", str(turn)], stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run([*command, "--seed", str(turn)], stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.returncode)  # its message stands above
             found[engine].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {turn + 1} of {rounds}: {engine} done", file=sys.stderr)
     return {
@@ -86,10 +89,11 @@ def report(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+@told
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", type=Path, required=True, help="an AWQ checkpoint folder")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--weights", type=checkpoint, required=True, help="an AWQ checkpoint folder")
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--only", choices=ENGINES, help="one engine's figures as JSON, in this process")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()

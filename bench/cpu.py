@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from bench import full_size, full_size_gguf
+from bench.command import count, program, told
 from bench.peer import Peer
 from starling.model.batch import Batch
 from starling.model.huge_pages import wait_for_moves
@@ -207,16 +208,17 @@ def say(*lines: str) -> None:
     print("\n".join(lines), flush=True)
 
 
+@told
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--folder", type=Path, default=full_size.DEFAULT)
     parser.add_argument("--isa", default="auto")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=count)
     parser.add_argument("--precision", default="auto", choices=("auto", "int8", "int16", "float32"))
-    parser.add_argument("--steps", type=int, default=4, help="decode steps in each of three rounds")
+    parser.add_argument("--steps", type=count, default=4, help="decode steps in each of three rounds")
     parser.add_argument("--quick", action="store_true", help="short contexts and prompts only")
-    parser.add_argument("--peers-python", type=Path, help="a Python with the peers installed; without it, no peers")
+    parser.add_argument("--peers-python", type=program, help="a Python with the peers installed; without it, no peers")
     parser.add_argument("--skip-onnx", action="store_true", help="onnxruntime-genai's conversion takes minutes")
     options = parser.parse_args()
 

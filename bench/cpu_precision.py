@@ -13,6 +13,7 @@ from pydoc_data.topics import topics
 
 import torch
 
+from bench.command import checkpoint, count, told
 from bench.cpu import BLOCK, batch_of
 from starling.model.config import ModelConfig
 from starling.model.mistral import Mistral
@@ -50,15 +51,17 @@ def log_probabilities(weights: Path, case: Case, ids: torch.Tensor) -> torch.Ten
     return torch.cat(logits).log_softmax(dim=-1)
 
 
+@told
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu_precision")
-    parser.add_argument("--weights", type=Path, default=Path("weights/demo"))
-    parser.add_argument("--windows", type=int, default=8, help=f"of {WINDOW} tokens (default: %(default)s)")
+    parser.add_argument("--weights", type=checkpoint, default="weights/demo")
+    parser.add_argument("--windows", type=count, default=8, help=f"of {WINDOW} tokens, at most (default: %(default)s)")
     options = parser.parse_args()
     tokenizer = Tokenizer.from_folder(options.weights, ModelConfig.from_folder(options.weights).vocab_size)
     encoded = tokenizer.encode("\n".join(topics[name] for name in TOPICS))
-    ids = torch.tensor(encoded[: options.windows * WINDOW]).view(options.windows, WINDOW)
+    windows = min(options.windows, len(encoded) // WINDOW)
+    ids = torch.tensor(encoded[: windows * WINDOW]).view(windows, WINDOW)
     wanted = log_probabilities(options.weights, REFERENCE, ids)
     print(f"{ids.numel()} tokens; the cache is fp16, the reference's float32.\n")
     print("| precision | mean KL, nats | largest KL | same likeliest token |\n|:--|--:|--:|--:|")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from bench.command import checkpoint, told
 from starling.engine.cache import BlockCache
 from starling.engine.inputs import StepInputs
 from starling.engine.scheduler import Limits, Scheduler, Work
@@ -138,9 +139,12 @@ def guessing(folder: Path) -> list[tuple[str, float, float]]:
     return found
 
 
+@told
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", type=Path, action="append", required=True, help="a checkpoint folder; repeatable")
+    parser.add_argument(
+        "--weights", type=checkpoint, action="append", required=True, help="a checkpoint folder; repeatable"
+    )
     options = parser.parse_args()
     print(f"{usable_cores()} cores · torch {torch.__version__}\n")
 

@@ -16,11 +16,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import httpx
 from httpx_sse import EventSource
 
+from bench.command import count
 from starling.client import LOOPBACK_WITHOUT_PROXY
 
 WORDS = [
@@ -185,13 +185,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__.split("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:5000")
     parser.add_argument("--remote", action="store_true", help="allow an address that is not this machine's")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--requests", type=count, default=1000)
+    parser.add_argument("--concurrency", type=count, default=32)
+    parser.add_argument("--max-tokens", type=count, default=64)
     parser.add_argument("--abuse", type=float, default=0.3, help="share of requests that are cancelled or left")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if urlsplit(options.url).hostname not in ("127.0.0.1", "localhost", "::1") and not options.remote:
+    try:
+        host = httpx.URL(options.url).host
+    except httpx.InvalidURL as error:
+        parser.error(f"{options.url} is no address: {error}")
+    if host not in ("127.0.0.1", "localhost", "::1") and not options.remote:
         parser.error(f"{options.url} is not this machine; add --remote if it is yours to load")
     begun_s = time.monotonic()
     tally = asyncio.run(

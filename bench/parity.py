@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from bench.command import checkpoint, count, told
 from starling.chat import END_OF_TURN, Chat
 from starling.engine.cache import BlockCache
 from starling.engine.engine import TokenStream
@@ -169,11 +170,12 @@ def report(found: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
+@told
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", type=Path, required=True, help="an AWQ checkpoint folder")
+    parser.add_argument("--weights", type=checkpoint, required=True, help="an AWQ checkpoint folder")
     parser.add_argument("--precision", choices=("auto", "int8", "int16", "float32"), default="auto", help="on a CPU")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=count, default=64)
     options = parser.parse_args()
     exact = options.precision == "float32"
     settings = Settings(cpu_precision=options.precision, kv_dtype="float32" if exact else "float16")

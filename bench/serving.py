@@ -12,9 +12,9 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
+from bench.command import checkpoint, told
 from starling.client import Client
 from starling.local_server import LocalServer
 from starling.request import Request
@@ -62,9 +62,10 @@ def measure(ask: Ask, concurrency: int, turn: int) -> tuple[float, float]:
     return concurrency * TOKENS / (time.perf_counter() - begun_s), statistics.median(first)
 
 
+@told
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", type=Path, required=True, help="a checkpoint folder")
+    parser.add_argument("--weights", type=checkpoint, required=True, help="a checkpoint folder")
     parser.add_argument("--engine", choices=("engine", "reference"), help="default: STARLING_ENGINE")
     options = parser.parse_args()
     environ = {"STARLING_WEIGHTS": str(options.weights.resolve()), "COG_MAX_CONCURRENCY": str(max(CONCURRENCIES))}

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.command import checkpoint, count, told
 from starling.weights import LOCK_PATH
 
 PARTS = {
@@ -108,10 +109,11 @@ def copy_of(weights: Path, folder: Path) -> Path:
     return copy
 
 
+@told
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.startup", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--weights", type=Path, default=LOCK_PATH.parent / "demo")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--weights", type=checkpoint, default=str(LOCK_PATH.parent / "demo"))
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--alone", action="store_true", help="the service without Cog's server")
     parser.add_argument("--engine", choices=("engine", "reference"), help="default: STARLING_ENGINE")
     options = parser.parse_args()

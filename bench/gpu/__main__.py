@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from bench import full_size
+from bench.command import told
 from bench.gpu import models, sections
 from bench.gpu.peers import PEERS
-from starling.errors import DeviceError
 from starling.model.ops.cuda import CudaOps
 from starling.model.ops.cuda.driver import can_overlap
 
 
+@told
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, default=full_size.DEFAULT, help="where the weights are, or are made")
@@ -32,11 +33,8 @@ def main() -> None:
     if options.model:
         sections.say(models.report(options.model, options.folder))
         return
-    try:
-        ops = CudaOps.on_gpu()
-        apart = CudaOps.on_gpu(overlap=False) if can_overlap(ops.device) else None
-    except DeviceError as error:
-        raise SystemExit(str(error)) from error
+    ops = CudaOps.on_gpu()
+    apart = CudaOps.on_gpu(overlap=False) if can_overlap(ops.device) else None
     bench = sections.Bench(options.folder, ops, apart, options.quick)
     if options.peer:
         with torch.inference_mode():

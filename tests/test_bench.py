@@ -1,0 +1,33 @@
+"""A benchmark's command line tells in a line what is wrong with it, before it makes or loads anything."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("engine --weights /absent", "'/absent' is no checkpoint's folder"),
+        ("startup --weights /absent", "'/absent' is no checkpoint's folder"),
+        ("compare --weights {folder} --rounds 0", "'0' is no number of 1 or more"),
+        ("load --concurrency 0", "'0' is no number of 1 or more"),
+        ("load --url http://127.0.0.1:port", "no address: Invalid port"),
+        ("cpu --folder {folder} --peers-python /absent", "'/absent' is no program"),
+        ("cpu --folder {folder} --isa foo", "Instruction set 'foo' is not to be had"),
+        ("engine --weights {folder}", "describes a model that is not implemented"),
+    ],
+)
+def test_what_is_wrong_is_told(tmp_path: Path, command: str, fault: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    name, *arguments = command.format(folder=tmp_path).split()
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.{name}", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert fault in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
