@@ -9,14 +9,13 @@ import hashlib
 import random
 import re
 import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
-from starling.model.ops.build_cache import locked, user_cache
+from starling.model.ops.build_cache import kept
 from starling.model.ops.cpu.compiler import find_compiler
 from starling.model.ops.cuda import CudaOps
 from starling.model.ops.cuda.driver import Arguments
@@ -143,17 +142,15 @@ def compiled(name: str, header: Path, text: str = "") -> Path:
     assert compiler is not None
     text = f'#include "{header}"\n{text}'
     digest = hashlib.sha256(repr((FLAGS, text)).encode() + header.read_bytes())
-    built = user_cache() / f"starling-emulated-{name}-{digest.hexdigest()[:20]}.so"
-    with locked(built.with_suffix(".lock")):
-        if not built.exists():
-            with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
-                wrapper = Path(scratch) / "wrapper.cpp"
-                wrapper.write_text(text)
-                command = [*compiler, *FLAGS, str(wrapper), "-o", f"{scratch}/built.so"]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                assert not done.returncode, done.stderr
-                Path(scratch, "built.so").replace(built)
-    return built
+
+    def build(path: Path) -> None:
+        wrapper = path.with_suffix(".cpp")
+        wrapper.write_text(text)
+        command = [*compiler, *FLAGS, str(wrapper), "-o", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stderr
+
+    return kept(f"starling-emulated-{name}-{digest.hexdigest()[:20]}.so", build)
 
 
 def emulated_ops(stream: EmulatedStream | None = None) -> CudaOps:

@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from starling.errors import DeviceError
-from starling.model.ops.build_cache import locked, user_cache
+from starling.model.ops.build_cache import kept
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +50,20 @@ def library_paths(*parts: str, cache: Path | None = None) -> list[Path]:
     """The compiled libraries of `parts`, built first, side by side, where the cache lacks them. Raises NoCompilerError.
 
     A part is "context", "isa", or an instruction set for its kernels. The cache's key covers the sources, the flags and
-    the architecture; not the compiler, which an image may drop after its build. Two processes that start together
-    compile once; a file appears by renaming, whole.
+    the architecture; not the compiler, which an image may drop after its build.
     """
+    key, suffix = _key(), ".dylib" if sys.platform == "darwin" else ".so"
+
+    def path(part: str) -> Path:
+        return kept(f"starling-cpu-{key}-{part}{suffix}", lambda path: _build(part, path), cache)
+
     try:
-        folder = cache or user_cache()
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            return list(pool.map(path, parts))
+    except NoCompilerError:
+        raise
     except DeviceError as error:
         raise NoCompilerError(str(error)) from error
-    key, suffix = _key(), ".dylib" if sys.platform == "darwin" else ".so"
-    paths = [folder / f"starling-cpu-{key}-{part}{suffix}" for part in parts]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        list(pool.map(_build, parts, paths))
-    return paths
 
 
 def compile_ahead(cache: Path | None = None) -> None:
@@ -100,17 +101,13 @@ def _instruction_sets() -> dict[str, tuple[str, ...]]:
 
 
 def _build(part: str, path: Path) -> None:
-    if path.exists():
-        return
     compiler = find_compiler()
     if compiler is None:
         raise NoCompilerError(
             "No C++ compiler (c++, g++, clang++ or the ziglang package) was found, so the CPU kernels cannot be built: "
             "install one, for instance `apt-get install g++` or `pip install ziglang`."
         )
-    with locked(path.with_name(f"{path.name}.lock")):
-        if not path.exists():
-            _compile(compiler, part, path)
+    _compile(compiler, part, path)
 
 
 def _compile(compiler: tuple[str, ...], part: str, path: Path) -> None:
@@ -118,11 +115,8 @@ def _compile(compiler: tuple[str, ...], part: str, path: Path) -> None:
     sources, flags = SOURCES.get(part, ("kernels.cpp",)), _instruction_sets().get(part, ())
     if "ziglang" in compiler:
         flags = tuple(ZIG_SPELLING.get(flag, flag) for flag in flags)
-    log.info("Compiling the CPU kernels (%s) with %s (once; kept in %s).", part, " ".join(compiler), path.parent)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
-        built = Path(scratch) / path.name
-        _run((*compiler, *FLAGS, *flags, "-shared", *(str(NATIVE / source) for source in sources), "-o", str(built)))
-        built.replace(path)
+    log.info("Compiling the CPU kernels (%s) with %s (once).", part, " ".join(compiler))
+    _run((*compiler, *FLAGS, *flags, "-shared", *(str(NATIVE / source) for source in sources), "-o", str(path)))
     log.info("Compiled the CPU kernels (%s) in %.1f s.", part, time.monotonic() - started)
 
 

@@ -4,6 +4,7 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from starling.model.ops.cpu.compiler import NoCompilerError, library_paths
 
@@ -72,12 +73,11 @@ def load(isa: str) -> tuple[ctypes.CDLL, int]:
 
     They are compiled first if need be. Raises NoCompilerError.
     """
-    context, kernels = map(str, library_paths("context", isa))
-    library = ctypes.CDLL(context)
+    library, kernels = map(_open, library_paths("context", isa))
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return library, ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(kernels), "starling_kernels"))
+    return library, ctypes.addressof(ctypes.c_char.in_dll(kernels, "starling_kernels"))
 
 
 def load_best(sets: Sequence[str]) -> tuple[str, ctypes.CDLL, int]:
@@ -94,9 +94,18 @@ def load_best(sets: Sequence[str]) -> tuple[str, ctypes.CDLL, int]:
 def usable_instruction_sets() -> tuple[str, ...]:
     """The names that CpuOps' `isa` accepts on this machine, best first. Raises NoCompilerError."""
     (path,) = library_paths("isa")
-    tell = ctypes.CDLL(str(path)).starling_usable_isa
+    tell = _open(path).starling_usable_isa
     tell.restype, tell.argtypes = ctypes.c_char_p, (INT32,)
     found: list[str] = []
     while (name := tell(len(found))) is not None:
         found.append(name.decode())
     return tuple(found)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # compiled, and kept where nothing may be run
+        raise NoCompilerError(
+            f"The CPU kernels cannot be loaded: {error}. Give this user a home that is not mounted noexec."
+        ) from error

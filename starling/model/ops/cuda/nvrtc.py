@@ -4,8 +4,6 @@ import ctypes
 import hashlib
 import importlib.util
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from starling.errors import DeviceError
-from starling.model.ops.build_cache import locked, user_cache
+from starling.model.ops.build_cache import kept
 from starling.model.ops.cpu.cores import usable_cores
 
 log = logging.getLogger(__name__)
@@ -33,16 +31,13 @@ def cubin(source: str, arch: int, cache: Path | None = None) -> bytes:
     For a GPU newer than the compiler knows it is PTX, which the driver finishes. Raises DeviceError, also where there
     is no NVRTC and nothing to compile: the cache's key names its version, and every torch for a GPU brings it.
     """
-    folder = cache or user_cache()
-    path = folder / f"starling-cuda-{source}-sm{arch}-{_key(source)}.cubin"
-    if not path.exists():
-        with locked(folder / f"{path.name}.lock"):
-            if not path.exists():
-                began_s = time.monotonic()
-                code, _ = compile_source(source, arch)
-                _write_whole(path, code)
-                log.info("Compiled %s.cu for sm_%d in %.1f s.", source, arch, time.monotonic() - began_s)
-    return path.read_bytes()
+
+    def build(path: Path) -> None:
+        began_s = time.monotonic()
+        path.write_bytes(compile_source(source, arch)[0])
+        log.info("Compiled %s.cu for sm_%d in %.1f s.", source, arch, time.monotonic() - began_s)
+
+    return kept(f"starling-cuda-{source}-sm{arch}-{_key(source)}.cubin", build, cache).read_bytes()
 
 
 def compile_ahead(archs: Iterable[int] = ARCHS, cache: Path | None = None) -> None:
@@ -135,10 +130,3 @@ def _key(source: str) -> str:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     digest.update(" ".join((*OPTIONS, version())).encode())
     return digest.hexdigest()[:20]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(name).replace(path)
