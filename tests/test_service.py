@@ -62,6 +62,26 @@ def test_the_readmes_examples_run(demo_folder: Path, service: Service) -> None:
     assert third.startswith("\n") and third.endswith("\n")
 
 
+LEAVES_IN_AN_ANSWER = """
+import os
+from starling.request import Request
+from starling.service import Service
+from starling.settings import Settings
+
+service = Service.load(Settings.from_env(os.environ))
+answers = [service.generate(Request.parse(prompt="Hello", min_tokens=2000, max_tokens=2000)) for _ in range(4)]
+for answer in answers:
+    next(answer)
+"""
+
+
+def test_a_process_that_leaves_in_an_answer_ends_in_order(demo_folder: Path) -> None:
+    environment = {"STARLING_WEIGHTS": str(demo_folder), "COG_MAX_CONCURRENCY": "4", "HOME": str(Path.home())}
+    command = [sys.executable, "-c", LEAVES_IN_AN_ANSWER]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_answer_and_its_metrics(service: Service) -> None:
     result = ask(service, prompt=FRANCE, seed=0)
     assert result.text == "The capital of France is Paris."

@@ -4,6 +4,7 @@ Where the device computes by itself, the loop works one step behind it: the next
 tokens of the one in flight are taken and delivered, so the device never waits for the host.
 """
 
+import atexit
 import itertools
 import logging
 import queue
@@ -131,6 +132,8 @@ class Engine:
         self._watch = StepWatch(hang_after_s)
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
+        # A thread that still computes when Python has ended takes the process with it: its memory is gone.
+        atexit.register(self.close)
 
     # -- from any thread -----------------------------------------------------------------------------------------
 
@@ -176,6 +179,7 @@ class Engine:
 
     def close(self) -> None:
         """End every request with EngineStoppedError and join the thread."""
+        atexit.unregister(self.close)
         self._put(_Command("stop"))
         self._thread.join(timeout=self._hang_after_s)
 

@@ -3,6 +3,8 @@
 import logging
 import multiprocessing
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -229,6 +231,28 @@ def test_torch_computes_with_as_many_threads_as_the_kernels() -> None:
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+TOO_MANY_THREADS = """
+import resource
+from starling.errors import DeviceError
+from starling.model.ops.cpu import CpuOps
+
+CpuOps(threads=1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+try:
+    CpuOps(threads=64)
+except DeviceError as error:
+    assert "64 threads could not be started" in str(error)
+else:
+    raise AssertionError("they had room")
+"""
+
+
+def test_threads_that_cannot_be_had_are_an_error() -> None:
+    done = subprocess.run([sys.executable, "-c", TOO_MANY_THREADS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_plain_torch_keeps_weights_at_four_bits() -> None:

@@ -100,7 +100,13 @@ class CpuOps:
         isa, self._lib, kernels = library.load_best(usable if isa == "auto" else (isa,))
         self.name = f"{isa} kernels with {self.threads} threads"
         self._context: int | None = self._lib.starling_open(self.threads, kernels)
+        if self._context is None:
+            raise DeviceError(
+                f"{self.threads} threads could not be started: this process may have no more, or no memory for them. "
+                "Lower STARLING_THREADS, or raise the limit on processes."
+            )
         self._close = weakref.finalize(self, self._lib.starling_close, self._context)
+        self._close.atexit = False  # a step may be running as Python ends, on a thread that does not end before it
         self._step_batch: Batch | None = None
         self._step_struct = library.Step()
         self._stack: LayerStack | None = None

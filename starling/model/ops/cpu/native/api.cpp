@@ -1,7 +1,16 @@
 // The C interface that library.py calls. Pointers are the caller's; nothing is kept beyond a call but the context.
+#include <system_error>
+
 #include "context.h"
 
-STARLING_API Context* starling_open(int threads, const Kernels* kernels) { return new Context(threads, kernels); }
+// Null where so many threads cannot be had.
+STARLING_API Context* starling_open(int threads, const Kernels* kernels) {
+  try {
+    return new Context(threads, kernels);
+  } catch (const std::system_error&) {
+    return nullptr;
+  }
+}
 
 STARLING_API void starling_close(Context* context) { delete context; }
 

@@ -54,8 +54,6 @@ class Context {
   void pack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, const Linear& out);
   void pack_half(const uint16_t* matrix, const Linear& out);
 
-  Pool& pool() { return pool_; }
-
  private:
   void pass(const Linear& w, const float* x, int64_t tokens, const uint8_t* prompt_tokens, Precision precision,
             float* y);

@@ -20,10 +20,17 @@ inline void wait_a_little(unsigned spins) {
 }  // namespace
 
 Pool::Pool(int threads) : threads_(threads), runs_(new Run[threads]) {
-  for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { serve(i); });
+  try {
+    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { serve(i); });
+  } catch (...) {
+    end();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { end(); }
+
+void Pool::end() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;

@@ -10,7 +10,7 @@
 
 class Pool {
  public:
-  explicit Pool(int threads);  // the caller is one of them
+  explicit Pool(int threads);  // the caller is one of them; throws std::system_error where they cannot be had
   ~Pool();
   int threads() const { return (int)threads_; }
 
@@ -29,6 +29,7 @@ class Pool {
   void start(uint32_t count, Call call, const void* work);
   void take_chunks(uint32_t job, int thread);
   void serve(int thread);
+  void end();
 
   // High half: the job's number; low half: the run's next chunk. A chunk is taken by a compare-and-swap of both, so a
   // thread that slept through a job's end cannot touch the next one by mistake.
