@@ -84,11 +84,11 @@ class Frame:
         host["logit_rows"][: len(inputs.logit_rows)] = inputs.logit_rows
         host["logit_rows"][len(inputs.logit_rows) :] = 0
 
-    def batch(self, prompt_tokens: torch.Tensor, sampled: torch.Tensor) -> Batch:
-        """On the device. `prompt_tokens` is bool [at least the frame's tokens], `sampled` as in Batch."""
+    def batch(self, prompt_tokens: torch.Tensor, sampled: torch.Tensor, decodes: bool) -> Batch:
+        """On the device. `prompt_tokens` is bool [at least the frame's tokens], the others as in Batch."""
         names = ("token_ids", "positions", "slots", "query_starts", "context_lens", "block_tables", "logit_rows")
         tensors = {name: self.device[name] for name in names}
-        return Batch(**tensors, prompt_tokens=prompt_tokens[: self.shape.tokens], sampled=sampled)
+        return Batch(**tensors, prompt_tokens=prompt_tokens[: self.shape.tokens], sampled=sampled, decodes=decodes)
 
     def _place(self, name: str, dtype: torch.dtype, *shape: int) -> None:
         self._parts[name] = (dtype, shape, self.size)

@@ -100,7 +100,7 @@ class GraphRunner:
             if decodes and decodes.graph:
                 decodes.graph.replay()
             else:
-                self._compute(frame, decodes.batch if decodes else self._batch(frame))
+                self._compute(frame, decodes.batch if decodes else self._batch(frame, decodes=False))
                 if decodes and not decodes.given_up:
                     self._try_to_capture(decodes)
             return self._receive(plan, len(inputs.logit_rows))
@@ -123,7 +123,7 @@ class GraphRunner:
         size = self._padded(len(plan))
         if size not in self._decodes:
             frame = Frame(Shape(size, size, self._books.tables.shape[1], size), self._inputs)
-            self._decodes[size] = Decodes(frame, self._batch(frame))
+            self._decodes[size] = Decodes(frame, self._batch(frame, decodes=True))
         return self._decodes[size]
 
     def _padded(self, works: int) -> int:
@@ -144,8 +144,8 @@ class GraphRunner:
         if used:
             self._mask_upload.send(self._turn, used * self._mask_bytes)
 
-    def _batch(self, frame: Frame) -> Batch:
-        return frame.batch(self._prompt_tokens, self._sampling.results[0])
+    def _batch(self, frame: Frame, decodes: bool) -> Batch:
+        return frame.batch(self._prompt_tokens, self._sampling.results[0], decodes)
 
     def _compute(self, frame: Frame, batch: Batch) -> None:
         """The part of a step that a graph holds: everything between the inputs' copy and the results'."""

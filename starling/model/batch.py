@@ -22,6 +22,7 @@ class Batch:
     prompt_tokens: torch.Tensor  # bool [tokens]: came with the request (False: generated, or a draft of it)
     logit_rows: torch.Tensor  # int64 [rows]: the tokens whose logits are wanted, ascending, each once
     sampled: torch.Tensor | None = None  # int [rows of the step before]: what it draws, perhaps not known yet
+    decodes: bool = False  # no request has more than one token
 
     def __post_init__(self) -> None:
         tokens, requests = self.token_ids.numel(), self.context_lens.numel()

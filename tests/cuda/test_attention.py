@@ -204,7 +204,8 @@ def check_invariance(
 
 
 def on(batch: Batch, device: str) -> Batch:
-    return Batch(**{name: None if tensor is None else tensor.to(device) for name, tensor in vars(batch).items()})
+    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **tensors)
 
 
 def test_padding_is_neither_read_nor_written(rng: random.Random, guards: None) -> None:
@@ -296,21 +297,24 @@ def test_the_plan_covers_each_row_once(rng: random.Random, guards: None, group: 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("shape", [(8, 2, 128), (9, 3, 64), (8, 1, 80)])
 def test_rotating_within_attention(rng: random.Random, guards: None, shape: Shape, window: int | None) -> None:
-    """A step of few tokens writes, and returns, what the two operations do, one after the other."""
+    """A step of few tokens, or of decodes, writes and returns what the two operations do, one after the other."""
     heads, kv_heads, dim = shape
     for _ in range(2):
-        block_size, blocks = rng.choice([16, 32, 5]), 200
+        block_size, blocks = rng.choice([16, 32, 5]), 1300
         spans = [
-            (rng.choice([rng.randint(0, 300), 120, 127]), count) for count in rng.choice([(1, 1, 5), (9,), (3, 1, 12)])
+            (rng.choice([rng.randint(0, 300), 120, 127]), count)
+            for count in rng.choice([(1, 1, 5), (9,), (3, 1, 12), (1,) * 20])
         ]
         pieces = mixed_pieces(rng, spans, block_size, blocks)
         batch = without_passed_blocks(step(pieces, block_size), window, block_size)
+        batch = replace(batch, decodes=all(count == 1 for _, count in spans))
         kernels = emulated(shape, ranges=rng.choice([1, 3, 40]))
         caches = [random_cache(pieces, blocks, kv_heads, block_size, dim, window=window)]
         caches.append((caches[0][0].clone(), caches[0][1].clone()))
         qkv = torch.randn(batch.positions.numel(), (heads + 2 * kv_heads) * dim).half()
         rotary = torch.randn(512, dim).clamp(-1, 1)
         plan = kernels.plan(batch, window)
+        assert plan.prompt_tiles is None
         q = kernels.rotate_and_cache(qkv, batch, rotary, *caches[0])
         wanted = kernels.attention(q, *caches[0], batch, plan)
         check(wanted, q, *caches[0], batch, window)

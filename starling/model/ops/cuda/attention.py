@@ -29,7 +29,7 @@ class AttentionPlan:
     blocks: int  # of each layer's launch
     counts: torch.Tensor  # int32 [2]
     tiles: torch.Tensor  # int32 [tiles, TILE_INTS]
-    prompt_tiles: torch.Tensor | None  # int32 [tiles, TILE_INTS]; None: too few tokens for a prompt
+    prompt_tiles: torch.Tensor | None  # int32 [tiles, TILE_INTS]; None: no request has tokens enough for a prompt
     ranges: torch.Tensor  # int32 [ranges, RANGE_INTS]
     counters: torch.Tensor  # int32 [tiles, kv_heads]: 0 between launches
 
@@ -79,7 +79,7 @@ class AttentionKernels:
         tokens, requests = batch.positions.numel(), batch.context_lens.numel()
         few, many = FEW_ROWS // self._group, MANY_ROWS // self._group
         tiles = min(tokens, requests * -(-FEW_TOKENS // few))
-        prompts = tokens // (FEW_TOKENS + 1)
+        prompts = 0 if batch.decodes else tokens // (FEW_TOKENS + 1)
         prompt_tiles = tokens // many + prompts if prompts else 0
         plan = AttentionPlan(
             window=NO_WINDOW if window is None else window,
