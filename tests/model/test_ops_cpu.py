@@ -233,6 +233,24 @@ def test_torch_computes_with_as_many_threads_as_the_kernels() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("isa", usable_instruction_sets())
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_value_that_is_no_number_spoils_its_own_row_and_all_of_it(
+    precision: str, isa: str, rng: random.Random
+) -> None:
+    ops = CpuOps(1, precision, isa=isa)  # type: ignore[arg-type]
+    weight = ops.pack_awq(random_awq(256, 64, 128))
+    for rows in (1, 3, 20):
+        x, prompt = torch.randn(rows, 256), torch.full((rows,), rows == 20)
+        wanted = ops.awq_linear(x, weight, prompt)
+        spoiled = rng.randrange(rows)
+        x[spoiled, rng.randrange(256)] = rng.choice([torch.nan, torch.inf, -torch.inf])
+        found = ops.awq_linear(x, weight, prompt)
+        assert not found[spoiled].isfinite().any()
+        found[spoiled] = wanted[spoiled]
+        assert torch.equal(found, wanted)
+
+
 TOO_MANY_THREADS = """
 import resource
 from starling.errors import DeviceError

@@ -29,10 +29,14 @@ void quantize_row(const Activations* a, int index, int row, int64_t first, int64
   float* scales = a->scales + tile.first * groups + first * tile.rows + row;
   const float limit = tile_limit(tile);
   for (int64_t g = first; g < last; g++, x += group, planes += stride * group, minus_sums += stride, scales += tile.rows) {
-    F top = f_abs(f_load(x));
-    for (int64_t k = 16; k < group; k += 16) top = f_max(top, f_abs(f_load(x + k)));
+    F top = f_zero(), probe = f_zero();  // of NaN a maximum may know nothing: x - x is NaN for it, else 0
+    for (int64_t k = 0; k < group; k += 16) {
+      const F each = f_load(x + k);
+      top = f_max(top, f_abs(each));
+      probe = f_add(probe, f_sub(each, each));
+    }
     const float largest = f_largest(top);
-    *scales = largest / limit;
+    *scales = largest / limit + f_sum(probe);
     const F inverse = f_set(largest > 1e-30f ? limit / largest : 0.0f);
     if (tile.planes == 1) {
       I sum = i_zero();
