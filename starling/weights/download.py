@@ -70,9 +70,10 @@ def open_source(where: str | None, lock: Lock, patience: Patience) -> Source:
 
     Raises WeightsError when it is neither, or when HF_HUB_OFFLINE forbids the network.
     """
-    if where is not None and not where.startswith(("http://", "https://")):
+    if where is not None and "://" not in where:
         if not Path(where).is_dir():
-            raise WeightsError(f"{where!r} is no source of weights: it is neither a folder nor an http(s) URL.")
+            shown = where.rpartition("@")[2]  # a password may stand before it, where the scheme was left out
+            raise WeightsError(f"{shown!r} is no source of weights: it is neither a folder nor an http(s) URL.")
         return LocalFolder(Path(where))
     from starling.weights.hub import Hub  # imports huggingface_hub: 0.3 s that a start with weights need not spend
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
-from urllib.parse import urlsplit
 
 import httpx2  # what huggingface_hub speaks HTTP with, and installs: its errors come through
 from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, is_offline_mode
@@ -22,6 +21,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 
 import starling
 from starling.errors import WeightsError
+from starling.weights.address import checked, without_secrets
 from starling.weights.source import FileFaultError, Offer, Patience, SourceLostError
 
 logger = logging.getLogger(__name__)
@@ -53,13 +53,14 @@ class Hub:
             )
         # Otherwise building the request's headers calls the public hub, even when a mirror is named.
         constants.HF_HUB_DISABLE_TELEMETRY = True
+        address = checked(endpoint or constants.ENDPOINT)
         self._repository = repository
         self._revision = revision
-        self._endpoint = endpoint.rstrip("/") if endpoint else None
+        self._endpoint = address if endpoint else None
         # The caller's token is for the hub (or HF_ENDPOINT); a mirror named to us only is not shown it.
         self._token = False if endpoint else None
         self._patience = patience
-        self.name = _without_secrets(self._endpoint or constants.ENDPOINT)
+        self.name = without_secrets(address)
 
     def offer(self, name: str) -> Offer:
         def ask() -> Offer:
@@ -124,9 +125,9 @@ class Hub:
         except httpx2.TimeoutException as error:
             raise _TryAgainError(f"nothing came for {self._patience.stall_s:g} s") from error
         except httpx2.TransportError as error:
-            raise _TryAgainError(_without_secrets(str(error)) or type(error).__name__) from error
+            raise _TryAgainError(without_secrets(str(error)) or type(error).__name__) from error
         except httpx2.HTTPError as error:
-            raise FileFaultError(f"{name}: {self.name}: {_without_secrets(str(error))}") from error
+            raise FileFaultError(f"{name}: {self.name}: {without_secrets(str(error))}") from error
 
     def _raise_for(self, name: str, response: httpx2.Response) -> NoReturn:
         status = response.status_code
@@ -203,13 +204,3 @@ def _empty(file: BinaryIO, advance: Callable[[int], None]) -> None:
     advance(-file.tell())
     file.seek(0)
     file.truncate()
-
-
-def _without_secrets(text: str) -> str:
-    """Addresses lose what may sign or open them: the user part and the query."""
-
-    def bare(match: re.Match[str]) -> str:
-        url = urlsplit(match.group())
-        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
-
-    return re.sub(r"https?://[^\s'\"<>]+", bare, text)

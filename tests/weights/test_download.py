@@ -3,6 +3,7 @@
 import logging
 import random
 import shutil
+import traceback
 from collections import namedtuple
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from starling.errors import WeightsError
 from starling.weights import Lock, State, inspect, pull, verify
 from starling.weights import hub as hub_module
+from starling.weights.address import without_secrets
 from tests.weights.conftest import BRISK, IMPATIENT, assert_whole, lock_for
 from tests.weights.hub_server import HubServer
 
@@ -203,6 +205,52 @@ def test_tensors_that_the_lock_does_not_name_are_a_fault(hub, lock, folder):
 def test_nobody_at_the_address(lock, folder):
     with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9: .*given up after 3 attempts"):
         pull(lock, folder, "http://user:password@127.0.0.1:9", BRISK)
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("ftp://user:s3cret@mirror.example", "begins with ftp://"),
+        ("s3://KEY:s3cret@bucket/folder", "begins with s3://"),
+        ("user:s3cret@http://mirror.example", "begins with no scheme"),
+        ("user:s3cret@mirror.example/folder", "'mirror.example/folder' is no source of weights"),
+        ("http://user:s3cret and more@mirror.example", "'http://…' is no source of weights"),
+        ("https://user:s3cret/and@mirror.example", "'https://…' is no source of weights"),
+        ("https://user:1/s3cret@mirror.example", "'https://…' is no source of weights"),
+        ("https://user:1?s3cret@mirror.example", "'https://…' is no source of weights"),
+        ("https://?token=s3cret", "'https://…' is no source of weights"),
+        ("http://[bad", r"'http://\[bad' is no source of weights"),
+        ("http://host:port", "'http://host:port' is no source of weights"),
+        ("http://host:65536", "'http://host:65536' is no source of weights"),
+        ("HTTP://", "'http://' is no source of weights"),
+        ("http://:80/folder", "'http://:80/folder' is no source of weights"),
+        ("http://a host", "'http://a host' is no source of weights"),
+        ("http://host\x01", r"'http://host\\x01' is no source of weights"),
+    ],
+)
+def test_an_address_that_cannot_be_asked_is_refused_and_its_secrets_are_not_told(lock, folder, address, told, caplog):
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(WeightsError, match=told) as caught:
+        pull(lock, folder, address)
+    assert "s3cret" not in caplog.text + "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("user", ["user:s3cret", "user:s3'cret", "user:%20s3cret", "s3cret", "user:@s3cret"])
+def test_the_user_part_of_an_address_is_told_nowhere(lock, folder, caplog, user):
+    caplog.set_level(logging.DEBUG, logger="starling")
+    with pytest.raises(WeightsError, match=r"https://127\.0\.0\.1:9/folder: .*given up after 3 attempts") as caught:
+        pull(lock, folder, f"HTTPS://{user}@127.0.0.1:9/folder/", BRISK)
+    assert "s3" not in caplog.text + "".join(traceback.format_exception(caught.value))
+
+
+def test_addresses_in_a_text_lose_what_opens_them():
+    text = """at 'HTTP://user:s3'cret@mirror.example/a?sig=s3cret@x#s3cret' and <https://cdn.example:8080/b@c>."""
+    assert without_secrets(text) == "at 'HTTP://mirror.example/a and <https://cdn.example:8080/b@c>."
+
+
+def test_a_scheme_is_a_scheme_in_any_case(hub, lock, folder, files):
+    pull(lock, folder, hub.url.replace("http", "HTTP"), BRISK)
+    assert_whole(folder, files)
 
 
 def test_a_folder_stands_in_for_the_hub(tmp_path, lock, folder, files):
