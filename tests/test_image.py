@@ -240,7 +240,7 @@ def test_nothing_large_or_secret_slips_in() -> None:
         "starling/demo_scales.safetensors",
         "weights/.demo.lock",
         "weights/starling-lm-7b-alpha-awq/.partial/model.safetensors.f0a8",
-        "weights/starling-lm-7b-alpha-awq/packed-1b9f3c2a-cpu-7.bin",
+        "weights/starling-lm-7b-alpha-awq/packed-cpu-7.bin",
         "starling/__pycache__/a.cpython-311.pyc",
         "starling/a.pyc",
         ".env",

@@ -64,16 +64,16 @@ def load_or_make(
     `repack` yields named weights, each of them read once. Where no folder can be written to, they stay in memory. Two
     processes that start together repack once; one that is killed leaves nothing that is taken for whole.
     """
-    key, name = _key(checkpoint, layout), _file_name(checkpoint, layout)
-    for folder in folders:
-        found = _open(folder / name, key)
+    key, paths = _key(checkpoint, layout), [_path(folder, checkpoint, layout) for folder in folders]
+    for path in paths:
+        found = _open(path, key)
         if found is not None:
             return found
-    for folder in folders:
+    for path in paths:
         try:
-            return _make(folder / name, key, repack, _size(checkpoint))
+            return _make(path, key, repack, _size(checkpoint))
         except OSError as error:
-            log.info("Repacked weights cannot be kept in %s: %s.", folder, error)
+            log.info("Repacked weights cannot be kept in %s: %s.", path.parent, error)
     log.warning("No folder could take the repacked weights, so every start repacks: %s.", ", ".join(map(str, folders)))
     return dict(repack())
 
@@ -98,9 +98,15 @@ def _key(checkpoint: Path, layout: str) -> str:
     return digest.hexdigest()
 
 
-def _file_name(checkpoint: Path, layout: str) -> str:
-    """One file per checkpoint folder and layout, so that a new version replaces the old one."""
-    return f"packed-{hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:8]}-{layout}.bin"
+def _path(folder: Path, checkpoint: Path, layout: str) -> Path:
+    """One file per checkpoint folder and layout, so that what is made of new weights replaces what was of the old.
+
+    Beside the checkpoint wherever that is mounted; elsewhere its path tells it from others. Files of other layouts
+    stay: a server of another version may be reading one, and over a network it would lose what it has mapped.
+    """
+    if folder.resolve() == checkpoint.resolve():
+        return folder / f"packed-{layout}.bin"
+    return folder / f"packed-{hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:8]}-{layout}.bin"
 
 
 def _size(checkpoint: Path) -> int:

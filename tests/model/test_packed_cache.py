@@ -125,6 +125,24 @@ def test_a_time_that_an_image_s_layer_cut_to_seconds_is_the_same(checkpoint: Pat
     assert repack.runs == 1
 
 
+def test_a_checkpoint_that_is_mounted_elsewhere_is_the_same(checkpoint: Path) -> None:
+    repack = Repacking(some_weights())
+    packed_cache.load_or_make(checkpoint, LAYOUT, repack, [checkpoint])
+    elsewhere = checkpoint.rename(checkpoint.with_name("elsewhere"))
+    packed_cache.load_or_make(elsewhere, LAYOUT, repack, [elsewhere])
+    assert repack.runs == 1 and cache_file(elsewhere).name == f"packed-{LAYOUT}.bin"
+
+
+def test_checkpoints_that_share_a_folder_have_a_file_each(checkpoint: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "another")
+    for folder in (checkpoint, tmp_path / "another"):
+        repack = Repacking(some_weights())
+        for _ in range(2):
+            packed_cache.load_or_make(folder, LAYOUT, repack, [tmp_path / "cache"])
+        assert repack.runs == 1
+    assert len(list((tmp_path / "cache").glob("packed-*.bin"))) == 2
+
+
 def test_a_truncated_file_is_made_again(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = some_weights()
     repack = Repacking(weights)
