@@ -103,9 +103,10 @@ class Front:
         if http.url.path != "/predictions" or http.method != "POST":
             return JSONResponse({"error": "POST /predictions, or GET /health-check"}, 404)
         try:
-            fields = fields_of(await http.body())
+            fields = fields_of(await body_of(http))
         except RequestError as error:
-            return JSONResponse({"detail": [{"loc": ["body", "input"], "msg": str(error)}]}, 422)
+            status = error.status if isinstance(error, BodyError) else 422
+            return JSONResponse({"detail": [{"loc": ["body", "input"], "msg": str(error)}]}, status)
         identity = secrets.token_hex(13)
         if "text/event-stream" in http.headers.get("accept", ""):
             return StreamingResponse(as_sent_events(identity, self._answer(fields)), media_type="text/event-stream")
@@ -132,14 +133,34 @@ class Front:
             await asyncio.sleep(RETRY_PAUSE_S)
 
 
+class BodyError(RequestError):
+    """A body that is too long or no JSON. `status`: what Cog's server answers then."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+async def body_of(http: HttpRequest) -> bytes:
+    """The body, of which no more is read than is accepted. Raises BodyError."""
+    body = bytearray()
+    async for part in http.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise BodyError(f"The body is longer than {MAX_BODY_BYTES} bytes. Shorten it", 413)
+    return bytes(body)
+
+
 def fields_of(body: bytes) -> dict[str, Any]:
     """Cog's body, {"input": {…}} → a request's fields, checked. Raises RequestError."""
-    if len(body) > MAX_BODY_BYTES:
-        raise RequestError(f"The body holds {len(body)} bytes; at most {MAX_BODY_BYTES} are accepted. Shorten it")
     try:
-        fields = json.loads(body)["input"]
-    except (ValueError, TypeError, KeyError):
-        raise RequestError('The body is not JSON of the form {"input": {…}}') from None
+        content = json.loads(body)
+    except (ValueError, RecursionError):  # the latter of brackets within brackets, a thousand deep
+        raise BodyError("The body is not JSON", 400) from None
+    try:
+        fields = content["input"]
+    except (TypeError, KeyError):
+        raise RequestError('The body is not of the form {"input": {…}}') from None
     if not isinstance(fields, dict):
         raise RequestError("input is no object. Give the inputs by name")
     known = Request.model_fields.keys() | OLD_NAMES

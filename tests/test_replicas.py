@@ -5,6 +5,7 @@ These are slow, and Ray is installed by nothing else:
     pytest -m slow tests/test_replicas.py
 """
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -111,13 +112,40 @@ def test_an_answer_streams_and_comes_whole(cluster: Cluster) -> None:
 
 @on_ray
 @pytest.mark.parametrize(
-    ("content", "fault"),
-    [(b"{", "not JSON"), (b'{"input": 1}', "no object"), (json.dumps({"input": {"prompt": ""}}).encode(), "neither")],
+    ("content", "status", "fault"),
+    [
+        (b"{", 400, "not JSON"),
+        (b"[" * 100_000, 400, "not JSON"),
+        (b"[]", 422, "not of the form"),
+        (b'{"input": 1}', 422, "no object"),
+        (json.dumps({"input": {"prompt": ""}}).encode(), 422, "neither"),
+        (json.dumps({"input": {"prompt": "a" * (4 << 20)}}).encode(), 413, "longer than 4194304 bytes"),
+    ],
+    ids=["cut off", "deep", "list", "number", "nothing to answer", "too long"],
 )
-def test_what_cannot_run_is_refused(cluster: Cluster, content: bytes, fault: str) -> None:
+def test_what_cannot_run_is_refused(cluster: Cluster, content: bytes, status: int, fault: str) -> None:
     answer = httpx.post(f"{cluster.url}/predictions", content=content)
-    assert answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY
+    assert answer.status_code == status
     assert fault in answer.text
+
+
+@on_ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's, as it is imported
+def test_of_a_body_that_is_too_long_the_rest_is_not_read() -> None:
+    from starlette.requests import Request
+
+    from starling.replicas import MAX_BODY_BYTES, BodyError, body_of
+
+    taken = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal taken
+        taken += 1 << 20
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
+
+    with pytest.raises(BodyError):
+        asyncio.run(body_of(Request({"type": "http"}, receive)))
+    assert taken == MAX_BODY_BYTES + (1 << 20)
 
 
 @on_ray
