@@ -53,7 +53,10 @@ class UnusableError(Exception):
 
 def default_folders(checkpoint: Path) -> tuple[Path, ...]:
     """Where repacked weights are kept: beside the checkpoint, or in the user's cache where that cannot be written."""
-    return checkpoint, Path.home() / ".cache" / "starling"
+    try:
+        return checkpoint, Path.home() / ".cache" / "starling"
+    except RuntimeError:  # no HOME, and a user that the system does not know
+        return (checkpoint,)
 
 
 def load_or_make(

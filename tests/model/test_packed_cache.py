@@ -188,6 +188,16 @@ def test_a_folder_that_cannot_be_written_is_passed_over(checkpoint: Path, tmp_pa
     assert repack.runs == 1 and cache_file(other).is_file()
 
 
+def test_a_user_without_a_home_keeps_them_beside_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    assert packed_cache.default_folders(tmp_path) == (tmp_path,)
+
+
 def test_with_nowhere_to_write_weights_stay_in_memory(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
