@@ -13,7 +13,6 @@
 namespace {
 
 constexpr int kRowTile = 4;
-constexpr int kAhead = 24;  // positions between asking memory for a key or value and reading it
 constexpr int kPositionTile = kLanes / kRowTile;  // kRowTile * kPositionTile dot products fill one register
 constexpr int kSpan = kKeys * kLanes;  // positions that many rows take at a time
 constexpr int kManyRows = 5 * kRowTile;  // from here on turning keys saves more than it costs
@@ -23,6 +22,12 @@ struct Rows {  // up to 4 query rows
   const float* q[kRowTile];      // scaled by 1 / sqrt(dim), padded to a multiple of 16
   int64_t low[kRowTile], high[kRowTile];  // visible positions [low, high)
 };
+
+// Asks memory for `dim` numbers of a key or value.
+template <class T> STARLING_INLINE void ask(const T* from, int64_t dim) {
+  for (int64_t b = 0; b < dim * (int64_t)sizeof(T); b += 64)
+    __builtin_prefetch((const char*)from + b, 0, kAskL2 ? 2 : 3);
+}
 
 // scores[r][p] for positions [0, count) of the tile, count a multiple of 16; `keys` point at each position's key, and
 // `values` at what is read next.
@@ -34,8 +39,7 @@ STARLING_INLINE void score(const Rows& rows, const T* const* keys, const T* cons
     for (int i = 0; i < kRowTile * kPositionTile; i++) acc[i] = v_zero();
     for (int i = 0; i < kPositionTile; i++) {
       const int64_t soon = p + i + kAhead;
-      const T* next = soon < count ? keys[soon] : values[soon - count < count ? soon - count : 0];
-      for (int64_t b = 0; b < dim * (int64_t)sizeof(T); b += 64) __builtin_prefetch((const char*)next + b);
+      ask(soon < count ? keys[soon] : values[soon - count < count ? soon - count : 0], dim);
     }
     for (int64_t d = 0; d < dim; d += kLanes) {
       V k[kPositionTile];
@@ -63,9 +67,7 @@ STARLING_INLINE void weigh(const T* const* values, int64_t first, int64_t count,
   for (int r = 0; r < kRowTile; r++)
     for (int i = 0; i < Depth; i++) acc[r][i] = v_load(out[r] + first + i * kLanes);
   for (int64_t p = 0; p < count; p++) {
-    if (p + kAhead < count)
-      for (int b = 0; b < Depth * kLanes * (int)sizeof(T); b += 64)
-        __builtin_prefetch((const char*)(values[p + kAhead] + first) + b);
+    if (p + kAhead < count) ask(values[p + kAhead] + first, Depth * kLanes);
     V v[Depth];
 #pragma GCC unroll 4
     for (int i = 0; i < Depth; i++) v[i] = v_load(values[p] + first + i * kLanes);
@@ -289,6 +291,8 @@ template <class T> void attend_as(const Attention* a, const AttentionItem* item)
         memset(value + dim, 0, (padded - dim) * sizeof(T));
         keys[p] = (const T*)memcpy(key, keys[p], dim * sizeof(T));
         values[p] = (const T*)memcpy(value, values[p], dim * sizeof(T));
+      } else if (kAskL2 && p < kAhead) {
+        ask(keys[p], dim);  // `score` asks for later ones
       }
     }
     for (int64_t p = count; p < kKvSplit; p++) keys[p] = keys[count - 1];  // scores that nobody looks at

@@ -20,6 +20,8 @@ constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 8192;  // two distances, as in vector_avx512.h
 constexpr int kNearBytes = 1024;
+constexpr int kAhead = 32;  // as in vector_avx512.h
+constexpr bool kAskL2 = true;
 constexpr bool kAskUnpacked = false;
 
 using V = __m256;

@@ -16,6 +16,8 @@ constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
 constexpr int kNearBytes = 0;  // one distance
+constexpr int kAhead = 24;
+constexpr bool kAskL2 = false;  // not measured here
 constexpr bool kAskUnpacked = false;
 
 using V = float32x4_t;

@@ -20,6 +20,8 @@ constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
 constexpr int kNearBytes = 0;  // one distance
+constexpr int kAhead = 24;
+constexpr bool kAskL2 = false;  // no faster: its arithmetic takes longer than memory
 constexpr bool kAskUnpacked = false;
 
 inline float float_of_half(uint16_t h) {
