@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from starling.model.config import ModelConfig
+from starling.model.huge_pages import empty
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class KVCache:
     ) -> "KVCache":
         shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, block_size, config.head_dim)
         # Not zeroed: on a CPU the pages are then taken only as blocks are first written.
-        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+        return cls(empty(shape, dtype, device), empty(shape, dtype, device))
 
     @property
     def blocks(self) -> int:

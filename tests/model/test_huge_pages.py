@@ -1,4 +1,4 @@
-"""Bytes stay where and what they are while the pages below them are replaced."""
+"""Huge pages: bytes stay where and what they are while the pages below them are replaced; tensors that lie in them."""
 
 import mmap
 import random
@@ -7,11 +7,25 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from starling.model import huge_pages
-from starling.model.huge_pages import HUGE_BYTES, move_to_huge_pages
+from starling.model.huge_pages import HUGE_BYTES, empty, move_to_huge_pages
 
 SIZE = 5 * HUGE_BYTES + 4321  # whole huge pages, and what is left before and behind them
+CPU = torch.device("cpu")
+NOT_GIVEN = [("enabled", "always madvise [never]\n"), ("hpage_pmd_size", f"{512 << 20}\n"), ("enabled", None)]
+
+
+@pytest.fixture(autouse=True)
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the system tells of its huge pages: here they are given, whatever this machine does."""
+    folder = tmp_path / "transparent_hugepage"
+    folder.mkdir()
+    (folder / "enabled").write_text("always [madvise] never\n")
+    (folder / "hpage_pmd_size").write_text(f"{HUGE_BYTES}\n")
+    monkeypatch.setattr(huge_pages, "SYSTEM", folder)
+    return folder
 
 
 @pytest.fixture
@@ -86,3 +100,42 @@ def test_what_fills_no_huge_page_stays(tmp_path: Path) -> None:
     path.write_bytes(bytes(HUGE_BYTES - 1))
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         assert move_to_huge_pages(mapped, opened.fileno()) is None
+
+
+@pytest.fixture(params=NOT_GIVEN, ids=["off", "larger", "unknown"])
+def not_given(request: pytest.FixtureRequest, system: Path) -> None:
+    name, text = request.param
+    (system / name).unlink()
+    if text:
+        (system / name).write_text(text)
+
+
+@pytest.mark.usefixtures("not_given")
+def test_where_huge_pages_are_not_given_nothing_moves(file: Path) -> None:
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        assert move_to_huge_pages(mapped, opened.fileno()) is None
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_a_tensor_begins_with_a_huge_page_and_takes_memory_as_it_is_written() -> None:
+    before = resident_bytes()
+    tensor = empty((2, 64, 1 << 20), torch.float16, CPU)
+    assert tensor.shape == (2, 64, 1 << 20) and tensor.dtype == torch.float16 and tensor.is_contiguous()
+    assert tensor.data_ptr() % HUGE_BYTES == 0
+    assert resident_bytes() - before < tensor.nbytes // 4
+    tensor.fill_(1)
+    assert resident_bytes() - before > tensor.nbytes // 2
+    view = tensor[1, 63]
+    del tensor
+    assert (view == 1).all()
+    del view
+    assert resident_bytes() - before < 64 << 20
+
+
+@pytest.mark.usefixtures("not_given")
+def test_where_huge_pages_are_not_given_a_tensor_is_torchs() -> None:
+    tensor = empty((3, 5), torch.float32, CPU)
+    assert tensor.shape == (3, 5) and tensor.dtype == torch.float32
