@@ -102,7 +102,7 @@ def main() -> None:
         return
     import transformers
 
-    today = datetime.datetime.now(tz=datetime.timezone.utc).date()
+    today = datetime.datetime.now(tz=datetime.UTC).date()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{usable_cores()} cores"
     versions = f"torch {torch.__version__} · transformers {transformers.__version__} · {platform.python_version()}"
     print(f"{today} · {options.weights} · {device} · {versions} · {options.rounds} rounds, {TOKENS} tokens per answer")

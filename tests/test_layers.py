@@ -4,10 +4,12 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
-import tomllib
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 # Which parts of starling each room may import, beside itself and errors.
@@ -83,6 +85,18 @@ def test_every_requirement_is_pinned() -> None:
         for line in path.read_text().splitlines():
             pinned = re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.+]+", line)
             assert not line or line.startswith("#") or pinned, f"{path.name}: {line}"
+
+
+def test_the_oldest_python_that_is_promised_can_install_every_pin() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=").partition(",")[0]
+    for path in ROOT.glob("requirements*.txt"):
+        for name in pins(path.name):
+            try:
+                wanted = metadata(name.partition("[")[0])["Requires-Python"] or ""
+            except PackageNotFoundError:
+                continue  # of the reference or the replicas
+            assert SpecifierSet(wanted).contains(f"{oldest}.0"), f"{name} needs Python {wanted}"
 
 
 def test_the_reference_is_pinned_as_the_tests_have_it() -> None:
