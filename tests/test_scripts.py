@@ -57,7 +57,7 @@ def test_another_system_is_named(checkout: Path) -> None:
 
 def test_a_python_that_is_too_old_is_named(checkout: Path) -> None:
     said = install(checkout, {"python3": "exit 1"})
-    assert said.startswith("[install] python3 is not Python 3.10 to 3.13")
+    assert said.startswith("[install] python3 is not Python 3.11 to 3.13")
 
 
 def test_a_python_without_venv_is_told_the_package(checkout: Path) -> None:
