@@ -15,6 +15,9 @@ from starling import demo
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Every server that a test asks is on this machine: a proxy that the environment names is for others.
 os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
+# What the caller's own servers and downloads are set up with is not for those of the tests.
+for name in [name for name in os.environ if name.startswith(("STARLING_", "HF_")) and name != "STARLING_TEST_SEED"]:
+    del os.environ[name]
 # A slow machine is no fault of the code.
 settings.register_profile("starling", deadline=None, print_blob=True)
 settings.load_profile("starling")
