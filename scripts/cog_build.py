@@ -23,6 +23,7 @@ from starling.openapi import slots  # noqa: E402
 
 REQUIREMENTS = ".cog/tmp/requirements.txt"  # written by the builder: the project's file without cog and coglet
 SCHEMA = ".cog/openapi_schema.json"
+UV = "uv pip install --break-system-packages --no-cache"  # as Cog calls it
 MANAGED = ("cog", "coglet")  # Cog installs these itself, whatever the requirements say
 
 TOP_KEYS = {"build", "image", "model", "run", "predict", "train", "concurrency", "observability", "environment"}
@@ -62,9 +63,9 @@ class CogYaml:
         for found, allowed in ((raw, TOP_KEYS), (build, BUILD_KEYS)):
             if unknown := set(found) - allowed:
                 raise CogYamlError(f"{path.name}: Cog knows no {', '.join(sorted(unknown))}")
-        if not re.fullmatch(r"3\.1[0-3]", str(build.get("python_version"))):
+        if not re.fullmatch(r"3\.1[1-3]", str(build.get("python_version"))):
             raise CogYamlError(
-                f"{path.name}: python_version is {build.get('python_version')!r}; write '3.10' to '3.13'"
+                f"{path.name}: python_version is {build.get('python_version')!r}; write '3.11' to '3.13'"
             )
         for entry in raw.get("environment", []):
             name, equals, value = entry.partition("=")
@@ -104,8 +105,8 @@ def dockerfile(config: CogYaml, root: Path = ROOT, base: str | None = None, pip_
     pip = " ".join(["pip install --no-cache-dir", *pip_options.split()])
     lines += [f"COPY {REQUIREMENTS} /tmp/requirements.txt", f"RUN {pip} -r /tmp/requirements.txt"]
     extra = "[tracing]" if traces.get("enabled") else ""
-    lines.append(f"RUN {pip} cog{extra}=={build['sdk_version']} coglet=={build['sdk_version']}")
-    lines += [f"RUN {command}" for command in build.get("run", [])]
+    lines.append(f"RUN {pip} cog{extra}=={build['sdk_version']}")
+    lines += [f"RUN {command.replace(UV, pip)}" for command in build.get("run", [])]
     lines += ["WORKDIR /src", "EXPOSE 5000", f'ENV COG_PREDICT_TYPE_STUB="{config.predict}"']
     lines.append(f"ENV COG_MAX_CONCURRENCY={slots(root / config.predict.split(':')[0])}")
     if traces.get("enabled"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.cog_build import MANAGED, REQUIREMENTS, SCHEMA, CogYaml, CogYamlError, dockerfile, requirements
+from scripts.cog_build import MANAGED, REQUIREMENTS, SCHEMA, UV, CogYaml, CogYamlError, dockerfile, requirements
 
 ROOT = Path(__file__).parent.parent
 FILES = ["cog.yaml", "cog-cpu.yaml"]
@@ -100,6 +100,7 @@ def test_both_images_have_the_same_cog_and_each_what_its_kernels_need() -> None:
         pinned = re.findall(r"^cog(?:let)?==(.*)$", (ROOT / config.build["python_requirements"]).read_text(), re.M)
         assert set(pinned) == {config.build["sdk_version"]}
         assert not re.search(r"^cog", requirements(config), re.M)
+        assert config.build["run"] == [f"{UV} coglet=={config.build['sdk_version']}"]
     assert cpu.build["system_packages"] == ["g++"] and "STARLING_DEVICE=cuda" in gpu.environment
     assert gpu.base_image.startswith("nvidia/cuda:12.8-") and cpu.base_image == "python:3.11-slim"
     assert "torch==2.11.0\n" in requirements(gpu)
