@@ -20,6 +20,7 @@ from types import TracebackType
 import httpx
 
 from starling.errors import StarlingError
+from starling.logs import configure as configure_logs
 from starling.openapi import slots
 from starling.settings import Settings
 from starling.weights import locate_weights
@@ -38,11 +39,18 @@ def place_schema(root: Path) -> None:
     """Put openapi.json where Cog's server looks for it; `cog build` does the same in an image."""
     target = root / ".cog" / "openapi_schema.json"
     document = (root / "openapi.json").read_bytes()
-    if not target.exists() or target.read_bytes() != document:
-        target.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as new:
-            new.write(document)
-        Path(new.name).replace(target)
+    try:
+        if not target.exists() or target.read_bytes() != document:
+            target.parent.mkdir(exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as new:
+                new.write(document)
+            Path(new.name).chmod(0o644)  # another user than who installed it may serve
+            Path(new.name).replace(target)
+    except OSError as error:
+        raise ServerError(
+            f"The inputs' schema cannot be put into {target.parent}: {error}. Make {root} writable for this user, or "
+            f"copy openapi.json to {target}."
+        ) from error
 
 
 def server_environment(root: Path, port: int, environ: Mapping[str, str], predictor: str = PREDICTOR) -> dict[str, str]:
@@ -175,12 +183,13 @@ class LocalServer:
 def main() -> None:
     """Become the server: on all interfaces, as in an image."""
     os.chdir(ROOT)
+    configure_logs()  # weights may be fetched, which takes a while
     try:
         locate_weights(Settings.from_env(os.environ))
         port = port_from(os.environ)
+        place_schema(ROOT)
     except StarlingError as error:
         sys.exit(str(error))
-    place_schema(ROOT)
     os.execve(sys.executable, [sys.executable, *COMMAND, "0.0.0.0"], server_environment(ROOT, port, os.environ))
 
 
