@@ -1,4 +1,4 @@
-"""scripts/install and scripts/sanitize in a checkout whose path holds a space, their programs replaced by stand-ins.
+"""The scripts in a checkout whose path holds a space, their programs replaced by stand-ins.
 
 On machines that it cannot serve, scripts/install says so before anything is made.
 """
@@ -23,7 +23,9 @@ def checkout(tmp_path: Path) -> Path:
     return checkout
 
 
-def run(checkout: Path, command: list[str], stand_ins: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+def run(
+    checkout: Path, command: list[str], stand_ins: dict[str, str], **variables: str
+) -> "subprocess.CompletedProcess[str]":
     """A script for a user whose programs are `stand_ins`, name → shell script, before those of this machine."""
     programs = checkout.parent / "bin"
     programs.mkdir(exist_ok=True)
@@ -34,12 +36,25 @@ def run(checkout: Path, command: list[str], stand_ins: dict[str, str]) -> "subpr
     environ.pop("PYTHON", None)
     return subprocess.run(
         [checkout / "scripts" / command[0], *command[1:]],
-        env=environ,
+        env=environ | variables,
         capture_output=True,
         text=True,
         check=False,
         cwd=checkout.parent,
     )
+
+
+def venv(checkout: Path, python: str) -> None:
+    """A .venv whose Python is a shell script."""
+    (checkout / ".venv/bin").mkdir(parents=True)
+    (checkout / ".venv/bin/python").write_text(f"#!/bin/sh\n{python}\n")
+    (checkout / ".venv/bin/python").chmod(0o755)
+
+
+def installed(checkout: Path, python: str) -> None:
+    """A `venv` in which everything is installed already."""
+    venv(checkout, python)
+    (checkout / "scripts/install").write_text("#!/bin/sh\n")
 
 
 def install(checkout: Path, stand_ins: dict[str, str]) -> str:
@@ -58,6 +73,12 @@ def test_another_system_is_named(checkout: Path) -> None:
 def test_a_python_that_is_too_old_is_named(checkout: Path) -> None:
     said = install(checkout, {"python3": "exit 1"})
     assert said.startswith("[install] python3 is not Python 3.11 to 3.13")
+
+
+def test_a_venv_of_such_a_python_is_not_filled(checkout: Path) -> None:
+    venv(checkout, '[ "$2" = pip ]')
+    said = install(checkout, {})
+    assert said == "[install] .venv holds another Python than 3.11 to 3.13; remove it, and run this again.\n"
 
 
 def test_a_python_without_venv_is_told_the_package(checkout: Path) -> None:
@@ -104,3 +125,58 @@ def test_the_sanitizers_programs_are_built_and_run(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
     sets = ["avx512vnni", "avx512", "avxvnni", "avx2", "portable"]
     assert done.stdout.splitlines() == [f"ran {name}" for name in sets] * 2
+
+
+def test_the_image_s_script_removes_no_folder_that_it_did_not_make(checkout: Path) -> None:
+    installed(checkout, "exit 1")
+    work = checkout.parent / "work"
+    (work / "rootfs").mkdir(parents=True)
+    (work / "mine").write_text("")
+    refused = run(checkout, ["image"], {"buildah": ":"}, WORK="work")  # from where it was typed
+    assert refused.returncode == 1 and "needs Python 3.11" in refused.stderr
+    assert {path.name for path in work.iterdir()} == {"mine", "rootfs", "starling-image"}
+
+
+@pytest.mark.parametrize("failing", ["", "test_b"])
+def test_a_gpu_test_that_fails_stops_nothing_and_is_remembered(checkout: Path, failing: str) -> None:
+    (checkout / "tests").mkdir()
+    for name in "abc":
+        (checkout / f"tests/test_{name}.py").write_text("pytest.mark.gpu")
+    installed(checkout, f'echo "$@" >> said; case "$*" in *{failing or "nothing"}*) exit 1;; esac')
+    done = run(checkout, ["gpu", "--option"], {})
+    assert done.returncode == (1 if failing else 0)
+    said = (checkout / "said").read_text().splitlines()
+    assert len(said) == 1 + 3 + 1 and said[-1] == "-m bench.gpu --option"
+
+
+def test_paths_of_weights_are_meant_from_where_they_were_typed(checkout: Path) -> None:
+    installed(checkout, 'echo "$STARLING_WEIGHTS|$STARLING_WEIGHTS_SOURCE"')
+    here = checkout.parent
+    (here / "mirror").mkdir()
+    done = run(checkout, ["serve"], {}, STARLING_WEIGHTS="mine", STARLING_WEIGHTS_SOURCE="mirror")
+    assert done.stdout == f"{here}/mine|{here}/mirror\n"
+    for source in ("https://mirror.example/a", "absent"):
+        done = run(checkout, ["serve"], {}, STARLING_WEIGHTS_SOURCE=source)
+        assert done.stdout == f"|{source}\n"
+
+
+@pytest.mark.parametrize("name", ["check", "demo", "gpu", "image", "install", "serve", "test"])
+def test_a_script_finds_its_checkout_whatever_the_shell_searches(checkout: Path, name: str) -> None:
+    """`cd` looks in CDPATH's folders first for a path without a dot before it."""
+    other = checkout.parent / "other/scripts"
+    other.mkdir(parents=True)
+    (other / "install").write_text("#!/bin/sh\necho another checkout\n")
+    (other / "install").chmod(0o755)
+    venv(checkout, "exit 1")
+    if name != "install":
+        (checkout / "scripts/install").write_text("#!/bin/sh\necho its own\nexit 1\n")
+    environ = {**os.environ, "CDPATH": str(other.parent), "PYTHON": "false"}
+    done = subprocess.run([f"scripts/{name}"], env=environ, cwd=checkout, capture_output=True, text=True, check=False)
+    assert "another checkout" not in done.stdout + done.stderr and str(other) not in done.stdout
+    assert done.returncode == 1
+
+
+def test_no_script_runs_a_program_of_venv_that_holds_its_path() -> None:
+    """pip writes the path of .venv into the first line of each; a checkout that was moved would not find it."""
+    for script in (path for path in (ROOT / "scripts").iterdir() if path.is_file()):
+        assert set(re.findall(r"\.venv/bin/\w+", script.read_text())) <= {".venv/bin/python"}, script.name
