@@ -24,7 +24,7 @@ from starling.openapi import slots  # noqa: E402
 REQUIREMENTS = ".cog/tmp/requirements.txt"  # written by the builder: the project's file without cog and coglet
 SCHEMA = ".cog/openapi_schema.json"
 UV = "uv pip install --break-system-packages --no-cache"  # as Cog calls it
-MANAGED = ("cog", "coglet")  # Cog installs these itself, whatever the requirements say
+MANAGED = ("cog", "coglet")  # dropped from the requirements: Cog installs cog, which brings coglet
 
 TOP_KEYS = {"build", "image", "model", "run", "predict", "train", "concurrency", "observability", "environment"}
 BUILD_KEYS = {

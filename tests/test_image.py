@@ -185,20 +185,13 @@ def named(config: CogYaml) -> set[str]:
     return {normal(line.split("==")[0]) for line in lines if "==" in line} | set(MANAGED)
 
 
-def needs(distribution: str) -> set[str]:
-    """What it installs with it on every machine."""
-    lines = importlib.metadata.requires(distribution) or []
-    return {normal(re.split(r"[^\w.-]", line)[0]) for line in lines if "extra ==" not in line}
-
-
 @pytest.mark.parametrize("name", FILES)
-def test_what_the_server_imports_is_in_the_image(name: str) -> None:
+def test_what_the_server_imports_is_in_the_image_and_pinned(name: str) -> None:
     ours, foreign = reachable("predict", "starling.__main__")
     sent = set(context())
     for path in ours:
         assert path.relative_to(ROOT).as_posix() in sent
     installed = named(CogYaml.read(ROOT / name))
-    installed |= {needed for package in installed for needed in needs(package)}  # pip brings these with it
     distributions = importlib.metadata.packages_distributions()
     for package in foreign:
         assert installed & {normal(found) for found in distributions[package]}, f"{package} is not installed"
