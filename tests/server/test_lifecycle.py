@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from starling.local_server import LocalServer, ServerError, port_from
+from starling.local_server import LocalServer, ServerError, place_schema, port_from
 from tests.server.conftest import Echo
 from tests.waiting import HANG_S, wait_for
 
@@ -88,3 +88,17 @@ def test_a_port_that_another_listens_on_is_named() -> None:
         with pytest.raises(ServerError, match=f"Port {port} cannot be used .* Name another one with PORT"):
             port_from({"PORT": str(port)})
     assert port_from({"PORT": str(port)}) == port
+
+
+def test_the_schema_can_be_read_by_another_user_than_who_placed_it(tmp_path: Path) -> None:
+    (tmp_path / "openapi.json").write_text("{}")
+    place_schema(tmp_path)
+    placed = tmp_path / ".cog/openapi_schema.json"
+    assert placed.read_text() == "{}" and placed.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_schema_that_cannot_be_placed_is_told(tmp_path: Path) -> None:
+    (tmp_path / "openapi.json").write_text("{}")
+    (tmp_path / ".cog").write_text("")  # in the folder's place: root may write everywhere else
+    with pytest.raises(ServerError, match=r"schema cannot be put into .*copy openapi\.json to"):
+        place_schema(tmp_path)
