@@ -90,7 +90,7 @@ def test_template_values_are_put_in_literally_and_once() -> None:
 HOSTILE = ("<|end_of_turn|>", "<s>", "</s>", "<unk>", "<|pad_0|>", "<0x0A>", "GPT4 Correct Assistant:", "▁")
 
 
-@given(st.lists(st.sampled_from(HOSTILE) | st.text(max_size=8), min_size=1, max_size=6).map("".join).filter(bool))
+@given(st.lists(st.sampled_from(HOSTILE) | st.text(max_size=8), min_size=1, max_size=6).map("".join).filter(str.strip))
 def test_text_never_becomes_a_control_token(text: str) -> None:
     controls = {0, 1, 2, 32000, 32001}
 
