@@ -1,6 +1,7 @@
 """How much memory is really free: for this process, on this device."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import torch
@@ -79,13 +80,20 @@ def _groups() -> Iterator[tuple[int, int, int]]:
     for version, folder in limiting_groups("memory"):
         names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         try:
-            limit, used, stat = ((folder / name).read_text().strip() for name in (*names, "memory.stat"))
+            limit, used = ((folder / name).read_text().strip() for name in names)
         except OSError:
             continue
         if limit != "max":
-            counts = dict(line.split() for line in stat.splitlines())
-            kind = "{}_file" if version == 2 else "total_{}_file"
-            yield int(limit), int(used), sum(int(counts[kind.format(name)]) for name in ("active", "inactive"))
+            yield int(limit), int(used), _cached_bytes(folder, "" if version == 2 else "total_")
+
+
+def _cached_bytes(group: Path, prefix: str) -> int:
+    """Of files, in a group; none where it does not tell, so that its limit holds all the same."""
+    try:
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return 0
+    return sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
 
 
 def _mapped_bytes() -> int:

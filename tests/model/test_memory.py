@@ -80,6 +80,15 @@ def test_cached_files_make_way_but_for_those_that_are_mapped(
     assert free_bytes(CPU) == 0
 
 
+@pytest.mark.parametrize("stat", [None, "cache 5\n"])
+def test_a_group_that_does_not_tell_what_it_caches_limits_all_the_same(groups: Path, stat: str | None) -> None:
+    group(groups, str(8 * GB), 7 * GB)
+    (groups / "memory.stat").unlink()
+    if stat is not None:
+        (groups / "memory.stat").write_text(stat)
+    assert free_bytes(CPU) == 1 * GB
+
+
 def test_what_this_process_maps_is_known(tmp_path: Path) -> None:
     size = 64 << 20
     (tmp_path / "file").write_bytes(bytes(size))
