@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cog import BasePredictor, ConcatenateIterator, Input, concurrent, streaming
 
 from starling.coglet import current_signal, discard_folders, drain, install_cancellation
+from starling.garbage import nothing_to_collect
 from starling.logs import configure as configure_logs
 from starling.request import Request
 from starling.settings import Settings
@@ -34,7 +35,8 @@ class Predictor(BasePredictor):
         try:
             configure_logs()
             install_cancellation()
-            self.service = self.load_service(Settings.from_env(os.environ))
+            with nothing_to_collect():
+                self.service = self.load_service(Settings.from_env(os.environ))
         except BaseException:
             traceback.print_exc()
             time.sleep(LOG_GRACE_S)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starling.errors import EngineError, RequestError, StarlingError
+from starling.garbage import nothing_to_collect
 from starling.openapi import slots
 from starling.request import OLD_NAMES, Request
 from starling.settings import Settings
@@ -59,7 +60,8 @@ class Replica:
         from starling.service import Service
 
         configure()
-        self._service = Service.load(settings)
+        with nothing_to_collect():
+            self._service = Service.load(settings)
         self._threads = ThreadPoolExecutor(settings.max_concurrency, thread_name_prefix="stream")
 
     async def stream(self, fields: dict[str, Any]) -> AsyncIterator[Event]:

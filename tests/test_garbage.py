@@ -1,0 +1,29 @@
+"""What is loaded is out of the collector's way; what comes later is not."""
+
+import gc
+import weakref
+
+import pytest
+
+from starling.garbage import nothing_to_collect
+
+
+class Node:
+    def __init__(self) -> None:
+        self.itself = self  # so that only a search finds out that nobody wants it
+
+
+def test_what_was_loaded_is_not_searched_and_what_comes_later_is() -> None:
+    try:
+        with pytest.raises(ValueError, match="setup"), nothing_to_collect():
+            assert not gc.isenabled()
+            loaded = weakref.ref(Node())
+            raise ValueError("setup")
+        assert gc.isenabled()
+        later = weakref.ref(Node())
+        gc.collect()
+        assert loaded() is not None and later() is None
+    finally:
+        gc.unfreeze()
+    gc.collect()
+    assert loaded() is None
