@@ -55,6 +55,9 @@ class Generation(Iterator[str]):
         self._decoder = decoder
         self._reply = ReplyStart()
         self._stops = StopMatcher(request.stop_sequences)
+        # Each token wakes this thread only where it may be the last by its text: 32 threads that wake for every step
+        # take Python's lock from the engine as often.
+        self._patient = not request.stop_sequences
         self._min_tokens = request.min_tokens
         self._input_token_count = input_token_count
         self._seed = seed
@@ -88,11 +91,15 @@ class Generation(Iterator[str]):
         outcome = "disconnected"  # what it is if nobody asks for the next chunk
         try:
             while finish is None:
-                delivery = self._stream.get(max(0.0, sent_s + COALESCE_S - time.monotonic()) if buffer else None)
+                pause_s = max(0.0, sent_s + COALESCE_S - time.monotonic())
+                if self._patient and pause_s > 0:
+                    self._stream.wait_for_last(pause_s)
+                    pause_s = 0.0
+                delivery = self._stream.get(pause_s if buffer else None)
                 if delivery is not None:
                     text, finish = self._take(delivery)
                     buffer += text
-                if finish is None and buffer and time.monotonic() - sent_s >= COALESCE_S:
+                elif buffer:  # all that has come is in it
                     self._text.append(buffer)
                     yield buffer
                     buffer, sent_s = "", time.monotonic()

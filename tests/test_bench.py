@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
     ("command", "fault"),
     [
         ("engine --weights /absent", "'/absent' is no checkpoint's folder"),
+        ("host --weights /absent", "'/absent' is no checkpoint's folder"),
         ("startup --weights /absent", "'/absent' is no checkpoint's folder"),
         ("compare --weights {folder} --rounds 0", "'0' is no number of 1 or more"),
         ("load --concurrency 0", "'0' is no number of 1 or more"),

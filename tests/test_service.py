@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -318,6 +319,26 @@ def test_the_first_token_comes_at_once_and_later_ones_together(demo_folder: Path
     stream.put(Delivery([2], "stop"))
     assert list(generation) == []
     assert generation.result is not None and generation.result.text == "one two three four five"
+
+
+@pytest.mark.parametrize("how", ["by the engine", "by a stop sequence"])
+def test_an_end_is_not_held_back_with_the_text(demo_folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Chunks are an hour apart here: who waits for the next one sees the end when it comes."""
+    monkeypatch.setattr("starling.generation.COALESCE_S", 3600.0)
+    tokenizer = Tokenizer.from_folder(demo_folder, 49152)
+    stream = TokenStream(lambda: None)
+    request = Request.parse(prompt="x", stop_sequences=[] if how == "by the engine" else ["three"])
+    generation = Generation(stream, IncrementalDecoder(tokenizer), request, 1, seed=0)
+    words = tokenizer.encode(" one two three")
+    stream.put(Delivery(words[:1]))
+    assert next(generation) == "one"
+    with ThreadPoolExecutor() as pool:
+        rest = pool.submit(list, generation)
+        for word in words[1:]:
+            stream.put(Delivery([word]))
+        if how == "by the engine":
+            stream.put(Delivery([2], "stop"))
+    assert rest.result() == [" two three" if how == "by the engine" else " two "]
 
 
 def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:

@@ -44,6 +44,7 @@ class TokenStream:
 
     def __init__(self, cancel: Callable[[], object]) -> None:
         self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._whole = threading.Event()  # the last delivery has been put
         self._cancel = cancel
 
     def get(self, timeout_s: float | None = None) -> Delivery | None:
@@ -53,9 +54,15 @@ class TokenStream:
         except queue.Empty:
             return None
 
+    def wait_for_last(self, timeout_s: float) -> None:
+        """Sleep until the last delivery has come, for `timeout_s` at most: the others wake nobody meanwhile."""
+        self._whole.wait(timeout_s)
+
     def put(self, delivery: Delivery) -> None:
         """The engine's end."""
         self._queue.put(delivery)
+        if delivery.finish is not None:
+            self._whole.set()
 
     def cancel(self) -> None:
         """Stop at the next step. A last delivery with finish "cancelled" follows unless the request ended before."""
