@@ -37,6 +37,13 @@ void quantize_row(const Activations* a, int index, int row, int64_t first, int64
     }
     const float largest = f_largest(top);
     *scales = largest / limit + f_sum(probe);
+    if (!(*scales - *scales == 0.0f)) {  // no number, nor is its product with any sum; what has no integer is not rounded
+      for (int p = 0; p < tile.planes; p++) {
+        for (int64_t k = 0; k < group; k += 16) store_columns(planes + k * stride + p * 4, stride, i_zero());
+        minus_sums[p] = 0;
+      }
+      continue;
+    }
     const F inverse = f_set(largest > 1e-30f ? limit / largest : 0.0f);
     if (tile.planes == 1) {
       I sum = i_zero();
