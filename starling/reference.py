@@ -10,6 +10,7 @@ mapped: `top_k` keeps every token that ties with the k-th; `top_p` and `min_p` a
 uses float64, so a token on the very edge may fall on the other side; and no prompt is ever found in a cache.
 """
 
+import atexit
 import logging
 import threading
 import warnings
@@ -73,6 +74,7 @@ class ReferenceEngine:
         self._counters = Counters()
         self._thread = threading.Thread(target=self._serve, name="reference-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # as Engine: a thread that still computes takes the process with it
 
     @classmethod
     def from_folder(cls, folder: Path, settings: Settings) -> "ReferenceEngine":
@@ -130,6 +132,7 @@ class ReferenceEngine:
 
     def close(self) -> None:
         """End every request with EngineStoppedError and join the thread."""
+        atexit.unregister(self.close)
         with self._change:
             self._closed = True
             if self._running is not None:
@@ -175,7 +178,7 @@ class ReferenceEngine:
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,  # the last processor has drawn already
             max_new_tokens=params.max_tokens,
-            eos_token_id=None,  # the streamer knows the end, as it depends on min_tokens
+            eos_token_id=None,  # the streamer knows the end
             pad_token_id=0,
         )
         self._watch.begin()

@@ -71,13 +71,14 @@ from starling.settings import Settings
 
 service = Service.load(Settings.from_env(os.environ))
 answers = [service.generate(Request.parse(prompt="Hello", min_tokens=2000, max_tokens=2000)) for _ in range(4)]
-for answer in answers:
-    next(answer)
+next(answers[0])
 """
 
 
-def test_a_process_that_leaves_in_an_answer_ends_in_order(demo_folder: Path) -> None:
+@pytest.mark.parametrize("engine", ["engine", "reference"])
+def test_a_process_that_leaves_in_an_answer_ends_in_order(demo_folder: Path, engine: str) -> None:
     environment = {"STARLING_WEIGHTS": str(demo_folder), "COG_MAX_CONCURRENCY": "4", "HOME": str(Path.home())}
+    environment |= {"STARLING_ENGINE": engine}
     command = [sys.executable, "-c", LEAVES_IN_AN_ANSWER]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
