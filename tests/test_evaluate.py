@@ -109,6 +109,21 @@ def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(
     assert answers[0]["choices"][0]["turns"][0] == "The capital of France is Paris."
 
 
+def test_an_answer_with_a_line_separator_is_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, out = tmp_path / "question.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text('{"question_id": 83, "turns": ["What?"]}\n')
+    out.write_text('{"question_id": 83, "choices": [{"turns": ["one\u2028two\x85three"]}]}\n', encoding="utf-8")
+    assert main(["evaluate", "answers", str(tmp_path), str(questions), str(out)]) == 0
+    assert "answers every question already" in capsys.readouterr().out
+
+
+def test_questions_that_are_missing_are_told_beside_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, out = tmp_path / "question.jsonl", tmp_path / "answers.jsonl"
+    out.touch()
+    assert main(["evaluate", "answers", str(tmp_path), str(questions), str(out)]) == 1
+    assert f"{questions} cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("asked", "out", "fault"),
     [

@@ -31,9 +31,9 @@ def unanswered(questions: Path, out: Path) -> list[dict[str, Any]]:
 
     So an interrupted run goes on. Raises StarlingError.
     """
+    wanted = read_lines(questions)
     if out.exists() and out.samefile(questions):
         raise StarlingError(f"{out} holds the questions: name another file for the answers.")
-    wanted = read_lines(questions)
     for question in wanted:
         turns = question.get("turns")
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
@@ -82,7 +82,8 @@ def _converse(service: Service, turns: list[str], temperature: float, max_tokens
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A JSON Lines file. Raises StarlingError naming the line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)  # str.splitlines would also cut at U+2028 and its like, which JSON may hold as they are
     except (OSError, UnicodeDecodeError) as error:
         raise StarlingError(f"{path} cannot be read: {error}.") from error
     found = []
