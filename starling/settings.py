@@ -1,6 +1,7 @@
 """Every environment variable that this package reads, in one place. Read once, at start."""
 
 import logging
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,7 +38,8 @@ class Settings(BaseModel):
     # Prompt tokens in one step; None: 256 on a CPU, 512 on a GPU
     prefill_tokens: int | None = Field(None, ge=16, le=8192, alias="STARLING_PREFILL_TOKENS")
     speculative_rows: int = Field(8, ge=0, le=256, alias="STARLING_SPECULATIVE_ROWS")  # 0: never guess ahead
-    hang_after_s: float = Field(120.0, gt=0, alias="STARLING_HANG_AFTER_S")  # a step that takes longer is a hang
+    # A step that takes longer is a hang. No more than Python can wait: to close, as long is waited for the engine.
+    hang_after_s: float = Field(120.0, gt=0, le=threading.TIMEOUT_MAX, alias="STARLING_HANG_AFTER_S")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Settings":

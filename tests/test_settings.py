@@ -16,6 +16,12 @@ def test_a_wrong_value_is_named_with_its_rule() -> None:
     assert "STARLING_KV_DTYPE" not in str(caught.value)
 
 
+@pytest.mark.parametrize("seconds", ["inf", "1e10", "nan", "0"])
+def test_a_hang_comes_after_a_time_that_can_be_waited(seconds: str) -> None:
+    with pytest.raises(StarlingError, match=f"STARLING_HANG_AFTER_S is '{seconds}'"):
+        Settings.from_env({"STARLING_HANG_AFTER_S": seconds})
+
+
 def test_what_is_blank_is_not_set() -> None:
     assert Settings.from_env({"STARLING_THREADS": "", "STARLING_WEIGHTS": ""}) == Settings()
 
