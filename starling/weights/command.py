@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         lock = Lock.read(args.lock)
         folder = args.folder or args.lock.with_suffix("")
         return {"pull": _pull, "verify": _verify, "status": _status, "pin": _pin}[args.action](args, lock, folder)
-    except WeightsError as error:
+    except (WeightsError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -61,6 +61,13 @@ def test_pin_fills_in_what_is_unknown_and_nothing_else(lock_path, hub, files, ca
     assert "knows every size and digest already" in capsys.readouterr().out
 
 
+def test_a_lock_that_cannot_be_written_is_told(lock_path, hub, capsys):
+    weights("pull", "--lock", lock_path, "--from", hub.url)
+    Path(f"{lock_path}.{os.getpid()}").mkdir()  # where the new lock would be written
+    assert weights("pin", "--lock", lock_path) == 1
+    assert "Is a directory" in capsys.readouterr().err
+
+
 def test_pin_refuses_a_folder_that_is_wrong(lock_path, hub, folder):
     weights("pull", "--lock", lock_path, "--from", hub.url)
     before = lock_path.read_bytes()
