@@ -147,8 +147,8 @@ def drain(start: Callable[[], G], record: Callable[[G], None], signal: CancelSig
     """
     try:
         generation = start()
-        signal.connect(generation.cancel)
         try:
+            signal.connect(generation.cancel)
             yield from generation
             record(generation)
         finally:

@@ -5,7 +5,7 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
 
 import pytest
@@ -120,6 +120,19 @@ def test_cancelling_before_the_generator_is_drained(loop: asyncio.AbstractEventL
     future.cancel()
     with pytest.raises(asyncio.CancelledError):
         next(chunks)
+    assert counting.closed == 1
+
+
+def test_a_cancellation_that_hits_before_the_first_chunk_closes() -> None:
+    """coglet raises it in the thread that drains, at any line."""
+
+    class Struck(CancelSignal):
+        def connect(self, action: Callable[[], None]) -> None:
+            raise CancelationException
+
+    counting = Counting()
+    with pytest.raises(asyncio.CancelledError):
+        next(drain(lambda: counting, nothing, Struck()))
     assert counting.closed == 1
 
 
