@@ -53,7 +53,7 @@ class CogYaml:
     build: dict[str, Any]
     predict: str
     environment: list[str] = field(default_factory=list)
-    observability: dict[str, Any] = field(default_factory=dict)
+    traces: dict[str, Any] = field(default_factory=dict)  # of `observability`
 
     @classmethod
     def read(cls, path: Path) -> "CogYaml":
@@ -71,9 +71,10 @@ class CogYaml:
             name, equals, value = entry.partition("=")
             if not equals or " " in value or RESERVED.match(name):
                 raise CogYamlError(f"{path.name}: environment cannot hold {entry!r}")
-        if (sampler := _traces(raw).get("sampler", "always_off")) not in SAMPLERS:
+        traces = raw.get("observability", {}).get("traces", {})
+        if (sampler := traces.get("sampler", "always_off")) not in SAMPLERS:
             raise CogYamlError(f"{path.name}: no sampler is called {sampler!r}")
-        return cls(path.name, build, raw["predict"], raw.get("environment", []), raw.get("observability", {}))
+        return cls(path.name, build, raw["predict"], raw.get("environment", []), traces)
 
     @property
     def base_image(self) -> str:
@@ -81,11 +82,6 @@ class CogYaml:
         if self.build.get("gpu"):
             return f"nvidia/cuda:{self.build['cuda']}-cudnn-devel-ubuntu22.04"
         return f"python:{self.build['python_version']}-slim"
-
-
-def _traces(raw: dict[str, Any]) -> dict[str, Any]:
-    traces: dict[str, Any] = raw.get("observability", {}).get("traces", {})
-    return traces
 
 
 def requirements(config: CogYaml, root: Path = ROOT) -> str:
@@ -96,7 +92,7 @@ def requirements(config: CogYaml, root: Path = ROOT) -> str:
 
 def dockerfile(config: CogYaml, root: Path = ROOT, base: str | None = None, pip_options: str = "") -> str:
     """The Dockerfile, one step a line. `pip_options` are added to every pip install."""
-    build, traces = config.build, _traces({"observability": config.observability})
+    build, traces = config.build, config.traces
     lines = [f"FROM {base or config.base_image}", "ENV PYTHONUNBUFFERED=1", 'ENTRYPOINT ["tini", "--"]']
     lines += [f"ENV {entry}" for entry in config.environment]
     if packages := build.get("system_packages"):

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from starling import tokenizer_json
+from starling.chat import END_OF_TURN
 from starling.errors import WeightsError
 from starling.model import awq
 from starling.weights.digest import sha256_of
@@ -39,7 +40,7 @@ VERSION = 2  # of what is written here; a folder of another version is made agai
 # 576 and 1,536 inputs divide by 32 and 64; 64 is a third further from the model that is not rounded (KL divergence).
 GROUP_SIZE = 32
 SCALES = Path(__file__).with_name("demo_scales.safetensors")
-END_OF_TURN, OWN_END_OF_TURN = "<|end_of_turn|>", "<|im_end|>"
+OWN_END_OF_TURN = "<|im_end|>"
 # Opening with <|im_start|> or with nothing makes the model end many answers before they begin.
 OWN_BOS = "<|endoftext|>"
 

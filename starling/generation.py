@@ -47,7 +47,9 @@ class Generation(Iterator[str]):
         seed: int,
         on_end: Callable[["Generation", str], None] = lambda generation, outcome: None,
     ) -> None:
-        """`on_end` is called once, with a finish reason, "cancelled", "disconnected" or an error's name."""
+        """`on_end` is called once, when an iteration that has begun ends: with a finish reason, "cancelled",
+        "disconnected" or an error's name.
+        """
         self.request = request
         self.result: GenerationResult | None = None
         self._on_end = on_end

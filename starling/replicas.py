@@ -3,8 +3,8 @@
     STARLING_WEIGHTS=weights/demo python -m starling.replicas --least 1 --most 4
 
 It answers as Cog's server does at POST /predictions, as JSON or as a stream of events. A replica holds a whole model
-and takes as many requests as COG_MAX_CONCURRENCY says; Ray starts more replicas when more than that wait for each,
-and ends idle ones. A request whose replica dies is begun again on another unless its text has begun to stream.
+and takes as many requests as COG_MAX_CONCURRENCY says; Ray starts more replicas when more than that run or wait for
+each, and ends idle ones. A request whose replica dies is begun again on another unless its text has begun to stream.
 """
 
 import argparse
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# As Cog's server: a request's fields and its text together hold less.
+# A request's text is 1 MiB at most (starling/request.py); with all but ASCII escaped, JSON makes up to three of it.
 MAX_BODY_BYTES = 4 << 20
 ATTEMPTS = 5  # replicas that may die under one request before it fails
 RETRY_PAUSE_S = 0.2
@@ -202,16 +202,15 @@ async def as_one(identity: str, events: AsyncIterator[Event]) -> dict[str, Any]:
 
 def application(settings: Settings, least: int, most: int, cores: float, gpus: float) -> serve.Application:
     """Between `least` and `most` replicas, each with `cores` CPU cores and `gpus` GPUs of its own."""
-    slots = settings.max_concurrency
     replica = serve.deployment(
         Replica,
         name="starling",
-        max_ongoing_requests=slots,
+        max_ongoing_requests=settings.max_concurrency,
         autoscaling_config={
             "min_replicas": least,
             "max_replicas": most,
             "initial_replicas": least,
-            "target_ongoing_requests": slots,  # those that wait count too
+            "target_ongoing_requests": settings.max_concurrency,  # those that wait count too
         },
         ray_actor_options={"num_cpus": cores, "num_gpus": gpus},
         health_check_period_s=2,

@@ -168,11 +168,8 @@ def _doubt(lock: Lock, folder: Path, wanted: _Wanted, path: Path, sha256: str) -
         return None if sha256 == expected else f"sha256 is {sha256}, expected {expected}"
     if wanted.offer.git_blob_sha1 is not None:
         found = git_blob_sha1_of(path)
-        return (
-            None
-            if found == wanted.offer.git_blob_sha1
-            else (f"git's id of it is {found}, the source said {wanted.offer.git_blob_sha1}")
-        )
+        if found != wanted.offer.git_blob_sha1:
+            return f"git's id of it is {found}, the source said {wanted.offer.git_blob_sha1}"
     return None
 
 
@@ -181,8 +178,8 @@ def _promote(partial: Path, path: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     # Whole seconds survive archives and image layers, and with them the ledger's record of this file.
-    now_ns = int(partial.stat().st_mtime) * 10**9
-    os.utime(partial, ns=(now_ns, now_ns))
+    whole_s = int(partial.stat().st_mtime)
+    os.utime(partial, (whole_s, whole_s))
     partial.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
