@@ -131,8 +131,7 @@ def _adopt(lock: Lock, folder: Path, wanted: _Wanted) -> bool:
     if not path.is_file() or not (wanted.offer.sha256 or wanted.offer.git_blob_sha1):
         return False
     stat = path.stat()
-    sha256 = sha256_of(path)
-    if stat.st_size != wanted.offer.size or _doubt(lock, folder, wanted, path, sha256):
+    if stat.st_size != wanted.offer.size or _doubt(lock, folder, wanted, path, sha256 := sha256_of(path)):
         return False
     ledger.record(folder, lock, wanted.file, sha256, stat)
     return True

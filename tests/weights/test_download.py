@@ -13,6 +13,7 @@ from starling.errors import WeightsError
 from starling.weights import Lock, State, inspect, pull, verify
 from starling.weights import hub as hub_module
 from starling.weights.address import without_secrets
+from starling.weights.digest import sha256_of
 from tests.weights.conftest import BRISK, IMPATIENT, assert_whole, lock_for
 from tests.weights.hub_server import HubServer
 
@@ -309,6 +310,21 @@ def test_a_file_that_was_there_is_adopted_only_if_the_hub_vouches_for_it(hub, fo
     assert_whole(folder, files)
     got = {name for method, name, _ in hub.requests if method == "GET"}
     assert got == {"tokenizer.json", MODEL}
+
+
+def test_a_file_of_another_size_is_not_hashed_before_it_is_fetched(hub, lock, folder, files, monkeypatch):
+    hashed = []
+
+    def noting(path, *advance):
+        hashed.append(path)
+        return sha256_of(path, *advance)
+
+    monkeypatch.setattr("starling.weights.download.sha256_of", noting)
+    folder.mkdir()
+    (folder / MODEL).write_bytes(b"cut short")
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+    assert folder / MODEL not in hashed
 
 
 def test_files_of_another_revision_are_not_taken_for_this_one(hub, folder, files):
