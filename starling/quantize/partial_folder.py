@@ -35,7 +35,7 @@ class PartialFolder:
         """Raises StarlingError when OUT holds something already."""
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise StarlingError(f"{out} holds something already. Name another folder, or remove it.")
-        self._out = out
+        self._out = out = out.resolve()  # "." has no name, and cannot be removed
         self.path = out.parent / f".{out.name}.partial"
         text = json.dumps(plan, sort_keys=True)
         plan_file = self.path / PLAN_FILE

@@ -20,7 +20,6 @@ from starling.model import awq
 from starling.model.config import ModelConfig
 from starling.model.mistral import Mistral
 from starling.model.ops.reference import ReferenceOps
-from starling.quantize.partial_folder import PartialFolder
 from starling.tokenizer import Tokenizer, byte_alphabet
 
 pytest.importorskip(
@@ -106,12 +105,6 @@ def test_a_killed_run_goes_on_and_ends_the_same(source: Path, quantized: Path, t
     resumed, whole = load_file(out / "model.safetensors"), load_file(quantized / "model.safetensors")
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-
-
-def test_another_plan_begins_anew(tmp_path: Path) -> None:
-    PartialFolder(tmp_path / "out", {"group_size": 64}).save_layer(0, {"x": torch.zeros(1)}, {})
-    assert PartialFolder(tmp_path / "out", {"group_size": 64}).has_layer(0)
-    assert not PartialFolder(tmp_path / "out", {"group_size": 32}).has_layer(0)
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
