@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,7 +256,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the checkpoint is to lie; left alone if it is there already")
     parser.add_argument("--full-precision", action="store_true", help="float16 in place of AWQ: a source to quantize")
     options = parser.parse_args()
-    print(prepare(options.folder, options.full_precision))
+    try:
+        print(prepare(options.folder, options.full_precision))
+    except WeightsError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

