@@ -141,7 +141,8 @@ def test_the_image_s_script_removes_no_folder_that_it_did_not_make(checkout: Pat
 def test_a_gpu_test_that_fails_stops_nothing_and_is_remembered(checkout: Path, failing: str) -> None:
     (checkout / "tests").mkdir()
     for name in "abc":
-        (checkout / f"tests/test_{name}.py").write_text("pytest.mark.gpu")
+        (checkout / f"tests/test_{name}.py").write_text("@pytest.mark.gpu")
+    shutil.copy(__file__, checkout / "tests")  # speaks of the mark, and holds no such test: pytest calls that a failure
     installed(checkout, f'echo "$@" >> said; case "$*" in *{failing or "nothing"}*) exit 1;; esac')
     done = run(checkout, ["gpu", "--option"], {})
     assert done.returncode == (1 if failing else 0)
