@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from starling.errors import CheckpointError
 
@@ -23,17 +23,17 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     architecture: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt
+    max_position_embeddings: PositiveInt
     rms_norm_eps: float
     rope_theta: float
-    sliding_window: int | None
+    sliding_window: PositiveInt | None
     tie_word_embeddings: bool
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
@@ -61,9 +61,10 @@ class ModelConfig(BaseModel):
             if not holds:
                 faults.append(fault)
 
-        architectures = raw.get("architectures") or [None]
+        architectures = raw.get("architectures")
+        architecture = architectures[0] if isinstance(architectures, list) and architectures else None
         require(
-            architectures[0] in ARCHITECTURES,
+            architecture in ARCHITECTURES,
             f"architectures is {architectures!r}; implemented: {', '.join(ARCHITECTURES)}",
         )
         require(raw.get("hidden_act") == "silu", f"hidden_act is {raw.get('hidden_act')!r}; implemented: 'silu'")
@@ -83,15 +84,20 @@ class ModelConfig(BaseModel):
         group_size, found = _group_size(raw.get("quantization_config"))
         faults += found
 
-        mistral = architectures[0] == "MistralForCausalLM"
+        mistral = architecture == "MistralForCausalLM"
         heads = raw.get("num_attention_heads") or 0
         kv_heads = raw.get("num_key_value_heads", MISTRAL_KV_HEADS if mistral else None) or heads
         hidden = raw.get("hidden_size") or 0
+        sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": hidden}
+        odd = [f"{key} is {size!r}, not a number" for key, size in sizes.items() if not isinstance(size, int)]
+        if odd:
+            faults += odd
+            heads = kv_heads = hidden = 0
         if heads and kv_heads and hidden:
             require(heads % kv_heads == 0, f"{heads} attention heads do not divide by {kv_heads} key/value heads")
         eos = raw.get("eos_token_id")
         fields = {
-            "architecture": architectures[0],
+            "architecture": architecture,
             "num_key_value_heads": kv_heads,
             "head_dim": raw.get("head_dim") or (hidden // heads if heads else 0),
             "rope_theta": rope_theta,
@@ -122,9 +128,9 @@ class ModelConfig(BaseModel):
         faults = []
         for name in ("hidden_size", "intermediate_size", "q_size"):
             size = getattr(self, name)
-            if size <= 0 or size % self.group_size or size % 8:
+            if size % self.group_size:
                 faults.append(f"{name} {size} does not divide by the group size {self.group_size}")
-        if self.kv_size <= 0 or self.kv_size % 8:
+        if self.kv_size % 8:
             faults.append(f"kv_size {self.kv_size} does not divide by 8")
         if self.head_dim % 2:
             faults.append(f"head_dim {self.head_dim} is odd")

@@ -88,6 +88,7 @@ def test_what_is_not_awq_is_said_once(quantization: object) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"architectures": None}, "architectures"),
+        ({"architectures": 7}, "architectures is 7"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -101,6 +102,10 @@ def test_what_is_not_awq_is_said_once(quantization: object) -> None:
         ({"quantization_config": AWQ | {"group_size": -1}}, "group_size is -1"),
         ({"quantization_config": AWQ | {"modules_to_not_convert": ["lm_head", "mlp"]}}, "modules_to_not_convert"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "4096"}, "hidden_size is '4096'"),
+        ({"num_attention_heads": [32]}, "num_attention_heads is [32]"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"sliding_window": 0}, "sliding_window"),
         ({"num_key_value_heads": 5}, "do not divide"),
         ({"intermediate_size": 14337}, "intermediate_size 14337"),
         ({"eos_token_id": 32002}, "token id 32002"),
