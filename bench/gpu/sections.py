@@ -20,6 +20,7 @@ from bench.gpu import card, choices, loading, products, serving, trace
 from bench.gpu.card import Ceilings
 from bench.gpu.clock import Clock
 from bench.gpu.decode import PREFILL_TOKENS, Decoding, filled_cache, step_bytes
+from bench.gpu.models import MODELS
 from bench.gpu.peers import PEERS
 from starling.engine.graph_runner import SIZES
 from starling.model.kv_cache import KVCache
@@ -404,7 +405,7 @@ def peers(bench: Bench) -> None:
 
 def models(bench: Bench) -> None:
     """Whole models by other engines: batch 1."""
-    for name in ("autoawq", "llama-cpp"):
+    for name in MODELS:
         _child(["--model", name, "--folder", str(bench.folder)], MODEL_TIMEOUT_S, name)
 
 

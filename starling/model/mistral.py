@@ -118,9 +118,8 @@ class Mistral:
             qkv = ops.awq_linear(x, layer.qkv, prompt_tokens)
             q = ops.rotate_and_cache(qkv, batch, self.rotary, keys, values)
             attended = ops.attention(q, keys, values, batch, self.config.sliding_window)
-            if (
-                i == len(self.layers) - 1
-            ):  # the other tokens' keys and values are written, and nothing reads more of them
+            if i == len(self.layers) - 1:
+                # The other tokens' keys and values are written, and nothing reads more of them.
                 attended, residual, prompt_tokens = (t[batch.logit_rows] for t in (attended, residual, prompt_tokens))
             x = ops.awq_linear(attended, layer.out, prompt_tokens)
             x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
