@@ -72,6 +72,7 @@ class EmulatedModule:
         return found
 
     def launch(self, kernel: str, grid: Grid, threads: int, shared_bytes: int, *arguments: Argument) -> None:
+        assert min(grid) > 0, f"{kernel}: the driver refuses a grid of {grid}"
         launch = EmulatedLaunch(self._library, kernel, (*grid, threads, shared_bytes), arguments)
         early = self._random.randint(1, MOST_EARLY) if self._stream else 0
         launch.begin(early, self._random.getrandbits(64))

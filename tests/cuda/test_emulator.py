@@ -52,6 +52,11 @@ def test_shared_memory_has_bounds(probe: EmulatedModule) -> None:
         probe.launch("reverse", (1, 1, 1), 64, 200_000, torch.randn(64), torch.empty(64))
 
 
+def test_a_grid_without_blocks_is_a_fault(probe: EmulatedModule) -> None:
+    with pytest.raises(AssertionError, match="refuses a grid"):
+        probe.launch("reverse", (1, 0, 1), 64, 256, torch.randn(64), torch.empty(64))
+
+
 def test_an_unaligned_copy_is_a_fault(probe: EmulatedModule) -> None:
     with pytest.raises(AssertionError, match="not aligned"):
         probe.launch("reverse", (1, 1, 1), 64, 256, torch.randn(65)[1:], torch.empty(64))

@@ -37,6 +37,7 @@ class ElementwiseKernels:
         tokens, width = len(gate_up), gate_up.shape[1] // 2
         assert width % 8 == 0, width
         out = torch.empty(tokens, width, dtype=torch.float16, device=gate_up.device)
-        blocks = -(-tokens * width // 8 // 256)
-        self._module.launch("silu_and_mul", (blocks, 1, 1), 256, 0, gate_up, out, tokens, width)
+        if tokens:
+            blocks = -(-tokens * width // 8 // 256)
+            self._module.launch("silu_and_mul", (blocks, 1, 1), 256, 0, gate_up, out, tokens, width)
         return out

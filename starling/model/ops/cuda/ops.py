@@ -130,6 +130,8 @@ class CudaOps:
         uniform: torch.Tensor,
     ) -> torch.Tensor:
         rows, vocabulary = logits.shape
+        if not rows:  # of a chunk inside a prompt
+            return torch.empty(0, dtype=torch.int64, device=self.device)
         kernels = SamplingKernels(self._load, self.device, rows, vocabulary, 1)
         settings = settings_of(*(s.numpy() for s in (temperature, top_k, top_p, min_p, uniform)))
         packed = torch.from_numpy(settings.view(np.uint8).reshape(rows, SETTINGS.itemsize)).to(self.device)
