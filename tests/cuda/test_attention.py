@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from starling.errors import DeviceError
 from starling.model.batch import Batch
 from starling.model.ops.cuda.attention import AttentionKernels
 from starling.model.ops.cuda.driver import DriverModule
@@ -101,6 +102,12 @@ def check(
     seen = (batch.positions + 1).clamp(max=window or len(keys) * keys.shape[2])[:, None]
     assert found.shape == wanted.shape and found.dtype == torch.float16
     assert ((found.float() - wanted).abs() <= 3 * 2**-11 * size + 2**-25 * mean * seen + 2**-24).all()  # False of NaN
+
+
+@pytest.mark.parametrize(("shape", "told"), [((8, 2, 256), "head_dim 256"), ((8, 2, 40), "40"), ((17, 1, 64), "17")])
+def test_a_shape_that_the_kernels_do_not_know_is_an_error(shape: Shape, told: str) -> None:
+    with pytest.raises(DeviceError, match=rf"{told}.*a multiple of 16 up to 128, and at most 16"):
+        emulated(shape, ranges=1)
 
 
 @pytest.mark.parametrize("window", [None, 40, 200])

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starling.engine.sampling import uniform
+from starling.errors import DeviceError
 from starling.model.ops.cuda.driver import DriverModule
 from starling.model.ops.cuda.sampling import SETTINGS, SamplingKernels, settings_of
 from starling.model.ops.reference import ReferenceOps
@@ -178,6 +179,11 @@ def test_every_part_of_a_long_row_is_reached(on: Device, rng: random.Random) -> 
         wanted = [0, 1023, vocabulary - 1, rng.randrange(vocabulary), rng.randrange(vocabulary)]
         logits = torch.zeros(len(wanted), vocabulary)
         assert sample(on, logits, [(1.0, 0, 1.0, 0.0, (i + 0.5) / vocabulary) for i in wanted]) == wanted
+
+
+def test_a_vocabulary_that_ranks_cannot_hold_is_an_error() -> None:
+    with pytest.raises(DeviceError, match=r"128256 tokens.*at most 65536"):
+        EMULATED.kernels(1, 128256)
 
 
 # Four tokens with p = 0.4, 0.3, 0.2, 0.1.

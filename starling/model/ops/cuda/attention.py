@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from starling.errors import DeviceError
 from starling.model.batch import Batch
 from starling.model.ops.cuda.module import Module
 
@@ -14,6 +15,7 @@ THREADS = 128
 SPLIT = 128  # keys
 FEW_ROWS = 16  # of a tile (tokens times the heads of a group)
 MANY_ROWS = 64
+MAX_HEAD_DIM = 128
 FEW_TOKENS = 16  # a request with more in a step is a prompt
 TILE_INTS = 8
 RANGE_INTS = 16
@@ -51,10 +53,17 @@ class AttentionKernels:
         max_positions: int,
         ranges: int | None = None,
     ) -> None:
-        """`ranges`: into how many pieces a step's decodes are cut; None: as many as the device runs blocks at once."""
+        """`ranges`: into how many pieces a step's decodes are cut; None: as many as the device runs blocks at once.
+
+        Raises DeviceError where the kernels do not know the shape.
+        """
         self._group = heads // kv_heads
-        assert heads == kv_heads * self._group and self._group <= FEW_ROWS, (heads, kv_heads)
-        assert head_dim % 16 == 0 and head_dim <= 128, head_dim
+        assert heads == kv_heads * self._group, (heads, kv_heads)
+        if head_dim % 16 or head_dim > MAX_HEAD_DIM or self._group > FEW_ROWS:
+            raise DeviceError(
+                f"head_dim {head_dim} with {self._group} query heads per key/value head: the CUDA kernels take a "
+                f"multiple of 16 up to {MAX_HEAD_DIM}, and at most {FEW_ROWS}."
+            )
         self._heads, self._kv_heads, self._dim = heads, kv_heads, head_dim
         self._device = device
         self._attention, self._rotary = load("attention"), load("rotary")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from starling.errors import DeviceError
 from starling.model.ops.cuda.module import Module
 
 MAX_VOCABULARY = 1 << 16  # ids take 16 bits of a rank, and the sum of as many weights 64
@@ -55,12 +56,16 @@ def settings_of(
 
 
 class SamplingKernels:
-    """At most `rows` rows of logits a step, of `vocabulary` tokens; counts of `sequences` sequences."""
+    """At most `rows` rows of logits a step, of `vocabulary` tokens; counts of `sequences` sequences.
+
+    Raises DeviceError for a larger vocabulary than the kernels take.
+    """
 
     def __init__(
         self, load: Callable[[str], Module], device: torch.device, rows: int, vocabulary: int, sequences: int
     ) -> None:
-        assert 0 < vocabulary <= MAX_VOCABULARY
+        if vocabulary > MAX_VOCABULARY:
+            raise DeviceError(f"A vocabulary of {vocabulary} tokens: the CUDA kernels take at most {MAX_VOCABULARY}.")
         self._module = load("sampling")
         self._vocabulary = vocabulary
         self._chunks = -(-vocabulary // CHUNK)
