@@ -26,6 +26,9 @@ from starling.model.ops.cuda import CudaOps
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # decodes in a captured step
+# Whose capture could not be ended. torch's allocators go on asking each of them, by its address, whose memory is whose:
+# none may ever go.
+_UNENDED: list[torch.cuda.CUDAGraph] = []
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,8 @@ class GraphRunner:
         # torch.cuda.graph would wait for the device and collect garbage first, which running streams would notice.
         # All sizes share a pool, and replay in any order: nothing in it outlives a step, and steps follow each other.
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             self._compute(decodes.frame, decodes.batch)
             graph.capture_end()
         except BaseException:
@@ -179,6 +182,10 @@ class GraphRunner:
             # capture, and would hide what that call said.
             with suppress(RuntimeError):
                 graph.capture_end()
+            try:
+                graph.pool()  # which is told once a capture has ended
+            except RuntimeError:
+                _UNENDED.append(graph)
             self._pool = torch.cuda.graph_pool_handle()  # torch refuses one whose last graph is gone
             raise
         return graph
