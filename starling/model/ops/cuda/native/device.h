@@ -169,12 +169,6 @@ DEVICE float warp_sum(float x) {  // the same in every lane, and added in the sa
   return x;
 }
 
-DEVICE float warp_max(float x) {
-#pragma unroll
-  for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
-  return x;
-}
-
 // True in the last of `blocks` blocks to call it with this counter, which must be 0 before and is 0 again after. What
 // the others wrote to global memory before is visible then. Every thread of the block calls it; `scratch` is an int of
 // shared memory.
