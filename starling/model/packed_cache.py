@@ -179,12 +179,8 @@ def _make(path: Path, key: str, repack: Callable[[], Iterable[tuple[str, Packed]
             raise OSError(errno.ENOSPC, f"{free / 1e9:.2f} GB are free, about {expected_bytes / 1e9:.2f} needed")
         started = time.monotonic()
         log.info("Repacking the weights into %s (once).", path)
-        try:
-            _write(file, key, repack())
-            os.fsync(file.fileno())
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        _write(file, key, repack())
+        os.fsync(file.fileno())
         Path(file.name).replace(path)
         log.info("Repacked the weights in %.1f s.", time.monotonic() - started)
     made = _open(path, key)
@@ -195,20 +191,31 @@ def _make(path: Path, key: str, repack: Callable[[], Iterable[tuple[str, Packed]
 
 @contextmanager
 def _unfinished(path: Path) -> Iterator[BinaryIO]:
-    """The file that will become `path`, opened, empty, and locked: other processes wait here, dead ones are out."""
+    """The file that will become `path`, opened, empty, and locked: other processes wait here, dead ones are out.
+
+    It goes at the end, unless it was renamed.
+    """
     partial = path.with_name(f"{path.name}.partial")
     while True:
         with partial.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                current = partial.stat().st_ino
-            except FileNotFoundError:
-                current = None
-            if current != os.fstat(file.fileno()).st_ino:
-                continue  # its last owner renamed it: wait for the next one, if there is one
+            if not _lies_at(partial, file):
+                continue  # its last owner renamed or removed it: wait for the next one, if there is one
             file.truncate(0)
-            yield file
+            try:
+                yield file
+            finally:
+                if _lies_at(partial, file):  # and not another process's by now
+                    partial.unlink()
             return
+
+
+def _lies_at(path: Path, file: BinaryIO) -> bool:
+    """Whether `path` names the open `file`."""
+    try:
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _write(file: BinaryIO, key: str, weights: Iterable[tuple[str, Packed]]) -> None:

@@ -213,6 +213,7 @@ def test_too_little_disk_is_seen_before_it_is_filled(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     packed_cache.load_or_make(checkpoint, LAYOUT, Repacking(some_weights()), [checkpoint])
     assert "every start repacks" in caplog.text
+    assert not list(checkpoint.glob("packed-*"))
 
 
 def test_a_fault_while_repacking_leaves_nothing(checkpoint: Path) -> None:
@@ -259,3 +260,4 @@ def test_processes_that_start_together_repack_once(checkpoint: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert sorted(runs.get(timeout=10) for _ in processes) == [0, 0, 1]
+    assert cache_file(checkpoint).suffix == ".bin"
