@@ -14,7 +14,7 @@ LEAST_BYTES = 32 << 20  # that a folder must have free: a compiler that runs out
 
 
 def kept(name: str, build: Callable[[Path], None], folder: Path | None = None) -> Path:
-    """The file `name`: from `folder`, or from the first of this user's that holds it, if none can be written to either.
+    """The file `name`: from `folder`, or from the first of this user's that holds it, even if none can be written to.
 
     Else `build` makes it at the path that it is given, and it is kept in the first that takes it. Processes that start
     together build once; the file appears by renaming, whole. Raises DeviceError where it cannot be kept.
