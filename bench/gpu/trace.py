@@ -38,7 +38,8 @@ def recorded(work: Callable[[], object], clock: Clock) -> list[Activity]:
     # Where the profiler tears its tracer down, as newer ones do by default, the next profile may come out empty, since
     # that happens late; and with CUDA before 12.6 graphs crashed then.
     os.environ["TEARDOWN_CUPTI"] = "0"
-    with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as profile:
+    # There is one cycle only; torch 2.11 warns of more unless it is told to keep them all.
+    with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU], acc_events=True) as profile:
         work()
         clock.wait()
     with tempfile.TemporaryDirectory() as folder:

@@ -89,7 +89,7 @@ class ModelConfig(BaseModel):
         kv_heads = raw.get("num_key_value_heads", MISTRAL_KV_HEADS if mistral else None) or heads
         hidden = raw.get("hidden_size") or 0
         sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": hidden}
-        odd = [f"{key} is {size!r}, not a number" for key, size in sizes.items() if not isinstance(size, int)]
+        odd = [f"{key} is {size!r}, not a whole number" for key, size in sizes.items() if not isinstance(size, int)]
         if odd:
             faults += odd
             heads = kv_heads = hidden = 0
