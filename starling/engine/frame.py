@@ -1,6 +1,8 @@
 """A step's inputs in one stretch of memory, so that one copy brings them to the device."""
 
+import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from starling.model.ops.cuda.sampling import SETTINGS
 ALIGNMENT = 16  # bytes
 TAIL = 2 + MAX_DRAFT  # tokens of a sequence that its row of counts lacks, at most: confirmed, in flight, guessed
 TURNS = 2  # a step's inputs are written while those of the step before may still be copied
+Memory = TypeVar("Memory", torch.Tensor, np.ndarray)
 
 
 class Upload:
@@ -51,20 +54,21 @@ class Frame:
 
     def __init__(self, shape: Shape, upload: Upload | None = None) -> None:
         self.shape = shape
-        self._parts: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
+        self._parts: dict[str, tuple[int, int, tuple[int, ...]]] = {}  # name → first and last byte, shape
         self.size = 0  # bytes
-        self._place("token_ids", torch.int32, shape.tokens)
-        self._place("positions", torch.int32, shape.tokens)
-        self._place("slots", torch.int32, shape.tokens)
-        self._place("query_starts", torch.int32, shape.works + 1)
-        self._place("context_lens", torch.int32, shape.works)
-        self._place("block_tables", torch.int32, shape.works, shape.blocks)
-        self._place("logit_rows", torch.int32, shape.rows)
-        self._place("tail", torch.int32, max(1, shape.rows * TAIL))
-        self._place("settings", torch.uint8, shape.rows, SETTINGS.itemsize)
+        self._place("token_ids", 4, shape.tokens)
+        self._place("positions", 4, shape.tokens)
+        self._place("slots", 4, shape.tokens)
+        self._place("query_starts", 4, shape.works + 1)
+        self._place("context_lens", 4, shape.works)
+        self._place("block_tables", 4, shape.works, shape.blocks)
+        self._place("logit_rows", 4, shape.rows)
+        self._place("tail", 4, max(1, shape.rows * TAIL))
+        self._place("settings", 1, shape.rows, SETTINGS.itemsize)
         if upload is not None:
-            self.device = self._views(upload.device)
-            self.host = [{name: view.numpy() for name, view in self._views(host).items()} for host in upload.host]
+            self.device = self._views(upload.device, upload.device[: self.size].view(torch.int32))
+            hosts = [host.numpy() for host in upload.host]
+            self.host = [self._views(host, host[: self.size].view(np.int32)) for host in hosts]
 
     def write(self, turn: int, inputs: StepInputs) -> None:
         """Fill in all but what shapes the logits. What a step lacks of the frame is padding that changes nothing."""
@@ -90,14 +94,17 @@ class Frame:
         tensors = {name: self.device[name] for name in names}
         return Batch(**tensors, prompt_tokens=prompt_tokens[: self.shape.tokens], sampled=sampled, decodes=decodes)
 
-    def _place(self, name: str, dtype: torch.dtype, *shape: int) -> None:
-        self._parts[name] = (dtype, shape, self.size)
-        self.size += -(-dtype.itemsize * int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT
+    def _place(self, name: str, itemsize: int, *shape: int) -> None:
+        length = itemsize * math.prod(shape)
+        self._parts[name] = (self.size, self.size + length, shape)
+        self.size += -(-length // ALIGNMENT) * ALIGNMENT
 
-    def _views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of uint8 [at least `size`]."""
-        found = {}
-        for name, (dtype, shape, offset) in self._parts.items():
-            length = dtype.itemsize * int(np.prod(shape))
-            found[name] = memory[offset : offset + length].view(dtype).view(shape)
-        return found
+    def _views(self, memory: Memory, words: Memory) -> dict[str, Memory]:
+        """Of uint8 [`size` and more], and of the same as int32.
+
+        A step with prompts makes a frame of its own, and the device may be waiting: so an operation or two for each.
+        """
+        return {
+            name: (memory[begin:end] if name == "settings" else words[begin // 4 : end // 4]).reshape(shape)
+            for name, (begin, end, shape) in self._parts.items()
+        }
