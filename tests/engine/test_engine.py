@@ -265,6 +265,37 @@ def test_tokens_come_while_the_next_step_is_in_flight() -> None:
         assert runner.steps == 1 and runner.started > 1
 
 
+def test_tokens_of_a_step_that_is_computed_as_it_starts_come_before_the_next() -> None:
+    with running(Gated, overlaps=False) as (engine, runner):
+        stream = engine.submit([1, 2], params(20, stops=False))
+        for steps in (1, 2):
+            runner.gate.release(1)
+            delivery = stream.get(HANG_S)
+            assert delivery is not None and len(delivery.tokens) == 1
+            assert runner.steps == steps
+
+
+def test_a_text_that_is_said_again_is_guessed(overlaps: bool) -> None:
+    start = [1, 2, 3, 4, 5]
+    prompt = [*start, *expected_answer(start, 12, frozenset()), *start]
+    with running(FakeRunner, overlaps) as (engine, _):
+        assert drain(engine.submit(prompt, params(16, stops=False)))[0] == expected_answer(prompt, 16, frozenset())
+        assert engine.counters.accepted > 6
+
+
+def test_occupancy_tells_what_runs_and_what_waits(overlaps: bool) -> None:
+    with running(Gated, overlaps, blocks=8, max_running=2) as (engine, runner):
+        assert engine.occupancy == {"running": 0, "waiting": 0, "kv_blocks": 8, "kv_blocks_free": 8}
+        streams = [engine.submit([token] * 4, params(4, stops=False)) for token in range(3)]
+        runner.gate.release(1)  # the first step may be of the first request alone
+        wait_for(lambda: len(engine._scheduler.running) == 2 and all(s.blocks for s in engine._scheduler.running))
+        held = sum(len(sequence.blocks) for sequence in engine._scheduler.running)
+        assert engine.occupancy == {"running": 2, "waiting": 1, "kv_blocks": 8, "kv_blocks_free": 8 - held}
+        runner.gate.release(1000)
+        for stream in streams:
+            drain(stream)
+
+
 def test_a_lost_device_ends_everything(overlaps: bool) -> None:
     class Lost(FakeRunner):
         def compute(self, inputs: StepInputs, rules: dict[int, Rule]) -> list[int]:
@@ -304,6 +335,8 @@ def test_what_cannot_run_is_refused_with_numbers() -> None:
             engine.submit([1] * 32, params(1))
         with pytest.raises(RequestError, match="token id 7"):
             engine.submit([1, 7], params())
+        with pytest.raises(RequestError, match="token id -1"):
+            engine.submit([1, -1], params())
         with pytest.raises(RequestError, match="no tokens"):
             engine.submit([], params())
 
@@ -404,9 +437,9 @@ def test_a_dead_thread_ends_everything(overlaps: bool) -> None:
         def compute(self, inputs: StepInputs, rules: dict[int, Rule]) -> list[int]:
             raise SystemExit
 
-    with running(Exits, overlaps) as (engine, _):
+    with running(Exits, overlaps, hang_after_s=0) as (engine, _):
         stream = engine.submit([1, 2], params())
         assert isinstance(drain(stream)[1].error, EngineStoppedError)
         wait_for(lambda: not engine.healthy)
-        with pytest.raises(EngineStoppedError):
+        with pytest.raises(EngineStoppedError, match="has stopped"):  # not that it hangs in the step that it died in
             engine.submit([1], params())
