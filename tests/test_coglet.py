@@ -7,6 +7,8 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future
+from contextvars import ContextVar, copy_context
+from pathlib import Path
 
 import pytest
 from cog import CancelationException
@@ -159,6 +161,13 @@ def test_cancelling_a_coroutine_that_still_runs(loop: asyncio.AbstractEventLoop)
     ended.wait()
 
 
+def test_a_signal_is_its_predictions_alone(loop: asyncio.AbstractEventLoop) -> None:
+    """The thread that submits serves other predictions after it."""
+    before = copy_context()
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
+    assert dict(copy_context()) == dict(before)
+
+
 def test_a_cancellation_that_hits_as_the_future_is_made_cancels_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """coglet raises it in the thread that submits, at any line."""
 
@@ -179,6 +188,13 @@ def test_a_cancellation_that_hits_as_the_future_is_made_cancels_it(monkeypatch: 
         assert coglet._submit(predict(), loop).cancelled()
 
 
+def test_a_cancellation_that_hits_as_the_answer_is_drained_cancels_it() -> None:
+    counting = Counting(CancelationException())
+    with pytest.raises(asyncio.CancelledError):
+        list(drain(lambda: counting, nothing, CancelSignal()))
+    assert counting.closed == 1
+
+
 def test_nothing_starts_before_it_is_drained() -> None:
     drain(pytest.fail, nothing, CancelSignal())
 
@@ -197,6 +213,44 @@ def test_leaving_in_the_middle_closes() -> None:
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
     assert counting.closed == 1
+
+
+PREDICTION_ID: ContextVar[str] = ContextVar("_coglet_prediction_id")
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(coglet, "FOLDERS", tmp_path / "coglet" / "predictions")
+    return tmp_path / "coglet" / "predictions"
+
+
+def discard(prediction_id: str) -> None:
+    context = copy_context()
+    context.run(PREDICTION_ID.set, prediction_id)
+    context.run(coglet.discard_folders)
+
+
+def test_the_folders_of_a_prediction_are_removed_if_they_are_empty(folders: Path) -> None:
+    for name in ("mine", "full", "another"):
+        for kind in ("inputs", "outputs"):
+            (folders / name / kind).mkdir(parents=True)
+    kept = folders / "full" / "outputs" / "of somebody"
+    kept.touch()
+    for name in ("mine", "full", "never there"):
+        discard(name)
+    coglet.discard_folders()  # outside any prediction
+    assert [path.name for path in folders.iterdir() if path.name != "another"] == ["full"]
+    assert list((folders / "full").rglob("*")) == [kept.parent, kept]
+    assert len(list((folders / "another").iterdir())) == 2
+
+
+@pytest.mark.parametrize("prediction_id", ["", ".", "..", "../else", "a/b"])
+def test_an_id_that_is_a_path_leads_to_no_folder_of_others(folders: Path, prediction_id: str) -> None:
+    (folders / "a").mkdir(parents=True)
+    for kind in ("inputs", "outputs"):
+        (folders / prediction_id / kind).mkdir(parents=True)
+    discard(prediction_id)
+    assert all((folders / prediction_id / kind).is_dir() for kind in ("inputs", "outputs"))
 
 
 @pytest.mark.parametrize(
