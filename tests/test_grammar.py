@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from starling import tokenizer_json
 from starling.errors import RequestError
 from starling.grammar import FORMATS, KEYWORDS, Grammars
 from starling.request import Request
@@ -119,6 +120,39 @@ def test_every_keyword_is_llguidances(follows: Follows, keyword: str) -> None:
     """It reads each, and so refuses what is no value of it. (Anything is one of const.)"""
     with pytest.raises(RequestError, match="cannot be followed"):
         follows("[0]", {keyword: {"$ref": "#/no"}})
+
+
+def test_multiples_count_by_their_digits(follows: Follows) -> None:
+    assert follows("100000", {"multipleOf": 100000}), "the most that is accepted"
+    assert follows("86400", {"multipleOf": 86400.0}), "which is no larger than 86400"
+    apart = {"properties": {"day": {"multipleOf": 86400}, "half": {"multipleOf": 43200}}}
+    assert follows('{"day":86400,"half":43200}', apart), "one is a multiple of the other"
+    with pytest.raises(RequestError, match="more than 100000"):
+        follows("[]", {"prefixItems": [{"multipleOf": 999983}, {"multipleOf": 0}]})
+
+
+@pytest.mark.parametrize("schema", [{"properties": 5}, {"patternProperties": 5}, {"required": 5, "minProperties": 2}])
+def test_a_keyword_with_a_value_of_another_type_is_refused(follows: Follows, schema: dict[str, Any]) -> None:
+    """And breaks nothing that looks into it before."""
+    with pytest.raises(RequestError, match=r"cannot be followed|Name more keys"):
+        follows("{}", schema)
+
+
+def test_a_schema_is_followed_in_starlings_own_tokens() -> None:
+    """SentencePiece writes a space before a text, and characters without a piece as bytes."""
+    tokenizer = Tokenizer(tokenizer_json.starling_tokenizer(), 32002)
+    grammars = Grammars(tokenizer, frozenset({32000, END}))
+    schema = {"const": {"city": "Zoë 🦜"}}
+    constraint = grammars.constraint(Request.parse(prompt="x", json_schema=json.dumps(schema)))
+    assert constraint is not None
+    for token in [*tokenizer.encode('{"city": "Zoë 🦜"}'), None]:
+        mask = constraint.mask()
+        ends = [bool(mask[end // 32] >> end % 32 & 1) for end in (END, 32000)]
+        assert ends == [token is None] * 2, "it may end with any of the ids that end it, and only when it is whole"
+        if token is not None:
+            assert mask[token // 32] >> token % 32 & 1
+            constraint.advance(token)
+    assert constraint.fault is None
 
 
 def test_numbers_too_large_for_llguidance_are_refused(follows: Follows) -> None:
