@@ -115,6 +115,13 @@ def test_the_byte_table_agrees_with_sentencepiece() -> None:
     assert tokenizer.token_bytes(32000) == tokenizer.token_bytes(32001) == b""
 
 
+def test_merges_may_be_written_as_one_text() -> None:
+    """As older files do; those that would spell a control token are left out all the same."""
+    vocab = byte_alphabet() | {"he": 256, "<|": 257, "<|>": 258}
+    old = tokenizer_json.byte_level(vocab, ["h e", "< |", "<| >"], {"<|>": 258})  # type: ignore[list-item]
+    assert Tokenizer(old, 259).encode("he<|>") == [256, 257, vocab[">"]]
+
+
 def test_rows_without_a_token_add_nothing() -> None:
     assert [byte_level().token_bytes(id) for id in (260, 262, 264)] == [b"", b"", b""]
 
@@ -156,15 +163,20 @@ def test_a_control_token_beyond_the_embedding_table_cannot_be_had() -> None:
         tokenizer.token_id("<nothing>")
 
 
-def test_a_vocabulary_larger_than_the_embedding_table_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="token id 31999, the embedding table has 31000 rows"):
-        Tokenizer(copy.deepcopy(starling_json()), 31000)
+@pytest.mark.parametrize("rows", [31000, 31999])
+def test_a_vocabulary_larger_than_the_embedding_table_is_refused(rows: int) -> None:
+    with pytest.raises(CheckpointError, match=f"token id 31999, the embedding table has {rows} rows"):
+        Tokenizer(copy.deepcopy(starling_json()), rows)
 
 
 def test_a_tokenizer_of_another_kind_is_refused() -> None:
     unigram = copy.deepcopy(starling_json()) | {"model": {"type": "Unigram", "vocab": [], "merges": []}}
     with pytest.raises(CheckpointError, match="of type 'Unigram', ignore_merges False; implemented: 'BPE'"):
         Tokenizer(unigram, STARLING_VOCAB)
+    unmerged = copy.deepcopy(starling_json())
+    unmerged["model"]["ignore_merges"] = True
+    with pytest.raises(CheckpointError, match="of type 'BPE', ignore_merges True"):
+        Tokenizer(unmerged, STARLING_VOCAB)
     undecodable = copy.deepcopy(starling_json()) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
     with pytest.raises(CheckpointError, match="WordPiece"):
         Tokenizer(undecodable, STARLING_VOCAB)
