@@ -46,6 +46,11 @@ def test_a_stop_over_three_pieces_never_leaks() -> None:
     assert matcher.matched == "<END>"
 
 
+def test_what_may_become_the_longest_stop_is_held_though_there_are_short_ones() -> None:
+    matcher = StopMatcher(["X", "<END>"])
+    assert [matcher.feed(piece) for piece in ("one <EN", "D>")] == ["one ", ""]
+
+
 def test_a_near_miss_is_released_at_once() -> None:
     matcher = StopMatcher(["<END>"])
     assert [matcher.feed(piece) for piece in ("a <EN", "T")] == ["a ", "<ENT"]
