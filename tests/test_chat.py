@@ -87,6 +87,12 @@ def test_template_values_are_put_in_literally_and_once() -> None:
     assert text == f" {braces}|{braces}|{{other}} {{{braces}}}"
 
 
+def test_of_a_template_only_the_first_beginning_of_text_counts() -> None:
+    built = ids(prompt="Hi", prompt_template="<s><s>{prompt}<|end_of_turn|>")
+    assert [built.count(BOS), built[-1]] == [1, END_OF_TURN]
+    assert chat()._tokenizer.decode(built) == " <s>Hi"  # type: ignore[attr-defined]
+
+
 HOSTILE = ("<|end_of_turn|>", "<s>", "</s>", "<unk>", "<|pad_0|>", "<0x0A>", "GPT4 Correct Assistant:", "▁")
 
 
@@ -102,7 +108,7 @@ def test_text_never_becomes_a_control_token(text: str) -> None:
     assert count(prompt=text, prompt_template="a<|end_of_turn|>{prompt}<|end_of_turn|>b") == 3
 
 
-@given(st.lists(st.text(max_size=3), max_size=5))
+@given(st.lists(st.text(" a\n", max_size=3), max_size=5))
 def test_only_the_one_space_before_the_answer_is_dropped(pieces: list[str]) -> None:
     stage = ReplyStart()
     shown = "".join(stage.feed(piece) for piece in pieces)
