@@ -61,7 +61,7 @@ class Chat:
         for index, piece in enumerate(pieces):
             text = _PLACEHOLDER.sub(lambda found: values[found[1]], piece)
             ids += [self._end_of_turn] if index else []
-            ids += self._tokenizer.encode(text) if text else []
+            ids += self._tokenizer.encode(text)
         return ids
 
 

@@ -101,7 +101,7 @@ class Generation(Iterator[str]):
                 if delivery is not None:
                     text, finish = self._take(delivery)
                     buffer += text
-                elif buffer:  # all that has come is in it
+                else:  # all that has come is in the buffer
                     self._text.append(buffer)
                     yield buffer
                     buffer, sent_s = "", time.monotonic()
