@@ -7,12 +7,12 @@ from dataclasses import asdict
 import pytest
 
 from starling.engine.cache import BlockCache
-from starling.engine.scheduler import Limits, Scheduler, Work
+from starling.engine.scheduler import Counters, Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.engine.speculation import PromptLookup
 from tests.engine.fake_model import SEEN, VOCABULARY, FakeRunner, Loop, Rhythm, Turn, expected_answer
 
-MAX_POSITIONS = 64
+MAX_POSITIONS = 65  # of no block's size a multiple, but of 1
 LIVES = 300
 
 
@@ -53,11 +53,15 @@ class Foresight(PromptLookup):
     def __init__(self, whole: list[int]) -> None:
         super().__init__()
         self._whole = whole  # prompt and answer
+        self.judged: list[tuple[int, int, int]] = []
 
     def draft(self, tokens: list[int], limit: int) -> list[int]:
         size = len(tokens)
         guess = self._whole[size : size + max(0, min(limit, size % 5))]
         return [*guess[:-1], (guess[-1] + 1) % VOCABULARY] if guess and size % 3 == 0 else guess
+
+    def judge(self, proposed: int, accepted: int, size: int) -> None:
+        self.judged.append((proposed, accepted, size))
 
 
 class Life:
@@ -168,6 +172,10 @@ class Life:
             assert not planned & ending, "nothing is computed for a token that max_tokens rules out"
             for work in turn.plan:
                 assert work.start + work.count + len(work.drafts) < work.sequence.longest, "nor guessed"
+                assert work.source < 0 or not work.drafts, "a guess goes on from tokens that are known"
+            drafts = sum(len(work.drafts) for work in turn.plan)
+            rows = sum(work.samples and work.sequence.arrival in decoding for work in turn.plan) + drafts
+            assert not drafts or rows <= self.target.limits.speculative_rows
         self._book(turn)
 
     def _book(self, turn: Turn) -> None:
@@ -257,6 +265,18 @@ def test_a_grammar_waits_for_every_token_of_its_own() -> None:
     assert gaps(target) == [True, False, False] + [True] * 5, "three chunks of the prompt, then five tokens"
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_nobody_waits_for_a_token_that_nothing_follows(cancelled: bool) -> None:
+    target = loop(overlaps=True, speculative_rows=0)
+    ruled = make(0, [1, 2], 2, constraint=Rhythm())
+    target.scheduler.add(ruled)
+    target.scheduler.add(make(1, [3, 4], 8))
+    target.step()
+    if cancelled:
+        assert target.scheduler.remove(ruled)
+    assert gaps(target) == [not cancelled] + [False] * 6
+
+
 @pytest.mark.parametrize("device_counts", [False, True])
 def test_penalties_wait_unless_the_device_counts(device_counts: bool) -> None:
     target = loop(overlaps=True, device_counts=device_counts)
@@ -278,6 +298,67 @@ def test_a_guess_is_waited_for_when_one_is_ready() -> None:
             target.step()
         counters.append(target.scheduler.counters)
     assert counters[0].accepted == counters[1].accepted > 6
+
+
+def test_a_guess_that_has_no_room_is_not_waited_for() -> None:
+    target = loop(overlaps=True, speculative_rows=2, prefill_tokens=64)
+    for arrival, start in enumerate(([1, 2, 3, 4, 5], [5, 4, 3, 2, 1])):
+        prompt = [*start, *expected_answer(start, 12, frozenset()), *start]
+        target.scheduler.add(make(arrival, prompt, 16, lookup=True))
+    waited = gaps(target)
+    assert waited == [True] + [False] * (len(waited) - 1)
+    assert target.scheduler.counters.proposed == 0
+
+
+def test_a_guess_leaves_out_no_more_than_the_last_token() -> None:
+    class Eager(PromptLookup):
+        def draft(self, tokens: list[int], limit: int) -> list[int]:
+            return [1] * limit
+
+    target = loop()
+    sequence = make(0, [1, 2], 6)
+    sequence.lookup = Eager()
+    target.scheduler.add(sequence)
+    step(target)
+    assert [len(work.drafts) for work in step(target)[0]] == [4], "the first token is there, the last comes by itself"
+
+
+def test_every_guess_is_judged_and_every_token_counted() -> None:
+    target = loop(speculative_rows=16)
+    expected: dict[int, list[tuple[int, int, int]]] = {0: [], 1: [], 2: []}
+    lookups = []
+    for arrival in expected:
+        prompt = [arrival + 1] * 30
+        sequence = make(arrival, prompt, 12)
+        sequence.lookup = Foresight(prompt + expected_answer(prompt, 12, frozenset()))
+        lookups.append(sequence.lookup)
+        target.scheduler.add(sequence)
+    steps = 0
+    while not target.idle:
+        turn = target.step()
+        steps += 1
+        drafts = {work.sequence.arrival: len(work.drafts) for work in turn.plan or []}
+        for outcome in turn.outcomes:
+            arrival, right = outcome.sequence.arrival, len(outcome.tokens) - 1
+            if drafts[arrival]:
+                expected[arrival].append((drafts[arrival], right, len(outcome.sequence.tokens)))
+    assert [lookup.judged for lookup in lookups] == list(expected.values())
+    judged = [each for judged in expected.values() for each in judged]
+    proposed, accepted = (sum(each[i] for each in judged) for i in range(2))
+    assert proposed > accepted > 0
+    assert target.scheduler.counters == Counters(
+        steps=steps, prefill_tokens=3 * 29, decode_tokens=3 * 12, proposed=proposed, accepted=accepted
+    )
+
+
+def test_a_stop_id_as_the_last_token_that_there_is_room_for_is_a_stop() -> None:
+    prompt = next(p for p in ([a, b] for a in range(7) for b in range(7)) if len(stopped(p)) == 3)
+    for max_tokens, finish in ((2, "length"), (3, "stop")):
+        target = loop()
+        target.scheduler.add(make(0, prompt, max_tokens, frozenset({0})))
+        while not target.idle:
+            turn = target.step()
+        assert [outcome.finish for outcome in turn.outcomes] == [finish]
 
 
 def test_a_pause_waits_for_the_step_in_flight() -> None:
@@ -520,7 +601,7 @@ def test_blocks_of_others_come_before_any_of_its_own() -> None:
 
 
 def test_room_that_is_shared_is_asked_for_once() -> None:
-    target = loop(blocks=14, block_size=4, prefill_tokens=40, speculative_rows=0)
+    target = loop(blocks=12, block_size=4, prefill_tokens=40, speculative_rows=0)
     target.scheduler.add(make(0, [1] * 33, 3))  # nine blocks, eight of them full
     target.step()
     for arrival in range(1, 4):
@@ -531,6 +612,14 @@ def test_room_that_is_shared_is_asked_for_once() -> None:
     assert target.scheduler.counters.pauses == 0
 
 
+def test_the_oldest_prompt_ends_if_that_takes_less_than_another_needs() -> None:
+    target = loop(prefill_tokens=8, speculative_rows=0)
+    target.scheduler.add(make(0, [1] * 10, 2))
+    target.scheduler.add(make(1, [2] * 8, 2))
+    # Its half leaves it 6, fewer than the 8 of the other.
+    assert [(work.sequence.arrival, work.count) for work in step(target)[0]] == [(0, 8)]
+
+
 def test_what_a_short_prompt_leaves_goes_to_the_oldest() -> None:
     target = loop(prefill_tokens=8, speculative_rows=0)
     target.scheduler.add(make(0, list(range(60)), 2))
@@ -538,13 +627,25 @@ def test_what_a_short_prompt_leaves_goes_to_the_oldest() -> None:
     assert [work.count for work in step(target)[0]] == [7, 1]
 
 
-def test_nobody_enters_who_would_be_paused_for_a_prompt_that_is_half_read() -> None:
-    target = loop(blocks=20, block_size=4, prefill_tokens=8, speculative_rows=0)
-    for arrival in range(2):
-        target.scheduler.add(make(arrival, [arrival] * 50, 4))  # 14 blocks each in the end
-    while not target.idle:
+@pytest.mark.parametrize(
+    ("length", "blocks", "window"),
+    [
+        (50, 20, None),  # 14 blocks each in the end
+        (52, 27, None),  # 13 for the prompt, and one for what comes after it
+        (52, 10, 8),  # 6 at its fullest, however many the window has passed
+    ],
+)
+def test_nobody_enters_who_would_be_paused_for_a_prompt_that_is_half_read(
+    length: int, blocks: int, window: int | None
+) -> None:
+    target = loop(blocks=blocks, block_size=4, window=window, prefill_tokens=8, speculative_rows=0)
+    first, second = (make(arrival, [arrival] * length, 4) for arrival in range(2))
+    target.scheduler.add(first)
+    target.scheduler.add(second)
+    while first.pending > 1:
         step(target)
-        assert len(target.scheduler.running) <= 1
+        assert target.scheduler.running == [first]
+    first_tokens(target)
     assert target.scheduler.counters.pauses == 0
 
 
@@ -653,8 +754,9 @@ def test_what_can_never_fit_is_known_at_once() -> None:
     target = scheduler(blocks=4, block_size=4)
     assert target.fits(10, 6)
     assert not target.fits(10, 7)
-    windowed = scheduler(blocks=8, block_size=4, window=8, prefill_tokens=8)
+    windowed = scheduler(blocks=6, block_size=4, window=8, prefill_tokens=8)
     assert windowed.fits(40, 20), "blocks passed by the window are given back"
+    assert scheduler(blocks=4, block_size=4, window=8, prefill_tokens=8).fits(10, 6), "it never fills its window"
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -673,12 +775,3 @@ def test_what_fits_in_a_window_finishes_alone(window: int, overlaps: bool) -> No
             while not target.idle:
                 target.step()
             assert sequence.tokens[49:] == expected_answer(prompt, 12, frozenset())
-
-
-def test_drafts_are_taken_when_text_repeats_and_stop_when_they_fail() -> None:
-    lookup = PromptLookup()
-    assert lookup.draft([1, 2, 3, 4, 1, 2, 3], limit=8) == [4, 1]
-    lookup.judge(2, 2, 10)
-    assert lookup.draft([1, 2, 3, 4, 5, 6, 7, 1, 2, 3], limit=8) == [4, 5, 6, 7]
-    lookup.judge(4, 0, 11)
-    assert lookup.draft([1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 1, 2, 3], limit=8) == []
