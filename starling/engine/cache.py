@@ -55,7 +55,7 @@ class BlockCache:
         return min(whole, -(-(self.window + chunk) // self.block_size) + 2)
 
     def held(self, sequence: Sequence) -> int:
-        return len(sequence.blocks) - self._dead(sequence.settled) if sequence.blocks else 0
+        return len(sequence.blocks) - self._dead(sequence.settled)
 
     def shared(self, sequence: Sequence) -> int:
         """Of the blocks that `admit` would find for it, those that others hold already."""
@@ -64,8 +64,8 @@ class BlockCache:
         return sum(self._holders[self._block_of_key[key]] > 0 for key in keys)
 
     def keys_between(self, sequence: Sequence, begin: int, end: int) -> list[bytes]:
-        """Content keys of the blocks that end at positions in (begin, end], as far as their tokens are known."""
-        first, last = begin // self.block_size, min(end, len(sequence.tokens)) // self.block_size
+        """Content keys of the blocks that end at positions in (begin, end]; their tokens must be known."""
+        first, last = begin // self.block_size, end // self.block_size
         self._extend_keys(sequence, last)
         return sequence.keys[first:last]
 
@@ -128,8 +128,6 @@ class BlockCache:
     def advance(self, sequence: Sequence) -> None:
         """Once a step is complete: offer what it filled for sharing, give back what the window has passed."""
         full = sequence.settled // self.block_size
-        if full == sequence.published:
-            return
         self._extend_keys(sequence, full)
         for index in range(sequence.published, full):
             key, block = sequence.keys[index], sequence.blocks[index]
@@ -142,13 +140,13 @@ class BlockCache:
 
     def release(self, sequence: Sequence) -> None:
         """Give everything back. What was published stays findable until its block is needed."""
+        assert sequence.row >= 0
         # Last block first: a prefix is worth more than what follows it.
         for block in reversed(sequence.blocks):
             if block >= 0:
                 self._release(block)
-        if sequence.row >= 0:
-            self.tables[sequence.row, : len(sequence.blocks)] = -1
-            self._free_rows.append(sequence.row)
+        self.tables[sequence.row, : len(sequence.blocks)] = -1
+        self._free_rows.append(sequence.row)
         sequence.row = -1
         sequence.blocks = []
         sequence.computed = sequence.settled = 0
@@ -206,7 +204,7 @@ class BlockCache:
         for count, key in enumerate(sequence.keys[:full], start=1):
             if key in self._block_of_key:
                 run += 1
-                if run == count or run >= count - self._dead(count * self.block_size):
+                if run >= count - self._dead(count * self.block_size):
                     best = count
             elif self.window is None:
                 break
@@ -216,6 +214,7 @@ class BlockCache:
 
     def _extend_keys(self, sequence: Sequence, count: int) -> None:
         """Content keys chain: equal keys mean equal tokens from the very start."""
+        assert count * self.block_size <= len(sequence.tokens)
         for index in range(len(sequence.keys), count):
             start = index * self.block_size
             content = array("i", sequence.tokens[start : start + self.block_size]).tobytes()

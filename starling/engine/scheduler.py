@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from starling.engine.cache import BlockCache
 from starling.engine.sequence import FinishReason, Sequence
-from starling.engine.speculation import MAX_DRAFT
 
 NO_TOKEN = -1  # in place of one, where a row of logits held no finite number
 
@@ -107,10 +106,10 @@ class Scheduler:
         prefills = self._plan_prefills({work.sequence.arrival for work in decodes})
         if prefills is None:
             return None
-        # Making room for an older sequence may have paused one that was planned already.
+        # Making room for an older prompt may have paused one that was to decode.
         decodes = [work for work in decodes if work.sequence.row >= 0]
         self._guess(decodes)
-        plan = decodes + [work for work in prefills if work.sequence.row >= 0]
+        plan = decodes + prefills
         sampled_row = 0
         for work in plan:
             sequence = work.sequence
@@ -226,7 +225,7 @@ class Scheduler:
             return []
         # The last token of an answer is never worth guessing: it comes with the step anyway.
         room = sequence.longest - sequence.size - 1
-        return sequence.lookup.draft(sequence.tokens, min(MAX_DRAFT, room, self.limits.speculative_rows - rows))
+        return sequence.lookup.draft(sequence.tokens, min(room, self.limits.speculative_rows - rows))
 
     def _plan_prefills(self, decoding: set[int]) -> list[Work] | None:
         prompts = [s for s in self.running if s.arrival not in decoding and s.pending > 0]

@@ -41,7 +41,7 @@ class PromptLookup:
             self._length = min(MAX_DRAFT, self._length * 2)
             self._backoff = 4
         elif accepted * 2 >= proposed:
-            self._length = max(2, accepted + 1)
+            self._length = accepted + 1
         else:
             self._length = 2
             self._resume_at = size + self._backoff
