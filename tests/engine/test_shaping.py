@@ -25,3 +25,15 @@ def test_a_row_that_a_sequence_comes_back_to_is_counted_anew() -> None:
             shaping.write(plan, StepInputs.of(plan, books), settings, tail, np.zeros((1, 1), dtype=np.uint32))
             sequence.tokens.append(len(sequence.tokens))
     assert recounted == [(0, 2), (1, 2 + 3 * TAIL), (0, 2 + 6 * TAIL)]
+
+
+def test_rows_that_a_step_lacks_are_told_nothing() -> None:
+    """In a captured step they are drawn from all the same; what an earlier one has left there would count tokens."""
+    books = BlockCache(blocks=4, block_size=16, rows=1, max_positions=64)
+    sequence = Sequence(0, [1, 2], SamplingParams(9, frozenset(), seed=0, frequency_penalty=0.5))
+    sequence.row = 0
+    plan = [Work(sequence, 1, 1, [], samples=True)]
+    settings, tail = np.full((3, SETTINGS.itemsize), 77, dtype=np.uint8), np.zeros(3 * TAIL, dtype=np.int32)
+    shaping = Shaping(lambda row, tokens, prompt_length: None)
+    shaping.write(plan, StepInputs.of(plan, books), settings, tail, np.zeros((3, 1), dtype=np.uint32))
+    assert settings[0].any() and not settings[1:].any()
