@@ -64,11 +64,13 @@ def test_the_readmes_examples_run(demo_folder: Path, service: Service) -> None:
 
 
 LEAVES_IN_AN_ANSWER = """
+import atexit
 import os
 from starling.request import Request
 from starling.service import Service
 from starling.settings import Settings
 
+atexit.register(lambda: print("computing on" if service.healthy else "closed"))  # after what was registered later
 service = Service.load(Settings.from_env(os.environ))
 answers = [service.generate(Request.parse(prompt="Hello", min_tokens=2000, max_tokens=2000)) for _ in range(4)]
 next(answers[0])
@@ -82,6 +84,7 @@ def test_a_process_that_leaves_in_an_answer_ends_in_order(demo_folder: Path, eng
     command = [sys.executable, "-c", LEAVES_IN_AN_ANSWER]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == "closed\n"
 
 
 def test_an_answer_and_its_metrics(service: Service) -> None:
