@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 BROUGHT = "# What those bring along"
+OF_CUDA = ("cuda-", "nvidia-", "triton")  # torch for CUDA brings these, and says itself in which versions
 
 
 def pins(name: str) -> dict[str, str]:
@@ -31,7 +32,7 @@ def brought(name: str, found: set[str]) -> set[str]:
         needed = Requirement(text)
         pinned = any(each.operator == "==" and "*" not in each.version for each in needed.specifier)
         wanted = needed.marker is None or needed.marker.evaluate({"extra": ""})
-        if wanted and canonicalize_name(needed.name) not in found:
+        if wanted and not needed.name.startswith(OF_CUDA) and canonicalize_name(needed.name) not in found:
             found |= set() if pinned else {canonicalize_name(needed.name)}
             brought(needed.name, found)
     return found
@@ -81,7 +82,6 @@ def test_the_reference_is_pinned_as_the_tests_have_it() -> None:
 def test_what_the_named_bring_along_is_pinned_too(name: str) -> None:
     pinned = {canonicalize_name(package) for package in pins(name)}
     asked = {canonicalize_name(package) for package in named(name)}
-    # For a GPU torch brings more, CUDA's libraries; which versions, it says itself.
     needed = set().union(*(brought(package, set()) for package in asked))
     assert pinned == asked | needed
 
