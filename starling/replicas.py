@@ -77,6 +77,10 @@ class Replica:
             yield {"result": {name: value for name, value in asdict(generation.result).items() if name != "text"}}
         except StarlingError as error:
             yield {"error": f"{type(error).__name__}: {error}", "again": isinstance(error, EngineError)}
+        except Exception as error:  # whose text may quote the prompt's
+            logger.exception("a request failed")
+            name = type(error).__name__
+            yield {"error": f"The server failed on this request ({name}). Its log has the traceback", "again": False}
         finally:
             # Its thread goes on where the caller leaves meanwhile, and a grammar takes seconds to compile.
             if starting is not None:

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
@@ -24,6 +25,9 @@ import pytest
 from starling.client import AnswerError, Client
 from starling.local_server import free_port
 from tests.waiting import HANG_S, wait_for
+
+if TYPE_CHECKING:
+    from starling.replicas import Event
 
 ROOT = Path(__file__).parent.parent
 SLOTS = 2
@@ -146,6 +150,23 @@ def test_of_a_body_that_is_too_long_the_rest_is_not_read() -> None:
     with pytest.raises(BodyError):
         asyncio.run(body_of(Request({"type": "http"}, receive)))
     assert taken == MAX_BODY_BYTES + (1 << 20)
+
+
+@on_ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_fault_of_our_own_ends_its_request_with_an_error() -> None:
+    from starling.replicas import Replica
+
+    class Broken(Replica):
+        def __init__(self) -> None:
+            self._service = SimpleNamespace(generate=lambda request: {}["a secret prompt"])  # type: ignore[assignment]
+            self._threads = ThreadPoolExecutor(1)
+
+    async def events() -> list["Event"]:
+        return [event async for event in Broken().stream({"prompt": "a"})]
+
+    (event,) = asyncio.run(events())
+    assert "KeyError" in event["error"] and "secret" not in event["error"] and not event["again"]
 
 
 @on_ray
