@@ -107,7 +107,6 @@ class Host:
 
     engine: Engine
     service: Service
-    runner: ClockRunner
 
     @classmethod
     def of(cls, folder: Path, concurrency: int, step_s: float) -> "Host":
@@ -119,7 +118,7 @@ class Host:
         runner = ClockRunner(books, limits, words, step_s)
         engine = Engine(Scheduler(books, limits, runner.device_counts), runner, POSITIONS, config.vocab_size, TIMEOUT_S)
         service = Service(engine, tokenizer, config.bos_token_id, frozenset(config.eos_token_ids))
-        return cls(engine, service, runner)
+        return cls(engine, service)
 
     def tokens_alone(self, caller: int) -> None:
         """An answer of which nobody makes text."""
