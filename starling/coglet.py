@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 
 from cog import CancelationException
 
-from starling.errors import EngineError, GenerationCancelled, RequestError, StarlingError
+from starling.errors import GenerationCancelled, RequestError, StarlingError, unforeseen
 
 T = TypeVar("T")
 
@@ -165,6 +165,4 @@ def drain(start: Callable[[], G], record: Callable[[G], None], signal: CancelSig
         raise
     except Exception as error:
         traceback.print_exc()
-        raise EngineError(
-            f"The server failed on this request ({type(error).__name__}). Its log has the traceback"
-        ) from error
+        raise unforeseen(error) from error

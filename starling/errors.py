@@ -40,3 +40,8 @@ class EngineStoppedError(EngineError):
 
 class GenerationCancelled(StarlingError):  # noqa: N818 - an outcome that was asked for, not a fault
     """The generation was cancelled while somebody waited for its text."""
+
+
+def unforeseen(error: Exception) -> EngineError:
+    """What a caller is told of an error that nobody raised on purpose: its kind, since its text may quote a prompt."""
+    return EngineError(f"The server failed on this request ({type(error).__name__}). Its log has the traceback")

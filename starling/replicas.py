@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starling.errors import EngineError, RequestError, StarlingError
+from starling.errors import EngineError, RequestError, StarlingError, unforeseen
 from starling.garbage import nothing_to_collect
 from starling.openapi import slots
 from starling.request import OLD_NAMES, Request
@@ -77,10 +77,9 @@ class Replica:
             yield {"result": {name: value for name, value in asdict(generation.result).items() if name != "text"}}
         except StarlingError as error:
             yield {"error": f"{type(error).__name__}: {error}", "again": isinstance(error, EngineError)}
-        except Exception as error:  # whose text may quote the prompt's
+        except Exception as error:
             logger.exception("a request failed")
-            name = type(error).__name__
-            yield {"error": f"The server failed on this request ({name}). Its log has the traceback", "again": False}
+            yield {"error": str(unforeseen(error)), "again": False}
         finally:
             # Its thread goes on where the caller leaves meanwhile, and a grammar takes seconds to compile.
             if starting is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.cog_build import MANAGED, REQUIREMENTS, SCHEMA, UV, CogYaml, CogYamlError, dockerfile, requirements
+from tests.test_requirements import BROUGHT
 
 ROOT = Path(__file__).parent.parent
 FILES = ["cog.yaml", "cog-cpu.yaml"]
@@ -181,7 +182,7 @@ def normal(distribution: str) -> str:
 
 def named(config: CogYaml) -> set[str]:
     """What the image installs by name, without what that brings along."""
-    asked, _, _ = requirements(config).partition("# What those bring along")
+    asked, _, _ = requirements(config).partition(BROUGHT)
     return {normal(line.split("==")[0]) for line in asked.splitlines() if "==" in line} | set(MANAGED)
 
 
