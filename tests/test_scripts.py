@@ -109,6 +109,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     -o) printf '#!/bin/sh\\necho ran "$@"\\n' > "$2" && chmod +x "$2" && shift ;;
     -I) [ -d "$2" ] && shift || exit 1 ;;
+    -include) shift ;;
     -*) ;;
     *) [ -e "$1" ] || { echo "no file $1" >&2; exit 1; } ;;
   esac
@@ -123,7 +124,7 @@ def test_the_sanitizers_programs_are_built_and_run(checkout: Path) -> None:
     stand_ins = {"c++": COMPILER, "python3": ":", "uname": "echo x86_64"}
     done = run(checkout, ["sanitize"], stand_ins)
     assert done.returncode == 0, done.stderr
-    sets = ["avx512vnni", "avx512", "avxvnni", "avx2", "portable"]
+    sets = ["amx", "avx512vnni", "avx512", "avxvnni", "avx2", "portable", "amx-emulated"]
     assert done.stdout.splitlines() == [f"ran {name}" for name in sets] * 2
 
 

@@ -12,6 +12,7 @@ from starling.model.ops import Ops
 from starling.model.ops.cpu import CpuOps, TorchCpuOps
 from starling.model.ops.cpu.library import usable_instruction_sets
 from starling.model.ops.reference import ReferenceOps
+from tests.model.instruction_sets import instruction_sets, ops_of
 from tests.model.paged import Piece, random_table, step
 
 REFERENCE = ReferenceOps()
@@ -28,6 +29,10 @@ CANDIDATES = {
     **{
         f"cpu-{isa}": Candidate(lambda isa=isa: CpuOps(2, "float32", torch.float32, isa), 3e-6)
         for isa in usable_instruction_sets()
+    },
+    **{
+        f"cpu-{isa}-int16": Candidate(lambda isa=isa: ops_of(isa, 2, "int16", torch.float32), 1e-4)
+        for isa in set(instruction_sets()) - set(usable_instruction_sets())
     },
     "cpu-int16": Candidate(lambda: CpuOps(2, "int16", torch.float32), 1e-4),
     "cpu-int8": Candidate(lambda: CpuOps(2, "int8", torch.float32), 4e-2),

@@ -22,6 +22,7 @@ from starling.model.ops.cpu.compiler import NoCompilerError, compile_ahead, libr
 from starling.model.ops.cpu.library import usable_instruction_sets
 from starling.model.ops.cpu.ops import PRECISIONS
 from starling.model.ops.reference import ReferenceOps
+from tests.model.instruction_sets import instruction_sets, ops_of
 from tests.model.paged import Piece, random_table, step
 from tests.model.test_ops import error, random_awq
 from tests.model.tiny import transformers_model, write_checkpoint
@@ -36,12 +37,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("isa", usable_instruction_sets())
+@pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_row_does_not_depend_on_the_others(precision: str, isa: str, rng: random.Random) -> None:
     inputs, outputs, group = rng.choice([(1024, 136, 128), (576, 64, 64), (160, 40, 32)])
-    ops = CpuOps(rng.choice([2, 16]), precision, isa=isa)  # type: ignore[arg-type]
-    alone = CpuOps(1, precision, isa=isa)  # type: ignore[arg-type]
+    ops, alone = ops_of(isa, rng.choice([2, 16]), precision), ops_of(isa, 1, precision)
     weight = ops.pack_awq(random_awq(inputs, outputs, group))
     head = ops.pack_head(torch.randn(outputs, inputs).half())
     tokens = rng.choice([2, 5, 23, 64, 530])

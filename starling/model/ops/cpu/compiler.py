@@ -24,18 +24,20 @@ NATIVE = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
-ARM_DOT = "-march=armv8.2-a+dotprod"
-ZIG_SPELLING = {ARM_DOT: "-mcpu=generic+dotprod"}  # zig's own names of processors
+AVX512_VNNI = (*AVX512, "-mavx512vnni")
+ARM_DOT, ARM_I8MM = "-march=armv8.2-a+dotprod", "-march=armv8.2-a+dotprod+i8mm"
+ZIG_SPELLING = {ARM_DOT: "-mcpu=generic+dotprod", ARM_I8MM: "-mcpu=generic+dotprod+i8mm"}  # zig's names of processors
 # kernels.cpp is compiled for each of these; isa.cpp tells which the machine has, best first.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
-        "avx512vnni": (*AVX512, "-mavx512vnni"),
+        "amx": (*AVX512_VNNI, "-mamx-tile", "-mamx-int8"),
+        "avx512vnni": AVX512_VNNI,
         "avx512": AVX512,
         "avxvnni": (*AVX2, "-mavxvnni"),
         "avx2": AVX2,
         "portable": (),
     },
-    "aarch64": {"neondot": (ARM_DOT,), "portable": ()},
+    "aarch64": {"neoni8mm": (ARM_I8MM,), "neondot": (ARM_DOT,), "portable": ()},
 }
 # Libraries beside those of the kernels: what calls them, and what chooses among them.
 SOURCES = {"context": ("api.cpp", "context.cpp", "pool.cpp", "repack.cpp", "sampling.cpp"), "isa": ("isa.cpp",)}

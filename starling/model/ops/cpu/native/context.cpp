@@ -12,21 +12,18 @@ constexpr int64_t kFewNumbers = 8192;  // to round: about as long as it takes ma
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of one kind, cut into the tiles that the kernels have: the widest, and 4, 3, 2 or 1 rows.
-void cut_tiles(int rows, int planes, int widest, int columns, std::vector<Tile>& tiles) {
+// Rows of one kind, cut into tiles: of a matrix unit, where `run` is its, any number of rows; else what the kernels have,
+// the widest, and 4, 3, 2 or 1 rows.
+void cut_tiles(int rows, int planes, int widest, int run, int64_t columns, std::vector<Tile>& tiles) {
   int first = tiles.empty() ? 0 : tiles.back().first + tiles.back().rows;
-  int64_t offset = tiles.empty() ? 0 : tiles.back().offset + (int64_t)tiles.back().rows * tiles.back().planes * columns;
+  int64_t offset = tiles.empty() ? 0 : tiles.back().offset + tiles.back().rows * tiles.back().planes * columns;
   while (rows > 0) {
-    int take = 0;
-    for (int size : {widest / planes, 4, 3, 2, 1})
-      if (size <= rows && size * planes <= widest) {
-        take = size;
-        break;
-      }
-    tiles.push_back(Tile{first, take, planes, offset});
+    int take = std::min(rows, widest / planes);
+    if (run == 4 && take < widest / planes) take = std::min(take, 4);
+    tiles.push_back(Tile{first, take, planes, run, offset});
     first += take;
     rows -= take;
-    offset += (int64_t)take * planes * columns;
+    offset += take * planes * columns;
   }
 }
 
@@ -46,6 +43,7 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
   order_.resize(rows);
   const int64_t groups = w.columns / w.group;
   int64_t planes = 0;
+  bool matrix = false;
   tiles_.clear();
   Activations a{};
   a.rows = rows;
@@ -62,9 +60,12 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
     const int coarse_rows = packed;
     for (int i = 0; i < rows; i++)
       if (!coarse(i)) order_[packed++] = i;
-    cut_tiles(coarse_rows, 1, kernels_->planes, (int)w.columns, tiles_);
-    cut_tiles(rows - coarse_rows, 2, kernels_->planes, (int)w.columns, tiles_);
     planes = coarse_rows + 2 * (rows - coarse_rows);
+    matrix = kernels_->matrix_planes && planes > kernels_->planes;
+    const int widest = matrix ? kernels_->matrix_planes : kernels_->planes;
+    const int run = !matrix ? 4 : w.group % kernels_->matrix_run ? kernels_->matrix_run / 2 : kernels_->matrix_run;
+    cut_tiles(coarse_rows, 1, widest, run, w.columns, tiles_);
+    cut_tiles(rows - coarse_rows, 2, widest, run, w.columns, tiles_);
     a.planes = planes_.get(planes * w.columns);
     a.minus_sums = minus_sums_.get(planes * groups);
     a.scales = scales_.get(rows * groups);
@@ -86,8 +87,9 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
   }
   const int64_t blocks = ceil_div(w.rows, kBlockRows);
   // Chunks small enough to even out a busy core, large enough to stream: a stripe, or a half, a quarter... of one. Two
-  // blocks, which some kernels take together, part only where a thread would have less than two chunks.
-  const int64_t threads = pool_.threads(), least = a.tiles > 1 ? 2 : 1;
+  // blocks, which some kernels take together, part only where a thread would have less than two chunks; a matrix unit's
+  // four never do.
+  const int64_t threads = pool_.threads(), least = matrix ? 4 : a.tiles > 1 ? 2 : 1;
   int64_t chunk = kStripeBlocks;
   while (chunk > least && chunk * (chunk > 2 ? 8 : 2) * threads > blocks) chunk /= 2;
   const int64_t chunks = ceil_div(blocks, chunk);

@@ -3,8 +3,13 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__linux__)
 #include <sys/auxv.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace {
@@ -15,8 +20,18 @@ struct Set {
 };
 
 #if defined(__x86_64__)
+// Linux gives a process the memory for tiles only when it asks; threads that exist may use them then too.
+bool tiles_allowed() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 struct Cpu {
-  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, amx = false;
   Cpu() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
@@ -30,6 +45,8 @@ struct Cpu {
     avx2 = b >> 5 & 1;
     avx512 = avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // F DQ BW VL
     avx512vnni = avx512 && (c >> 11 & 1);
+    const bool tiles = (low & 0x60000) == 0x60000;  // the system saves their configuration and their data
+    amx = avx512vnni && tiles && (d >> 24 & 1) && (d >> 25 & 1) && tiles_allowed();
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) avxvnni = avx2 && (a >> 4 & 1);
   }
 };
@@ -39,6 +56,7 @@ const Set* sets() {
 #if defined(__x86_64__)
   static const Cpu cpu;
   static const Set all[] = {
+      {"amx", cpu.amx},
       {"avx512vnni", cpu.avx512vnni},
       {"avxvnni", cpu.avxvnni},
       {"avx512", cpu.avx512},
@@ -48,11 +66,16 @@ const Set* sets() {
   };
 #elif defined(__aarch64__)
 #if defined(__linux__)
-  const bool dot = getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+  const bool dot = getauxval(AT_HWCAP) >> 20 & 1;              // HWCAP_ASIMDDP
+  const bool i8mm = dot && (getauxval(AT_HWCAP2) >> 13 & 1);  // HWCAP2_I8MM
 #else
   const bool dot = true;  // every Apple chip with arm64 macOS
+  int found = 0;
+  size_t size = sizeof found;
+  const bool i8mm = sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found;
 #endif
   static const Set all[] = {
+      {"neoni8mm", i8mm},
       {"neondot", dot},
       {"portable", true},
       {nullptr, false},

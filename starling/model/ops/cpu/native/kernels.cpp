@@ -22,10 +22,20 @@
 #include "vector_portable.h"
 #endif
 
+// A unit that multiplies small matrices serves steps of many tokens.
+#if defined(__AMX_INT8__)
+#include "unit_amx.h"
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#include "unit_i8mm.h"
+#else
+constexpr int kMatrixPlanes = 0, kMatrixRun = 0;
+#endif
+
 #include "linear.h"
 #include "elementwise.h"
 #include "attention.h"
 
 const Kernels starling_kernels = {
-    kPlanes, kTileBytes, quantize, linear, attend, merge, rotate_and_write, add_norm, silu_mul, widen, exp_scaled,
+    kPlanes, kMatrixPlanes,    kMatrixRun, kTileBytes, quantize, linear,     attend,
+    merge,   rotate_and_write, add_norm,   silu_mul,   widen,    exp_scaled,
 };

@@ -12,11 +12,18 @@ constexpr int kUnpackColumns = 512;  // columns unpacked to L1 at a time: 16 row
 
 inline float tile_limit(const Tile& tile) { return tile.planes == 1 ? 127.0f : 32639.0f; }  // 127 * 256 + 127
 
-// 16 columns of one of `planes` planes: four columns to a word, between the words of the others.
-inline void store_columns(int8_t* at, int planes, I q) {
-  int8_t bytes[16];
+// 16 columns, `run` of them together and between those the other planes'.
+template <int run> inline void store_runs(int8_t* at, int planes, const int8_t* bytes) {
+  for (int j = 0; j < 16; j += run) memcpy(at + j * planes, bytes + j, run);
+}
+// Columns k to k + 15 of a tile's group.
+inline void store_columns(int8_t* group, const Tile& tile, int plane, int64_t k, I q) {
+  const int planes = tile.rows * tile.planes, in_run = (int)k & (tile.run - 1);
+  int8_t bytes[16], *at = group + (k - in_run) * planes + plane * tile.run + in_run;
   i_store_bytes(bytes, q);
-  for (int j = 0; j < 4; j++) memcpy(at + j * planes * 4, bytes + j * 4, 4);
+  if (tile.run == 4) store_runs<4>(at, planes, bytes);
+  else if (tile.run == 8) store_runs<8>(at, planes, bytes);
+  else store_runs<16>(at, planes, bytes);
 }
 
 void quantize_row(const Activations* a, int index, int row, int64_t first, int64_t last) {
@@ -24,7 +31,8 @@ void quantize_row(const Activations* a, int index, int row, int64_t first, int64
   const int64_t group = a->group, groups = a->columns / group;
   const int stride = tile.rows * tile.planes;
   const float* x = a->x + (int64_t)a->order[tile.first + row] * a->columns + first * group;
-  int8_t* planes = a->planes + tile.offset + first * group * stride + row * tile.planes * 4;
+  int8_t* planes = a->planes + tile.offset + first * group * stride;
+  const int plane = row * tile.planes;
   int32_t* minus_sums = a->minus_sums + tile.offset / group + first * stride + row * tile.planes;
   float* scales = a->scales + tile.first * groups + first * tile.rows + row;
   const float limit = tile_limit(tile);
@@ -39,7 +47,7 @@ void quantize_row(const Activations* a, int index, int row, int64_t first, int64
     *scales = largest / limit + f_sum(probe);
     if (!(*scales - *scales == 0.0f)) {  // no number, nor is its product with any sum; what has no integer is not rounded
       for (int p = 0; p < tile.planes; p++) {
-        for (int64_t k = 0; k < group; k += 16) store_columns(planes + k * stride + p * 4, stride, i_zero());
+        for (int64_t k = 0; k < group; k += 16) store_columns(planes, tile, plane + p, k, i_zero());
         minus_sums[p] = 0;
       }
       continue;
@@ -50,7 +58,7 @@ void quantize_row(const Activations* a, int index, int row, int64_t first, int64
       for (int64_t k = 0; k < group; k += 16) {
         I q = i_from(f_mul(f_load(x + k), inverse));
         sum = i_add(sum, q);
-        store_columns(planes + k * stride, stride, q);
+        store_columns(planes, tile, plane, k, q);
       }
       minus_sums[0] = -i_sum(sum) & 0xffff;
     } else {
@@ -60,8 +68,8 @@ void quantize_row(const Activations* a, int index, int row, int64_t first, int64
         I high = i_right<8>(i_add(q, i_set(128))), low = i_sub(q, i_left<8>(high));
         high_sum = i_add(high_sum, high);
         low_sum = i_add(low_sum, low);
-        store_columns(planes + k * stride, stride, high);
-        store_columns(planes + k * stride + 4, stride, low);
+        store_columns(planes, tile, plane, k, high);
+        store_columns(planes, tile, plane + 1, k, low);
       }
       minus_sums[0] = -i_sum(high_sum) & 0xffff;
       minus_sums[1] = -i_sum(low_sum) & 0xffff;
@@ -393,10 +401,22 @@ void float_block(const Linear* w, int64_t b, const Activations* a, float* y) {
   for (int i = 0; i < a->rows; i++) store_rows(at + i * w->rows, f_load(kept + i * 16), w->rows - b * kBlockRows);
 }
 
+}  // namespace
+
+#ifdef STARLING_MATRIX_UNIT
+#include "matrix.h"
+#endif
+
+namespace {
+
 void linear(const Linear* w, const Activations* a, Precision precision, float* y, int64_t first, int64_t last,
             int first_tile, int last_tile) {
   if (precision == kFloat32 || w->bits == 16) {
     for (int64_t b = first; b < last; b++) float_block(w, b, a, y);
+#ifdef STARLING_MATRIX_UNIT
+  } else if (a->tile[0].run > 4) {
+    matrix_linear(w, a, y, first, last, first_tile, last_tile);
+#endif
   } else if (a->tiles == 1) {
     const Tile& tile = a->tile[0];
     if (w->bits == 4) for_shape(tile, Stream<Nibbles>{w, a, tile, y, first, last});

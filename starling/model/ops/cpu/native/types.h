@@ -50,6 +50,7 @@ struct Tile {
   int32_t first;   // its first packed row
   int32_t rows;
   int32_t planes;  // 1: int8; 2: int16 as 256 * high + low, two int8 planes
+  int32_t run;     // columns of a plane that lie together, a power of 2: 4, or as a matrix unit reads them
   int64_t offset;  // bytes before it in `planes`
 };
 
@@ -60,7 +61,7 @@ struct Activations {
   const float* x;         // [rows, columns], as given
   const int32_t* order;   // [rows]: packed row → row of x and y
   const Tile* tile;
-  int8_t* planes;         // per tile: [columns / 4][rows * planes][4]
+  int8_t* planes;         // per tile: [columns / run][rows * planes][run]
   float* scales;          // per tile: [groups][rows]
   int32_t* minus_sums;    // per tile: [groups][rows * planes]: minus the plane's sum, as int16 in the low half
   int64_t columns;
@@ -135,7 +136,9 @@ struct Layer {
 
 // The kernels of one instruction set.
 struct Kernels {
-  int32_t planes;      // int8 planes in the widest tile
+  int32_t planes;         // int8 planes in the widest tile
+  int32_t matrix_planes;  // and in one of a matrix unit, which takes a step of more than `planes`; 0: there is none
+  int32_t matrix_run;     // columns of a plane that a unit reads together, or half as many where a group is smaller
   int64_t tile_bytes;  // of activations that stay in L2 while blocks of weights pass by
   void (*quantize)(const Activations*, int tile, int64_t first_group, int64_t last_group);
   // Blocks times tiles [first, last), all of the blocks in one stripe; in float32, times all rows.

@@ -93,6 +93,7 @@ inline I i_load(const void* p) { return _mm512_loadu_si512(p); }
 inline void i_store(void* p, I x) { _mm512_storeu_si512(p, x); }
 inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I i_sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+inline I i_sub_bytes(I a, I b) { return _mm512_sub_epi8(a, b); }
 inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
 template <int n> inline I i_left(I a) { return _mm512_slli_epi32(a, n); }
 template <int n> inline I i_right(I a) { return _mm512_srai_epi32(a, n); }

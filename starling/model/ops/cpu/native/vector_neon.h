@@ -83,6 +83,11 @@ inline void i_store(void* p, I x) {
 }
 inline I i_add(I x, I y) { return ints([&](int i) { return vaddq_s32(x.q[i], y.q[i]); }); }
 inline I i_sub(I x, I y) { return ints([&](int i) { return vsubq_s32(x.q[i], y.q[i]); }); }
+inline I i_sub_bytes(I x, I y) {
+  return ints([&](int i) {
+    return vreinterpretq_s32_s8(vsubq_s8(vreinterpretq_s8_s32(x.q[i]), vreinterpretq_s8_s32(y.q[i])));
+  });
+}
 inline I i_and(I x, I y) { return ints([&](int i) { return vandq_s32(x.q[i], y.q[i]); }); }
 template <int n> inline I i_left(I x) { return ints([&](int i) { return vshlq_n_s32(x.q[i], n); }); }
 template <int n> inline I i_right(I x) { return ints([&](int i) { return vshrq_n_s32(x.q[i], n); }); }

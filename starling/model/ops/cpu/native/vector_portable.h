@@ -130,6 +130,10 @@ inline I i_load(const void* p) {
 inline void i_store(void* p, I x) { memcpy(p, &x, sizeof x); }
 inline I i_add(I a, I b) { return a + b; }
 inline I i_sub(I a, I b) { return a - b; }
+inline I i_sub_bytes(I a, I b) {
+  typedef uint8_t Bytes __attribute__((vector_size(64)));
+  return (I)((Bytes)a - (Bytes)b);
+}
 inline I i_and(I a, I b) { return a & b; }
 template <int n> inline I i_left(I a) { return (I)((U)a << n); }
 template <int n> inline I i_right(I a) { return a >> n; }

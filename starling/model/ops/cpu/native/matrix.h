@@ -1,0 +1,125 @@
+// y = x W for many activation rows, by the unit of unit_*.h: kMatrixBlocks blocks of weights at a time, unpacked to L1
+// as signed bytes less their zero points, meet one tile of activations after the other. The unit's products are exact
+// integers, and what follows is what linear.h does, so results are the same to the bit.
+#pragma once
+
+namespace {
+
+constexpr int kUnpackGroups = kUnpackColumns / 32;  // at most
+
+struct MatrixPiece {  // some columns of kMatrixBlocks blocks
+  alignas(64) int8_t weights[kMatrixBlocks][kUnpackColumns * kBlockRows];  // as MatrixUnit::product reads them
+  alignas(64) float scales[kUnpackGroups][kMatrixBlocks][16];
+};
+
+template <class Weights>
+inline void unpack_group(const Weights& weights, I zeros, int64_t columns, int8_t* out) {
+  I four = i_add(zeros, i_left<8>(zeros));
+  four = i_add(four, i_left<16>(four));  // each row's zero point in each of its 4 bytes
+  for (int pair = 0; pair < columns / 8; pair++) {
+    weights.prefetch(pair);
+    MatrixUnit::store(out + pair * 128, i_sub_bytes(weights.step(pair, 0), four),
+                      i_sub_bytes(weights.step(pair, 1), four));
+  }
+}
+
+// `count` groups, as block j of the piece. Memory is asked for what lies at `ahead` meanwhile, as much again.
+inline void unpack(const Linear* w, const Units& units, int64_t count, const uint8_t* ahead, int j,
+                   MatrixPiece& piece) {
+  for (int64_t g = 0; g < count; g++) {
+    const uint8_t *at = units.weight + g * units.bytes, *then = ahead + g * units.bytes;
+    int8_t* out = piece.weights[j] + g * w->group * kBlockRows;
+    if (w->bits == 8) unpack_group(EightBits{{at, then}}, units.zero(g), w->group, out);
+    else unpack_group(Nibbles{at, then}, units.zero(g), w->group, out);
+    f_store(piece.scales[g][j], units.scale(g));
+  }
+}
+
+// sums[row][block] += the group's scales times its products, for a tile of rows of P planes; `scales` are its rows'.
+template <int B, int P>
+inline void add_products(const int32_t (*products)[kMatrixPlanes][16], const float (*weight_scales)[16],
+                         const float* scales, int rows, float (*sums)[kMatrixBlocks][16]) {
+  F weight_scale[B];
+  for (int j = 0; j < B; j++) weight_scale[j] = f_load(weight_scales[j]);
+  for (int r = 0; r < rows; r++) {
+    const F scale = f_set(scales[r]);
+#pragma GCC unroll 4
+    for (int j = 0; j < B; j++) {
+      const I high = i_load(products[j][r * P]);
+      const I total = P == 1 ? high : i_add(i_left<8>(high), i_load(products[j][r * P + P - 1]));
+      f_store(sums[r][j], f_fma(f_from(total), f_mul(weight_scale[j], scale), f_load(sums[r][j])));
+    }
+  }
+}
+
+// Tiles [first_tile, last_tile) of the B blocks from b on.
+template <int B>
+void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activations* a, int first_tile, int last_tile,
+                   float* y) {
+  alignas(64) float kept[kMaxTokens][kMatrixBlocks][16];
+  alignas(64) int32_t products[2][kMatrixBlocks][kMatrixPlanes][16];
+  MatrixPiece piece;
+  const int64_t group = w->group, groups = w->columns / group, step = kUnpackColumns / group;
+  const int64_t blocks = (w->rows + kBlockRows - 1) / kBlockRows;
+  const int tiles = last_tile - first_tile, from_row = a->tile[first_tile].first;
+  const int to_row = a->tile[last_tile - 1].first + a->tile[last_tile - 1].rows;
+  for (int i = from_row; i < to_row; i++)
+    for (int j = 0; j < B; j++) f_store(kept[i][j], f_zero());
+  for (int64_t first = 0; first < groups; first += step) {
+    const int64_t last = first + step < groups ? first + step : groups;
+    const int count = (int)(last - first);
+    const uint8_t* next[B];  // after a block's piece. Each of the first tiles asks for one; if they are too few, the
+    int64_t bytes = 0;       // unpacking does. `bytes`: of a group
+    for (int j = 0; j < B; j++) {
+      const Units units = units_at(w, b + j, first);
+      const int64_t later = b + B + j < blocks ? b + B + j : blocks - 1;
+      next[j] = (last < groups ? units_at(w, b + j, last) : units_at(w, later, 0)).weight;
+      bytes = units.bytes;
+      unpack(w, units, count, tiles < B ? next[j] : units.weight, j, piece);
+    }
+    STARLING_APART;
+    const auto multiply = [&](int item) {
+      const Tile& tile = a->tile[first_tile + item / count];
+      const int planes = tile.rows * tile.planes, g = item % count;
+      unit.set(planes);
+      unit.product<B>(piece.weights[0] + g * group * kBlockRows, sizeof piece.weights[0],
+                      a->planes + tile.offset + (first + g) * group * planes, (int)group, products[item % 2]);
+    };
+    // A group is multiplied while the products of the one before are scaled: what waits for the unit would keep a core
+    // from looking further ahead.
+    multiply(0);
+    for (int item = 0; item < tiles * count; item++) {
+      const int t = item / count, g = item % count;
+      const Tile& tile = a->tile[first_tile + t];
+      if (item + 1 < tiles * count) multiply(item + 1);
+      if (tiles >= B && t < B)
+        for (int64_t byte = g * bytes; byte < (g + 1) * bytes; byte += 64) __builtin_prefetch(next[t] + byte, 0, 2);
+      const auto add = tile.planes == 1 ? add_products<B, 1> : add_products<B, 2>;
+      const int64_t at = tile.first * groups + (first + g) * tile.rows;
+      add(products[item % 2], piece.scales[g], a->scales + at, tile.rows, kept + tile.first);
+    }
+  }
+  for (int i = from_row; i < to_row; i++)
+    for (int j = 0; j < B; j++) {
+      const int64_t row = (b + j) * kBlockRows;
+      store_rows(y + a->order[i] * w->rows + row, f_load(kept[i][j]), w->rows - row);
+    }
+}
+
+// As many as there are of the B blocks from b on.
+template <int B>
+void blocks_before(int64_t last, MatrixUnit& unit, const Linear* w, int64_t b, const Activations* a, int first_tile,
+                   int last_tile, float* y) {
+  if constexpr (B > 1)
+    if (last - b < B) return blocks_before<B - 1>(last, unit, w, b, a, first_tile, last_tile, y);
+  matrix_blocks<B>(unit, w, b, a, first_tile, last_tile, y);
+}
+
+void matrix_linear(const Linear* w, const Activations* a, float* y, int64_t first, int64_t last, int first_tile,
+                   int last_tile) {
+  MatrixUnit unit(a->tile[0].run);
+  for (int64_t b = first; b < last; b += kMatrixBlocks)
+    blocks_before<kMatrixBlocks>(last, unit, w, b, a, first_tile, last_tile, y);
+}
+
+}  // namespace
