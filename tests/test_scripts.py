@@ -138,7 +138,7 @@ def test_the_image_s_script_removes_no_folder_that_it_did_not_make(checkout: Pat
     assert {path.name for path in work.iterdir()} == {"mine", "rootfs", "starling-image"}
 
 
-@pytest.mark.parametrize("failing", ["", "test_b"])
+@pytest.mark.parametrize("failing", ["", "test_b", "bench.gpu", "test_b*|*bench.gpu"])
 def test_a_gpu_test_that_fails_stops_nothing_and_is_remembered(checkout: Path, failing: str) -> None:
     (checkout / "tests").mkdir()
     for name in "abc":
@@ -147,6 +147,7 @@ def test_a_gpu_test_that_fails_stops_nothing_and_is_remembered(checkout: Path, f
     installed(checkout, f'echo "$@" >> said; case "$*" in *{failing or "nothing"}*) exit 1;; esac')
     done = run(checkout, ["gpu", "--option"], {})
     assert done.returncode == (1 if failing else 0)
+    assert ("tests/test_b.py" in done.stderr) == ("test_b" in failing)
     said = (checkout / "said").read_text().splitlines()
     assert len(said) == 1 + 3 + 1 and said[-1] == "-m bench.gpu --option"
 
