@@ -24,7 +24,9 @@ enum CUresult : int {
   LAUNCH_OUT_OF_RESOURCES = 701, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801
 };
 enum CUlaunchAttributeID { CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
-enum CUfunction_attribute { CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
+enum CUfunction_attribute {
+  CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT = 9
+};
 
 union CUlaunchAttributeValue {
   char pad[64];
@@ -46,6 +48,7 @@ struct CUfunc_st {
   struct Parameter { u16 offset, bytes; };
   std::map<u16, Parameter> parameters;  // by ordinal
   u32 max_threads = 1024, max_shared_bytes = 48 << 10;
+  int carveout = -1;  // no preference
   bool entry = false;
   void* library = nullptr;  // of the emulated kernel
   std::string name;
@@ -64,7 +67,8 @@ extern "C" {
 int architecture = 86, version = 13000;  // compute capability 8.6, CUDA 13.0
 int failure = SUCCESS;                   // what the next call returns, once
 void* library = nullptr;                 // emulator.py's build of the .cu file whose machine code is loaded next
-u64 launched[11];                        // CUlaunchConfig's numbers; the attribute's id and value, 0 without one
+// CUlaunchConfig's numbers; the attribute's id and value, 0 without one; the share of memory that the kernel asked for
+u64 launched[12];
 int max_shared_bytes[8], max_shared_calls = 0;  // of cuFuncSetAttribute
 
 // The bytes of each parameter of a kernel in the module that was loaded last; returns how many it has.
@@ -164,6 +168,11 @@ extern "C" CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, c
 extern "C" CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
   MAY_FAIL
   if (!found.count(function)) return INVALID_HANDLE;
+  if (which == CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT) {
+    if (value < -1 || value > 100) return INVALID_VALUE;  // percent, -1: none
+    function->carveout = value;
+    return SUCCESS;
+  }
   if (which != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return INVALID_VALUE;
   if (value < 0 || value > max_opt_in()) return INVALID_VALUE;
   max_shared_bytes[max_shared_calls++ % 8] = function->max_shared_bytes = value;
@@ -187,7 +196,7 @@ extern "C" CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction fu
   const CUlaunchAttribute attribute = c.numAttrs ? c.attrs[0] : CUlaunchAttribute{};
   const u64 numbers[] = {c.gridDimX, c.gridDimY, c.gridDimZ, c.blockDimX, c.blockDimY, c.blockDimZ, c.sharedMemBytes,
                          (u64)c.hStream, c.numAttrs, (u64)attribute.id,
-                         (u64)attribute.value.programmaticStreamSerializationAllowed};
+                         (u64)attribute.value.programmaticStreamSerializationAllowed, (u64)function->carveout};
   std::memcpy(launched, numbers, sizeof launched);
 
   // The bytes that the GPU's kernel finds in its constant memory.

@@ -28,7 +28,7 @@ SOURCE = Path(__file__).with_name("emulated_driver.cpp")
 PROBE = str(Path(__file__).with_name("probe"))  # a source as those in native/ are: its path is absolute
 LAUNCHED = (
     "gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ", "sharedMemBytes", "hStream", "numAttrs",
-    "id", "programmaticStreamSerializationAllowed",
+    "id", "programmaticStreamSerializationAllowed", "carveout",
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ class Machine:
 
     @property
     def launched(self) -> dict[str, int]:
-        return dict(zip(LAUNCHED, (ctypes.c_uint64 * len(LAUNCHED)).in_dll(self._library, "launched"), strict=True))
+        return dict(zip(LAUNCHED, (ctypes.c_int64 * len(LAUNCHED)).in_dll(self._library, "launched"), strict=True))
 
     @property
     def max_shared_bytes(self) -> list[int]:
@@ -112,7 +112,7 @@ def test_a_launch_arrives_as_it_was_asked_for(machine: Machine, overlap: bool) -
     for machine.stream in (0x7FFE_DCBA_9876, 0):
         probe.launch("reverse", (3, 2, 1), 64, 272, x, y)
         config = (3, 2, 1, 64, 1, 1, 272, machine.stream)
-        assert tuple(machine.launched.values()) == (*config, *((1, 6, 1) if overlap else (0, 0, 0)))
+        assert tuple(machine.launched.values()) == (*config, *((1, 6, 1, 100) if overlap else (0, 0, 0, -1)))
     assert torch.equal(y, x.flip(1))
 
 

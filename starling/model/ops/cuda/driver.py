@@ -15,6 +15,7 @@ from starling.model.ops.cuda.module import Argument, Grid
 
 LIBRARY = "libcuda.so.1"
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SHARED_MEMORY_CARVEOUT, MAX_SHARED = 9, 100  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT; percent
 DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may use without being asked about it
 # The first architecture whose kernels may begin before the one before has ended; and CUDA 12.3, as a driver tells its
 # version, the first whose graphs have edges that say so (programming guide, "Edge Data").
@@ -33,6 +34,7 @@ class DriverModule:
         """`code` (a cubin, or PTX) is loaded into the current context. `stream`: the handle of the current one.
         `overlap`: kernels begin while the one before still runs (see native/device.h), as can_overlap must allow."""
         self._cuda, self._launch, self._stream = _library(), _launch_kernel(), stream
+        self._overlap = overlap
         self._attributes = ctypes.addressof(_OVERLAP), int(overlap)
         self._module = ctypes.c_void_p()
         _check(self._cuda.cuModuleLoadData(ctypes.byref(self._module), code), "load", "the kernels")
@@ -62,6 +64,11 @@ class DriverModule:
         function = ctypes.c_void_p()
         result = self._cuda.cuModuleGetFunction(ctypes.byref(function), self._module, kernel.encode())
         _check(result, "find", kernel)
+        if self._overlap:
+            # Kernels that share a multiprocessor must part its memory alike. Left alone, each gets what suits it, and
+            # "a kernel with a different preference" may wait for the device (cudaFuncSetCacheConfig's documentation).
+            result = self._cuda.cuFuncSetAttribute(function, SHARED_MEMORY_CARVEOUT, MAX_SHARED)
+            _check(result, "set", f"the shared memory of {kernel}")
         self._kernels[kernel] = function
         self._shared_bytes[kernel] = DEFAULT_SHARED_BYTES
         return function
