@@ -91,6 +91,21 @@ def test_all_faults_at_once(folder: Path) -> None:
     assert all(name in str(caught.value) for name in (NORM, "extra", "model.norm.weight"))
 
 
+def test_what_is_missing_is_named_or_counted(folder: Path) -> None:
+    """As where one of several files was not fetched."""
+    lost = [name for name in expected_tensors(ModelConfig.from_folder(folder)) if ".layers.1." in name]
+
+    def edit(tensors: Tensors) -> None:
+        for name in lost:
+            del tensors[name]
+
+    change(folder, edit)
+    with pytest.raises(CheckpointError) as caught:
+        open_all(folder)
+    named = sum(name in str(caught.value) for name in lost)
+    assert named > 1 and f" and {len(lost) - named} more" in str(caught.value)
+
+
 def test_frequencies_that_older_checkpoints_hold_are_passed_over(folder: Path) -> None:
     """transformers before 4.32 stored them; they follow from config.json."""
     change(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
@@ -125,4 +140,6 @@ def test_several_files_are_one_checkpoint(folder: Path) -> None:
     first = dict(list(tensors.items())[::2])
     save_file(first, folder / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if name not in first}, folder / "more.safetensors")
-    open_all(folder)
+    for staging in (None, Staging(torch.device("cpu"))):
+        with open_checkpoint(folder, ModelConfig.from_folder(folder), staging) as checkpoint:
+            assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in tensors.items())

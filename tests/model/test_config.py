@@ -50,7 +50,9 @@ def test_transformers_5_writes_rope_parameters() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["Mistral", "Llama"])
-@pytest.mark.parametrize("left_out", ["sliding_window", "num_key_value_heads", "head_dim", "rope_theta"])
+@pytest.mark.parametrize(
+    "left_out", ["sliding_window", "num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings"]
+)
 def test_what_is_left_out_is_read_as_transformers_reads_it(architecture: str, left_out: str) -> None:
     raw = {key: value for key, value in STARLING.items() if key != left_out}
     config = ModelConfig.from_dict(raw | {"architectures": [f"{architecture}ForCausalLM"]})
@@ -60,6 +62,7 @@ def test_what_is_left_out_is_read_as_transformers_reads_it(architecture: str, le
     assert config.sliding_window == window
     assert (config.num_key_value_heads, config.head_dim) == (oracle.num_key_value_heads, oracle.head_dim)
     assert config.rope_theta == oracle.rope_parameters["rope_theta"]
+    assert config.tie_word_embeddings == oracle.tie_word_embeddings
 
 
 def test_transformers_5_writes_awq_s_version_as_format() -> None:
@@ -68,6 +71,11 @@ def test_transformers_5_writes_awq_s_version_as_format() -> None:
     assert ModelConfig.from_dict(raw) == ModelConfig.from_dict(STARLING)
     with pytest.raises(CheckpointError, match=r"quantization_config\.version is 'gemv'"):
         ModelConfig.from_dict(STARLING | {"quantization_config": quantization | {"format": "gemv"}})
+
+
+def test_autoawq_writes_its_version_in_capitals_too() -> None:
+    quantization = STARLING["quantization_config"] | {"version": "GEMM"}
+    assert ModelConfig.from_dict(STARLING | {"quantization_config": quantization}) == ModelConfig.from_dict(STARLING)
 
 
 def test_the_head_is_never_converted() -> None:
@@ -93,6 +101,7 @@ def test_what_is_not_awq_is_said_once(quantization: object) -> None:
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
         ({"quantization_config": "awq"}, "quantization_config is 'awq'"),
         ({"quantization_config": AWQ | {"bits": 8}}, "bits is 8"),
@@ -108,7 +117,13 @@ def test_what_is_not_awq_is_said_once(quantization: object) -> None:
         ({"sliding_window": 0}, "sliding_window"),
         ({"num_key_value_heads": 5}, "do not divide"),
         ({"intermediate_size": 14337}, "intermediate_size 14337"),
+        ({"hidden_size": 4160}, "hidden_size 4160 does not divide"),
+        ({"head_dim": 66}, "q_size 2112 does not divide"),
+        ({"head_dim": 4, "num_key_value_heads": 1}, "kv_size 4 does not divide by 8"),
+        ({"head_dim": 127}, "head_dim 127 is odd"),
         ({"eos_token_id": 32002}, "token id 32002"),
+        ({"eos_token_id": [32000, -1]}, "token id -1"),
+        ({"bos_token_id": 32003}, "token id 32003"),
         ({"vocab_size": "many"}, "vocab_size"),
     ],
 )
