@@ -83,8 +83,7 @@ def _show(lock: Lock, folder: Path, reports: list[FileReport]) -> int:
     if any(report.is_fault for report in reports):
         print("\nNot usable as it is: `python -m starling weights pull` fetches what is missing or wrong.")
         return 1
-    unpinned = {file.name for file in lock.files if file.sha256 is None}
-    if found := [report for report in reports if report.first_use and report.name in unpinned]:
+    if found := [report for report in reports if report.first_use]:
         print("\nThe lock knows no digest of these; they were trusted at first use. Compare them with another source,")
         print("then commit them: `python -m starling weights pin` writes them into the lock.")
         for report in found:

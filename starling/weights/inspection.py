@@ -56,7 +56,7 @@ def inspect(folder: Path, lock: Lock) -> list[FileReport]:
 
 
 def verify(folder: Path, lock: Lock, *, afresh: bool = False, first_use: bool = True) -> list[FileReport]:
-    """Hash what the ledger does not remember, or everything when `afresh`, and record what is right.
+    """Hash what the ledger does not remember, or everything when `afresh`, and record what is right or wrong.
 
     A digest that neither the lock nor the ledger knows is recorded and from then on expected. Such a file stays
     UNCHECKED where another is wrong, since this may be another model's folder, and with `first_use` False.
@@ -120,7 +120,9 @@ def _hash_file(folder: Path, lock: Lock, file: LockedFile) -> FileReport:
         return FileReport(file.name, State.UNREADABLE, error.strerror or str(error))
     known = Ledger.read(folder)
     report = _judge(lock, file, known, sha256)
-    if not report.is_fault:
+    if report.is_fault:
+        ledger.distrust(folder, file.name)
+    else:
         ledger.record(folder, lock, file, sha256, before)
     return report
 

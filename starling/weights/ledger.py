@@ -1,7 +1,7 @@
 """The ledger: which digests were computed for which files of a folder, kept beside them.
 
-It saves hashing 4 GB at every start: an entry holds while the file's size and time of change stay. It also holds the
-digests that the lock does not know yet, as they were found at first use.
+It saves hashing 4 GB at every start: an entry holds while the file's size and time of change stay, and nobody has found
+another digest. It also holds the digests that the lock does not know yet, as they were found at first use.
 """
 
 import logging
@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 LEDGER_NAME = ".verified.json"
 SECOND_NS = 10**9
+NEVER_NS = -1  # in place of the time of a file whose digest must be computed again
 
 
 class Entry(BaseModel):
@@ -30,7 +31,7 @@ class Entry(BaseModel):
 
 
 class Ledger(BaseModel):
-    """name → Entry. Read with `read`, changed with `record`."""
+    """name → Entry. Read with `read`, changed with `record` and `distrust`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -81,7 +82,17 @@ def record(folder: Path, lock: Lock, file: LockedFile, sha256: str, stat: os.sta
     if known.expected(lock, file) is None:
         logger.warning("%s: the lock knows no digest; sha256 %s is trusted on first use", file.name, sha256)
     entry = Entry(origin=origin_of(lock), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256)
-    files = {**known.files, file.name: entry}
+    _write(folder, {**known.files, file.name: entry})
+
+
+def distrust(folder: Path, name: str) -> None:
+    """Remember no longer that `name` is right, though its size and time are (as after a fault of the disk)."""
+    files = Ledger.read(folder).files
+    if name in files:
+        _write(folder, {**files, name: files[name].model_copy(update={"mtime_ns": NEVER_NS})})
+
+
+def _write(folder: Path, files: dict[str, Entry]) -> None:
     beside = folder / f"{LEDGER_NAME}.{os.getpid()}"
     try:
         beside.write_text(Ledger(files=files).model_dump_json(indent=2), encoding="utf-8")

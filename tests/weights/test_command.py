@@ -35,11 +35,39 @@ def test_status_pull_verify_damage_repair(lock_path, hub, folder, files, capsys)
     assert_whole(folder, files)
     assert weights("status", "--lock", lock_path) == 0
     assert weights("verify", "--lock", lock_path) == 0
+    times = (folder / MODEL).stat()
     (folder / MODEL).write_bytes(bytes(len(files[MODEL])))
+    os.utime(folder / MODEL, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a disk that lost a bit
     assert weights("verify", "--lock", lock_path) == 1
     assert f"{MODEL}: wrong digest" in capsys.readouterr().out
+    assert weights("status", "--lock", lock_path) == 0
+    assert f"{MODEL}: not hashed yet" in capsys.readouterr().out
     assert weights("pull", "--lock", lock_path, "--from", hub.url) == 0
     assert_whole(folder, files)
+
+
+def test_the_weights_lie_where_folder_says(lock_path, hub, folder, tmp_path, files):
+    for action in (("pull", "--from", hub.url), ("status",), ("verify",), ("pin",)):
+        assert weights(*action, "--lock", lock_path, "--folder", tmp_path / "elsewhere") == 0
+    assert_whole(tmp_path / "elsewhere", files)
+    assert not folder.exists()
+
+
+def test_files_that_were_copied_there_are_hashed_when_it_matters(lock_path, folder, files, capsys):
+    folder.mkdir()
+    for name, body in files.items():
+        (folder / name).write_bytes(body)
+    assert weights("status", "--lock", lock_path) == 0
+    assert "weights verify" in capsys.readouterr().out
+    assert weights("pin", "--lock", lock_path) == 0
+    assert Lock.read(lock_path) == lock_for(files)
+
+
+def test_a_silent_connection_is_given_up_after_the_timeout(lock_path, hub, capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts
+    hub.faults_of(MODEL).stall_after = 0
+    assert weights("pull", "--lock", lock_path, "--from", hub.url, "--timeout", "0.2") == 1
+    assert "nothing came for 0.2 s; given up after 5 attempts" in capsys.readouterr().err
 
 
 def test_nothing_of_another_model_is_trusted(lock_path, folder, files, capsys):
@@ -79,9 +107,11 @@ def test_pin_refuses_a_folder_that_is_wrong(lock_path, hub, folder):
 def test_faults_go_to_stderr_without_a_traceback(lock_path, tmp_path, capsys):
     assert weights("pull", "--lock", tmp_path / "absent.lock") == 1
     assert "absent.lock" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as caught:
-        weights("pull", "--lock", lock_path, "--timeout", "-1")
-    assert caught.value.code == 2
+    for timeout in ("-1", "0", "inf", "nan", "soon"):
+        with pytest.raises(SystemExit) as caught:
+            weights("pull", "--lock", lock_path, "--timeout", timeout)
+        assert caught.value.code == 2
+        assert "give seconds above 0" in capsys.readouterr().err
 
 
 def test_offline_is_honoured(lock_path, hub, folder, files, tmp_path):

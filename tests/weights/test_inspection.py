@@ -7,6 +7,7 @@ import random
 import pytest
 
 from starling.weights import State, faults, inspect, verify
+from starling.weights.digest import sha256_of
 from tests.weights.conftest import lock_for
 
 MODEL = "model.safetensors"
@@ -75,6 +76,56 @@ def test_afresh_finds_what_keeps_its_size_and_time(filled, lock, files):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert not faults(verify(filled, lock))
     assert faults(verify(filled, lock, afresh=True))
+
+
+@pytest.mark.parametrize("unknown", [(), (MODEL,)])
+def test_what_was_found_wrong_is_wrong_until_it_is_right(filled, files, unknown):
+    """A disk that lost a bit keeps size and time: else a quick look would go on to call it verified, and no pull would
+    mend it."""
+    lock = lock_for(files, unknown)
+    verify(filled, lock)
+    path = filled / MODEL
+    stat = path.stat()
+    for body, wrong in ((bytes(len(files[MODEL])), [MODEL]), (files[MODEL], [])):
+        path.write_bytes(body)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        for afresh in (True, False):
+            assert [report.name for report in verify(filled, lock, afresh=afresh) if report.is_fault] == wrong
+
+
+def test_what_changes_while_it_is_hashed_is_not_remembered(filled, lock, files, monkeypatch):
+    def meanwhile(path, advance):
+        found = sha256_of(path, advance)
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr("starling.weights.inspection.sha256_of", meanwhile)
+        verify(filled, lock)
+    assert {report.state for report in inspect(filled, lock)} == {State.UNCHECKED}
+    assert len(faults(verify(filled, lock))) == len(files)
+
+
+def test_a_file_of_another_size_is_not_the_one_that_was_hashed(filled, files):
+    """Though its time is the same, and the lock knows no size."""
+    lock = lock_for(files, unknown=(MODEL,))
+    verify(filled, lock)
+    path = filled / MODEL
+    stat = path.stat()
+    path.write_bytes(files[MODEL] + b"!")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert [report.name for report in verify(filled, lock) if report.is_fault] == [MODEL]
+
+
+def test_what_was_put_in_the_place_of_another_revisions_file_is_trusted(filled, files):
+    lock = lock_for(files, unknown=("config.json",))
+    verify(filled, lock)
+    other = lock.model_copy(update={"revision": "1" * 40})
+    assert [report.name for report in verify(filled, other) if report.is_fault] == ["config.json"]
+    (filled / "config.json").write_bytes(files["config.json"] + b"!")
+    assert not faults(verify(filled, other))
 
 
 def test_a_changed_lock_overrides_the_memory(filled, lock, files):
