@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,26 @@ def rng() -> random.Random:
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small real model's checkpoint, made once a run."""
     return demo.prepare(tmp_path_factory.mktemp("weights") / "demo")
+
+
+@pytest.fixture
+def disk_events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """("synced", inode) and ("renamed", inode, new name), in order, of what this process tells the disk."""
+    events: list[tuple[object, ...]] = []
+    fsync = os.fsync
+
+    def noting_sync(file: int) -> None:
+        events.append(("synced", os.fstat(file).st_ino))
+        fsync(file)
+
+    def noting(rename: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def noting_rename(old: Path, new: Path) -> None:
+            events.append(("renamed", Path(old).stat().st_ino, Path(new).name))
+            rename(old, new)
+
+        return noting_rename
+
+    monkeypatch.setattr(os, "fsync", noting_sync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, noting(getattr(os, name)))
+    return events

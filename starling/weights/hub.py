@@ -89,14 +89,7 @@ class Hub:
 
     def fetch(self, name: str, partial: Path, size: int, advance: Callable[[int], None]) -> None:
         with partial.open("ab") as file:
-
-            def go_on() -> None:
-                try:
-                    self._stream(name, file, size, advance)
-                finally:
-                    file.flush()
-
-            self._patiently(name, go_on, progress_bytes=file.tell)
+            self._patiently(name, lambda: self._stream(name, file, size, advance), progress_bytes=file.tell)
 
     def _patiently(self, name: str, action: Callable[[], Result], progress_bytes: Callable[[], int]) -> Result:
         failures = 0

@@ -1,5 +1,6 @@
 """A local server that speaks the little of the hub's protocol that is used, and misbehaves on demand."""
 
+import gzip
 import hashlib
 import sys
 import threading
@@ -21,16 +22,18 @@ class Faults:
     cut_after: list[int] = field(default_factory=list)  # body bytes of each answer before the connection breaks
     end_after: int | None = None  # every answer claims to be whole, and ends after so many body bytes
     stall_after: int | None = None  # every answer falls silent after so many body bytes
-    trickle: bool = False  # a byte at a time, for ever
+    trickle_after: int | None = None  # every answer goes on a byte at a time after so many body bytes
     flip_byte: int | None = None  # this byte of the file is sent inverted
     longer_by: int = 0  # bytes after the file's end
     statuses: list[int] = field(default_factory=list)  # answered to GET instead of the file
     status_headers: dict[str, str] = field(default_factory=lambda: {"Retry-After": "0"})  # sent with them
-    ignores_range: bool = False
+    ranges: str = "kept"  # or "ignored", "refused", or "moved": sent from the file's beginning, which the answer says
     size: int | None = None  # claimed by HEAD
     etag: str | None = None
     commit: str | None = None
     redirects: bool = True  # to a signed address, as the hub does for large files
+    circles: bool = False  # redirects that lead to redirects
+    compresses: bool = False  # for whoever accepts it
     pause_s: float = 0.0  # after every piece
 
 
@@ -118,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             "ETag": f'"{faults.etag or hub.etag(name)}"',
         }
         size = len(hub.files[name]) if faults.size is None else faults.size
-        if faults.redirects and "sig" not in parse_qs(url.query):
+        if faults.circles or (faults.redirects and "sig" not in parse_qs(url.query)):
             cdn = f"http://localhost:{self.server.server_port}{url.path}?sig=top-secret"
             linked = {"X-Linked-Size": str(size), "X-Linked-ETag": identity["ETag"], "Location": cdn}
             self._empty(302, identity | linked)
@@ -139,16 +142,19 @@ class _Handler(BaseHTTPRequestHandler):
         if faults.flip_byte is not None:
             body[faults.flip_byte] ^= 0xFF
         body += b"x" * faults.longer_by
+        if faults.compresses and "gzip" in self.headers.get("Accept-Encoding", ""):
+            body = bytearray(gzip.compress(body))
+            identity = identity | {"Content-Encoding": "gzip"}
         start = 0
-        asked = self.headers.get("Range", "")
-        if asked and not faults.ignores_range:
-            start = int(asked.removeprefix("bytes=").split("-")[0])
-            if start >= len(body):
+        asked = self.headers.get("Range", "") if faults.ranges != "ignored" else ""
+        if asked:
+            start = int(asked.removeprefix("bytes=").split("-")[0]) if faults.ranges != "moved" else 0
+            if start >= len(body) or faults.ranges == "refused":
                 self._empty(416)
                 return
         end = len(body) if faults.end_after is None else min(len(body), start + faults.end_after)
-        self.send_response(206 if start else 200)
-        if start:
+        self.send_response(206 if asked else 200)
+        if asked:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         for key, value in identity.items():
             self.send_header(key, value)
@@ -160,12 +166,16 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server_state
         cut = faults.cut_after.pop(0) if faults.cut_after else None
         limit = min(x for x in (cut, faults.stall_after, len(body)) if x is not None)
-        piece = 1 if faults.trickle else PIECE_BYTES
+        slow_after = limit if faults.trickle_after is None else faults.trickle_after
+        at = 0
         try:
-            for at in range(0, limit, piece):
-                self.wfile.write(body[at : min(at + piece, limit)])
-                hub.served_bytes[name] += min(piece, limit - at)
-                if (faults.pause_s or faults.trickle) and hub.stopping.wait(faults.pause_s or 0.02):
+            while at < limit:
+                piece = 1 if at >= slow_after else min(PIECE_BYTES, limit - at, slow_after - at)
+                self.wfile.write(body[at : at + piece])
+                hub.served_bytes[name] += piece
+                at += piece
+                pause_s = 0.02 if at > slow_after else faults.pause_s
+                if pause_s and hub.stopping.wait(pause_s):
                     break
             if faults.stall_after is not None:
                 hub.stopping.wait()

@@ -1,6 +1,7 @@
 """Pulling from a hub that cuts, truncates, corrupts, stalls and lies."""
 
 import logging
+import os
 import random
 import shutil
 import traceback
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from starling.errors import WeightsError
-from starling.weights import Lock, State, inspect, pull, verify
+from starling.weights import Lock, Patience, State, inspect, progress, pull, verify
 from starling.weights import hub as hub_module
 from starling.weights.address import without_secrets
 from starling.weights.digest import sha256_of
@@ -56,9 +57,10 @@ def test_goes_on_after_cuts(hub, lock, folder, files, seed, monkeypatch):
     assert hub.served_bytes[MODEL] < 2 * len(files[MODEL])
 
 
-def test_starts_over_when_the_server_ignores_ranges(hub, lock, folder, files):
+@pytest.mark.parametrize("ranges", ["ignored", "refused", "moved"])
+def test_starts_over_when_the_server_keeps_no_ranges(hub, lock, folder, files, ranges):
     hub.faults_of(MODEL).cut_after = [100_000]
-    hub.faults_of(MODEL).ignores_range = True
+    hub.faults_of(MODEL).ranges = ranges
     pull(lock, folder, hub.url, BRISK)
     assert_whole(folder, files)
 
@@ -76,8 +78,9 @@ def test_goes_on_in_a_later_pull(hub, lock, folder, files):
     assert hub.served_bytes[MODEL] - before < len(files[MODEL])
 
 
-def test_gives_up_on_a_server_that_trickles(hub, lock, folder):
-    hub.faults_of(MODEL).trickle = True
+@pytest.mark.parametrize("after", [0, 200_000])
+def test_gives_up_on_a_server_that_trickles(hub, lock, folder, after):
+    hub.faults_of(MODEL).trickle_after = after
     with pytest.raises(WeightsError, match=r"only \d+ bytes came in 1 s"):
         pull(lock, folder, hub.url, IMPATIENT)
 
@@ -107,6 +110,41 @@ def test_corruption_is_found_and_thrown_away(hub, lock, folder, files, seed):
     assert_whole(folder, files)
 
 
+def test_the_log_counts_what_has_come(hub, lock, folder, files, monkeypatch, caplog):
+    """Also where a server begins anew, and where an earlier pull left something."""
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    caplog.set_level(logging.INFO, logger="starling")
+    hub.faults_of(MODEL).cut_after, hub.faults_of(MODEL).ranges = [100_000], "ignored"
+    (folder / ".partial").mkdir(parents=True)
+    (folder / ".partial" / f"tokenizer.json.{lock.revision}").write_bytes(files["tokenizer.json"][:-1])
+    pull(lock, folder, hub.url, BRISK)
+    for name, body in files.items():
+        for label in (name, f"Hashing {name}"):
+            told = [line for line in caplog.messages if line.startswith(f"{label}: ")]
+            assert told[-1] == f"{label}: {len(body)} of {len(body)} bytes (100 %)"
+
+
+def test_a_pulled_file_is_remembered_whatever_an_archive_makes_of_its_time(hub, lock, folder):
+    """Of an image's layer or another archive: some cut it to seconds, some round it."""
+    pull(lock, folder, hub.url, BRISK)
+    for path in folder.glob("*.*"):
+        second = -(-path.stat().st_mtime_ns // 10**9) * 10**9
+        os.utime(path, ns=(second, second))
+    assert set(states(folder, lock).values()) == {State.VERIFIED}
+
+
+def test_a_power_cut_leaves_whole_files_or_none(hub, lock, folder, files, disk_events):
+    """What a file holds is on the disk before its name is, and its name before the pull goes on."""
+    pull(lock, folder, hub.url, BRISK)
+    home = folder.stat().st_ino
+    for name in files:
+        inode = (folder / name).stat().st_ino
+        named = disk_events.index(("renamed", inode, name))
+        assert ("synced", inode) in disk_events[:named]
+        assert disk_events[named + 1] == ("synced", home)
+    assert any(event[0] == "renamed" and event[2] == ".verified.json" for event in disk_events)
+
+
 def test_a_damaged_rest_of_an_earlier_pull_is_fetched_again(hub, lock, folder, files):
     faults = hub.faults_of(MODEL)
     faults.flip_byte, faults.stall_after = 10, 200_000
@@ -117,11 +155,28 @@ def test_a_damaged_rest_of_an_earlier_pull_is_fetched_again(hub, lock, folder, f
     assert_whole(folder, files)
 
 
-def test_a_rest_that_is_longer_than_the_file_is_dropped(hub, lock, folder, files):
+def test_a_rest_that_is_longer_than_the_file_is_dropped(hub, folder, files):
+    """Also where nobody knows a digest that would tell."""
+    lock = lock_for(files, unknown=(MODEL,))
+    hub.faults_of(MODEL).etag = "5f3-1a2b"
     (folder / ".partial").mkdir(parents=True)
     (folder / ".partial" / f"{MODEL}.{lock.revision}").write_bytes(bytes(len(files[MODEL]) + 1))
     pull(lock, folder, hub.url, BRISK)
     assert_whole(folder, files)
+
+
+def test_the_rest_of_another_revision_is_not_gone_on_with(hub, folder, files):
+    """Though nobody knows a digest that would tell."""
+    hub.faults_of(MODEL).etag = "5f3-1a2b"
+    hub.faults_of(MODEL).cut_after = [100_000]
+    lock = lock_for(files, unknown=(MODEL,))
+    with pytest.raises(WeightsError, match="given up after 1 attempts"):
+        pull(lock, folder, hub.url, Patience(attempts=1))
+    other = lock.model_copy(update={"revision": "1" * 40})
+    new = dict(files, **{MODEL: files[MODEL][::-1]})
+    with HubServer(other.repository, other.revision, new, faults=hub.faults).running() as newer:
+        pull(other, folder, newer.url, BRISK)
+    assert_whole(folder, new)
 
 
 def test_passing_failures_are_waited_for(hub, lock, folder, files):
@@ -145,6 +200,23 @@ def test_the_wait_that_a_server_asks_for_is_kept(hub, lock, folder, monkeypatch,
     hub.faults_of(MODEL).statuses, hub.faults_of(MODEL).status_headers = [429], headers
     pull(lock, folder, hub.url, BRISK)
     assert waits_s == [wait_s]
+
+
+def test_waits_double_and_a_lost_source_is_asked_for_no_other_file(hub, lock, folder, files, monkeypatch):
+    waits_s = []
+    monkeypatch.setattr(hub_module.time, "sleep", waits_s.append)
+    for name in files:
+        hub.faults_of(name).statuses = [503] * 9
+    with pytest.raises(WeightsError, match="given up after 5 attempts"):
+        pull(lock, folder, hub.url, Patience())
+    assert waits_s == [1, 2, 4, 8]
+
+
+def test_redirects_without_an_end_are_a_fault_of_their_file(hub, lock, folder):
+    hub.faults_of(MODEL).circles = True
+    with pytest.raises(WeightsError, match=r"model\.safetensors: http://127\.0\.0\.1:\d+: .*redirects"):
+        pull(lock, folder, hub.url, BRISK)
+    assert states(folder, lock)["tokenizer.json"] is State.VERIFIED
 
 
 def test_every_fault_is_reported_at_once_and_before_any_byte(hub, lock, folder, files):
@@ -196,16 +268,37 @@ def test_a_full_disk_is_said_before_the_download(hub, lock, folder, files, monke
     assert not any(method == "GET" for method, _, _ in hub.requests)
 
 
+def test_a_disk_that_just_takes_what_is_still_to_come_is_enough(hub, lock, folder, files, monkeypatch):
+    (folder / ".partial").mkdir(parents=True)
+    (folder / ".partial" / f"{MODEL}.{lock.revision}").write_bytes(files[MODEL][:100_000])
+    usage = namedtuple("usage", "total used free")
+    free = sum(map(len, files.values())) - 100_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - free, free))
+    pull(lock, folder, hub.url, BRISK)
+    assert_whole(folder, files)
+
+
+def test_a_folder_that_cannot_be_made_is_a_fault_of_the_weights(hub, lock, folder):
+    folder.write_text("no folder")
+    with pytest.raises(WeightsError, match="cannot be written to"):
+        pull(lock, folder / "below", hub.url, BRISK)
+
+
 def test_tensors_that_the_lock_does_not_name_are_a_fault(hub, lock, folder):
     pull(lock, folder, hub.url, BRISK)
     (folder / "more.safetensors").write_bytes(b"x")
     with pytest.raises(WeightsError, match=r"more\.safetensors: not in the lock"):
         pull(lock, folder, hub.url, BRISK)
+    (folder / "config.json").unlink()
+    hub.faults_of("config.json").flip_byte = 0
+    with pytest.raises(WeightsError, match=r"more\.safetensors: not in the lock(.|\n)*config\.json: sha256 is"):
+        pull(lock, folder, hub.url, BRISK)
 
 
 def test_nobody_at_the_address(lock, folder):
-    with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9: .*given up after 3 attempts"):
+    with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9: .*given up after 3 attempts") as caught:
         pull(lock, folder, "http://user:password@127.0.0.1:9", BRISK)
+    assert str(caught.value).count("given up") == 1, "the other files were not asked for"
 
 
 @pytest.mark.parametrize(
@@ -220,6 +313,7 @@ def test_nobody_at_the_address(lock, folder):
         ("https://user:1/s3cret@mirror.example", "'https://…' is no source of weights"),
         ("https://user:1?s3cret@mirror.example", "'https://…' is no source of weights"),
         ("https://?token=s3cret", "'https://…' is no source of weights"),
+        ("https://#s3cret", "'https://…' is no source of weights"),
         ("http://[bad", r"'http://\[bad' is no source of weights"),
         ("http://host:port", "'http://host:port' is no source of weights"),
         ("http://host:65536", "'http://host:65536' is no source of weights"),
@@ -259,8 +353,26 @@ def test_a_folder_stands_in_for_the_hub(tmp_path, lock, folder, files):
     source.mkdir()
     for name, body in files.items():
         (source / name).write_bytes(body)
+    (folder / ".partial").mkdir(parents=True)
+    (folder / ".partial" / f"{MODEL}.{lock.revision}").write_bytes(files[MODEL][:100_000])
     pull(lock, folder, str(source), BRISK)
     assert_whole(folder, files)
+
+
+def test_a_folder_that_changes_meanwhile(tmp_path, folder, files, monkeypatch):
+    """Also where nobody knows a digest that would tell."""
+    source, disk_usage = tmp_path / "source", shutil.disk_usage
+    source.mkdir()
+    (source / MODEL).write_bytes(files[MODEL])
+
+    def meanwhile(path):  # looked at between the offer and the copy
+        (source / MODEL).write_bytes(files[MODEL][:-1])
+        return disk_usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", meanwhile)
+    with pytest.raises(WeightsError, match="changed while it was copied"):
+        pull(lock_for({MODEL: files[MODEL]}, unknown=(MODEL,)), folder, str(source), BRISK)
+    assert not (folder / MODEL).exists()
 
 
 def test_a_folder_that_is_short_wrong_or_absent(tmp_path, lock, folder, files):
@@ -294,10 +406,11 @@ def test_first_use_is_recorded_said_and_then_expected(hub, folder, files, caplog
         pull(lock, folder, hub.url, BRISK)
 
 
-def test_first_use_of_a_corrupt_file_is_caught_by_the_hubs_own_checksum(hub, folder, files):
-    lock = lock_for(files, unknown=("config.json",))
-    hub.faults_of("config.json").flip_byte = 0
-    with pytest.raises(WeightsError, match="git's id of it is"):
+@pytest.mark.parametrize(("name", "told"), [("config.json", "git's id of it is"), (MODEL, "sha256 is .*, expected")])
+def test_first_use_of_a_corrupt_file_is_caught_by_the_hubs_own_checksum(hub, folder, files, name, told):
+    lock = lock_for(files, unknown=(name,))
+    hub.faults_of(name).flip_byte = 0
+    with pytest.raises(WeightsError, match=told):
         pull(lock, folder, hub.url, BRISK)
 
 
@@ -306,10 +419,10 @@ def test_a_file_that_was_there_is_adopted_only_if_the_hub_vouches_for_it(hub, fo
     folder.mkdir()
     (folder / "config.json").write_bytes(files["config.json"])
     (folder / "tokenizer.json").write_bytes(bytes(len(files["tokenizer.json"])))
+    (folder / MODEL).write_bytes(files[MODEL])
     pull(lock, folder, hub.url, BRISK)
     assert_whole(folder, files)
-    got = {name for method, name, _ in hub.requests if method == "GET"}
-    assert got == {"tokenizer.json", MODEL}
+    assert {name for method, name, _ in hub.requests if method == "GET"} == {"tokenizer.json"}
 
 
 def test_a_file_of_another_size_is_not_hashed_before_it_is_fetched(hub, lock, folder, files, monkeypatch):
@@ -352,9 +465,10 @@ def test_the_token_goes_to_the_hub_only_and_secrets_to_no_log(hub, lock, folder,
 
 
 def test_a_plain_web_server_is_enough(hub, lock, folder, files):
-    """It need not redirect, and its ETag may mean nothing to us."""
+    """It need not redirect, its ETag may mean nothing to us, and it may compress for who accepts that."""
     for name in files:
         hub.faults_of(name).redirects = False
         hub.faults_of(name).etag = "5f3-1a2b"
+        hub.faults_of(name).compresses = True
     pull(lock, folder, hub.url + "/", BRISK)
     assert_whole(folder, files)

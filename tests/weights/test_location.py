@@ -5,7 +5,8 @@ import logging
 import pytest
 
 from starling.errors import WeightsError
-from starling.weights import locate, pull
+from starling.settings import Settings
+from starling.weights import locate, locate_weights, pull
 from tests.weights.conftest import BRISK, assert_whole
 
 
@@ -51,6 +52,9 @@ def test_a_baked_folder_is_checked(lock_path, lock, folder, files, hub):
     (folder / "config.json").write_bytes(files["config.json"])
     with pytest.raises(WeightsError, match=r"model\.safetensors: wrong digest"):
         locate(lock_path=lock_path)
+    (folder / "config.json").unlink()
+    with pytest.raises(WeightsError, match=r"config\.json: missing"):
+        locate(lock_path=lock_path)
 
 
 def test_sizes_are_looked_at_before_anything_is_hashed(lock_path, lock, folder, files, hub, monkeypatch):
@@ -76,6 +80,16 @@ def test_a_download_when_allowed_and_only_then(lock_path, folder, files, hub):
     assert not hub.requests
     found = locate(allow_download=True, where=hub.url, lock_path=lock_path, patience=BRISK)
     assert (found.folder, found.origin) == (folder, "downloaded")
+    assert_whole(folder, files)
+
+
+def test_the_settings_say_where_weights_come_from(tmp_path, lock_path, folder, files, hub, monkeypatch):
+    monkeypatch.setitem(locate.__kwdefaults__, "lock_path", lock_path)  # in place of the real weights' lock
+    with pytest.raises(WeightsError, match="no download is allowed"):
+        locate_weights(Settings(weights_source=hub.url))
+    with pytest.raises(WeightsError, match="which is no folder"):
+        locate_weights(Settings(weights=tmp_path / "absent", weights_source=hub.url, allow_download=True))
+    assert locate_weights(Settings(weights_source=hub.url, allow_download=True)).origin == "downloaded"
     assert_whole(folder, files)
 
 

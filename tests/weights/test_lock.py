@@ -47,7 +47,9 @@ def test_files_that_can_run_code_are_refused(tmp_path, name):
         Lock.read(write(tmp_path / "lock", raw))
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "a/model.safetensors", ".json", ""])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/model.safetensors", "a/model.safetensors", "a\\b.json", ".json", ""]
+)
 def test_names_stay_inside_the_folder(tmp_path, name):
     with pytest.raises(WeightsError, match=r"files\.0\.name"):
         Lock.read(write(tmp_path / "lock", with_file(name=name)))
@@ -100,4 +102,5 @@ def test_filling_changes_only_what_is_unknown(bodies, data):
     assert Lock.model_validate_json(lock.to_json()) == lock
     true = {name: (len(body), hashlib.sha256(body).hexdigest()) for name, body in bodies.items()}
     lies = {name: (1 << 40, "f" * 64) for name in bodies if name not in unknown}
+    assert lock.filled({}) == lock
     assert lock.filled({**true, **lies}) == lock_for(bodies)
