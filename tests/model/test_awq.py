@@ -31,6 +31,22 @@ def test_rounding_errs_by_half_a_step_at_most(group_size: int) -> None:
     assert ((weight.dequantize() - matrix).abs() / steps).mean() < 0.3, f"seed {seed}"
 
 
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        torch.rand(16, 64) + 3,
+        torch.rand(16, 64) - 4,
+        torch.zeros(16, 64),
+        -torch.logspace(-7, -4, 4096).unsqueeze(1).expand(-1, 64),  # scales that float16 holds to few digits
+    ],
+    ids=["positive", "negative", "zero", "tiny"],
+)
+def test_groups_that_lie_on_one_side_of_zero_keep_their_values(matrix: torch.Tensor) -> None:
+    weight = awq.quantize(matrix, 32)
+    steps = weight.scales.float().t().repeat_interleave(32, dim=1)
+    assert ((weight.dequantize() - matrix).abs() <= 1.01 * steps).all()
+
+
 def test_layers_side_by_side() -> None:
     first, second = (awq.quantize(torch.randn(rows, 64), 32) for rows in (16, 8))
     both = awq.concatenate([first, second])

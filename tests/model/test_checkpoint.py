@@ -1,5 +1,6 @@
 """Checkpoints are read strictly: every fault is named, before anything is used."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def test_staged_tensors_are_the_mapped_ones(folder: Path, device: str, buffer_by
     with open_checkpoint(folder, config) as mapped, open_checkpoint(folder, config, staging) as staged:
         for name in expected_tensors(config):
             assert torch.equal(staged.tensor(name).cpu(), mapped.tensor(name))
+
+
+def test_a_read_may_bring_less_than_it_was_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over a network."""
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, parts, offset: preadv(file, [parts[0][:100]], offset))
+    config, wanted = ModelConfig.from_folder(folder), load_file(folder / "model.safetensors")
+    with open_checkpoint(folder, config, Staging(torch.device("cpu"))) as staged:
+        assert torch.equal(staged.tensor(NORM), wanted[NORM])
 
 
 def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Huge pages: bytes stay where and what they are while the pages below them are replaced; tensors that lie in them."""
 
+import ctypes
 import mmap
 import random
 import re
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from starling.model import huge_pages
+from starling.model import huge_pages, packed_cache
 from starling.model.huge_pages import HUGE_BYTES, empty, move_to_huge_pages
+from tests.model.tiny import write_checkpoint
 
 SIZE = 5 * HUGE_BYTES + 4321  # whole huge pages, and what is left before and behind them
 CPU = torch.device("cpu")
@@ -45,9 +47,20 @@ def mapped_from(path: Path) -> int:
     return sizes
 
 
+def asks_for_huge_pages(address: int) -> bool:
+    """Whether the memory at `address` was marked for them (hg: man 5 proc_pid_smaps)."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(span[1], 16) <= address < int(span[2], 16)
+        elif here and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return True  # so far as this system tells
+
+
 @pytest.mark.parametrize("piece_bytes", [HUGE_BYTES, 2 * HUGE_BYTES, 64 * HUGE_BYTES])
 def test_readers_see_the_same_bytes_throughout(file: Path, piece_bytes: int) -> None:
-    wanted = file.read_bytes()
+    wanted, open_before = file.read_bytes(), sorted(Path("/proc/self/fd").iterdir())
     with file.open("rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         assert mapped_from(file) >= SIZE
@@ -71,8 +84,19 @@ def test_readers_see_the_same_bytes_throughout(file: Path, piece_bytes: int) -> 
         reader.join()
     assert not wrong and mapped[:] == wanted
     assert mapped_from(file) < 2 * HUGE_BYTES
+    assert asks_for_huge_pages(ctypes.addressof(ctypes.c_char.from_buffer(mapped)) + 2 * HUGE_BYTES)
     mapped.close()
     assert mapped_from(file) == 0
+    assert sorted(Path("/proc/self/fd").iterdir()) == open_before
+
+
+def test_repacked_weights_move(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    weights = {"large": {"weight": torch.randint(256, (SIZE,), dtype=torch.uint8)}}
+    found = packed_cache.load_or_make(tmp_path, "test-1", lambda: iter(weights.items()), [tmp_path])
+    huge_pages.wait_for_moves()
+    assert torch.equal(found["large"]["weight"], weights["large"]["weight"])
+    assert mapped_from(tmp_path / "packed-test-1.bin") < 2 * HUGE_BYTES
 
 
 def test_a_file_that_has_become_shorter_stays_mapped(file: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,7 +148,7 @@ def test_a_tensor_begins_with_a_huge_page_and_takes_memory_as_it_is_written() ->
     before = resident_bytes()
     tensor = empty((2, 64, 1 << 20), torch.float16, CPU)
     assert tensor.shape == (2, 64, 1 << 20) and tensor.dtype == torch.float16 and tensor.is_contiguous()
-    assert tensor.data_ptr() % HUGE_BYTES == 0
+    assert tensor.data_ptr() % HUGE_BYTES == 0 and asks_for_huge_pages(tensor.data_ptr())
     assert resident_bytes() - before < tensor.nbytes // 4
     tensor.fill_(1)
     assert resident_bytes() - before > tensor.nbytes // 2

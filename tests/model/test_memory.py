@@ -12,11 +12,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from starling.model import control_groups, memory
-from starling.model.memory import GPU_RESERVE_BYTES, activation_bytes, free_bytes, kv_cache_room
+from starling.model.config import ModelConfig
+from starling.model.kv_cache import KVCache
+from starling.model.memory import GPU_RESERVE_BYTES, activation_bytes, free_bytes, kv_cache_budget, kv_cache_room
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 from tests.model.sequences import Sequence, step
-from tests.model.tiny import write_checkpoint
+from tests.model.tiny import CONFIG, write_checkpoint
 
 GB = 10**9
 CPU = torch.device("cpu")
@@ -48,6 +50,7 @@ def group(folder: Path, limit: str, used: int, version: int = 2, cached: int = 0
         ("0::/\n", 5 * GB, 6 * GB),  # as in a container: the group is the root of what it sees
         ("0::/system.slice/starling.service\n", 2 * GB, 2 * GB),
         ("0::/system.slice/another.service\n", 3 * GB, 4 * GB),  # the one around it decides
+        ("0::/system.slice/another:one.service\n", 3 * GB, 4 * GB),
         ("", 5 * GB, 6 * GB),
     ],
 )
@@ -58,6 +61,13 @@ def test_version_2(groups: Path, lines: str, free: int, room: int) -> None:
     group(groups / "system.slice" / "another.service", "max", 0)
     (groups / "membership").write_text(lines)
     assert (free_bytes(CPU), kv_cache_room(CPU, 0)) == (free, room)
+    assert kv_cache_budget(CPU, 0) == free // 2, "others on this machine want some too"
+
+
+def test_a_block_takes_what_it_is_counted_for() -> None:
+    config, dtype = ModelConfig.from_dict(CONFIG), torch.bfloat16
+    cache = KVCache.allocate(config, 5, 16, dtype, CPU)
+    assert cache.keys.nbytes + cache.values.nbytes == 5 * KVCache.bytes_per_block(config, 16, dtype)
 
 
 def test_version_1(groups: Path) -> None:
