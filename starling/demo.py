@@ -99,9 +99,11 @@ def _is_current(folder: Path, full_precision: bool) -> bool:
         return False
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return False
-    return bool(marker["version"] == VERSION and marker.get("full_precision", False) == full_precision)
+    if not isinstance(marker, dict):
+        return False
+    return marker.get("version") == VERSION and marker.get("full_precision", False) == full_precision
 
 
 def _find_gguf() -> Path:

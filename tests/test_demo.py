@@ -154,6 +154,7 @@ def test_half_split_undoes_llama_cpps_order() -> None:
 def test_the_folder_says_that_it_is_the_demo(folder: Path, tmp_path: Path) -> None:
     assert demo.is_demo(folder)
     assert not demo.is_demo(tmp_path)
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in folder.iterdir()), "another user may serve it"
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -189,14 +190,63 @@ def test_a_folder_that_lost_a_file_is_made_again(name: str, tmp_path: Path, monk
     assert (tmp_path / name).is_file()
 
 
+@pytest.mark.parametrize("marker", ["", "{", "[]", "{}"])
+def test_a_folder_with_a_damaged_marker_is_made_again(
+    marker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a power cut may leave it."""
+    monkeypatch.setattr(demo, "_write_checkpoint", lambda source, partial, full_precision: write_stand_in(partial))
+    write_stand_in(tmp_path)
+    whole = (tmp_path / demo.MARKER).read_text()
+    (tmp_path / demo.MARKER).write_text(marker)
+    demo.prepare(tmp_path)
+    assert (tmp_path / demo.MARKER).read_text() == whole
+
+
+def test_a_making_that_was_killed_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "weights" / "demo"
+
+    def die(source: Path, partial: Path, full_precision: bool) -> None:
+        (partial / "leftover").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_write_checkpoint", die)
+    with pytest.raises(KeyboardInterrupt):
+        demo.prepare(folder)
+    folder.mkdir()  # empty, it is in nobody's way
+    monkeypatch.setattr(demo, "_write_checkpoint", lambda source, partial, full_precision: write_stand_in(partial))
+    demo.prepare(folder)
+    assert {path.name for path in folder.iterdir()} == {demo.MARKER, *demo.FILES}
+
+
+def test_the_model_that_is_not_rounded_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(source: Path, partial: Path, full_precision: bool) -> None:
+        write_stand_in(partial)
+        (partial / demo.MARKER).write_text(json.dumps({"version": demo.VERSION, "full_precision": full_precision}))
+
+    monkeypatch.setattr(demo, "_write_checkpoint", write)
+    for full_precision in (True, False, True):
+        marker = demo.prepare(tmp_path, full_precision) / demo.MARKER
+        assert json.loads(marker.read_text())["full_precision"] == full_precision
+
+
+def test_a_package_that_holds_other_weights_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "GGUF_SHA256", "0" * 64)
+    with pytest.raises(WeightsError, match=f"expected {'0' * 64}.*--force-reinstall"):
+        demo.prepare(tmp_path / "demo")
+
+
 def test_the_package_is_the_one_that_is_installed() -> None:
     assert demo.PACKAGE in (Path(__file__).parent.parent / "requirements-demo.txt").read_text().splitlines()
 
 
 def test_something_else_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(WeightsError, match="not the demo model"):
-        demo.prepare(tmp_path)
+    for name in (None, *demo.FILES[1:]):
+        if name:
+            (tmp_path / name).touch()
+        with pytest.raises(WeightsError, match="not the demo model"):
+            demo.prepare(tmp_path)
     assert (tmp_path / "config.json").read_text() == "{}"
 
 

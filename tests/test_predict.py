@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from predict import METRICS, Predictor
 from starling.errors import RequestError
-from starling.openapi import Field, SignatureError, read_signature, render
+from starling.openapi import Field, SignatureError, read_signature, render, slots
 from starling.request import MAX_STOP_SEQUENCES, OLD_NAMES, Request
 from starling.service import GenerationResult
 
@@ -98,7 +98,7 @@ def test_what_is_read_from_the_source_is_what_runs() -> None:
         assert isinstance(info, cog.FieldInfo)
         assert {key: getattr(info, key) for key in field.options} == field.options
     assert SIGNATURE.streaming
-    assert SIGNATURE.concurrency == Predictor.predict.__cog_concurrent_max__  # type: ignore[attr-defined]
+    assert slots(ROOT / "predict.py") == SIGNATURE.concurrency == Predictor.predict.__cog_concurrent_max__  # type: ignore[attr-defined]
 
 
 def test_every_metric_is_one_of_a_result() -> None:
@@ -120,11 +120,37 @@ def test_every_metric_is_one_of_a_result() -> None:
         ("x: tuple = Input(default=None)", "not built in"),
         ("x: int = Input(default=None)", "None"),
         ("x: int = Input(default=9, le=8)", "bounds"),
+        ("x: int = Input(default=9, ge=10)", "bounds"),
+        ('x: list[str] = Input(default=["a\\\\n"])', "backslash"),
+        ("*, x: int = Input(default=9)", "needs a default"),
     ],
 )
 def test_what_cog_would_read_otherwise_is_refused(signature: str, fault: str) -> None:
     with pytest.raises(SignatureError, match=fault):
         read_signature(f"class Predictor:\n  def predict(self, {signature}) -> ConcatenateIterator[str]: ...")
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        (
+            "class Predictor:\n  @other(max=4)\n  def predict(self) -> ConcatenateIterator[str]: ...",
+            "@other.* not read",
+        ),
+        ("class Predictor:\n  @concurrent(4)\n  def predict(self) -> ConcatenateIterator[str]: ...", "not read"),
+        ("class Predictor:\n  def predict(self) -> str: ...", "ConcatenateIterator"),
+        ("class Predictor:\n  def predict(self): ...", "ConcatenateIterator"),
+        ("class Another:\n  def predict(self) -> ConcatenateIterator[str]: ...", "no class Predictor"),
+    ],
+)
+def test_a_predictor_that_cog_would_read_otherwise_is_refused(source: str, fault: str) -> None:
+    with pytest.raises(SignatureError, match=fault):
+        read_signature(source)
+
+
+def test_a_predictor_answers_one_at_a_time_and_whole_unless_it_says_more() -> None:
+    signature = read_signature("class Predictor:\n  def predict(self) -> ConcatenateIterator[str]: ...")
+    assert (signature.streaming, signature.concurrency) == (False, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""The command line, as a user meets it; the search itself needs AutoAWQ, and is tried in test_layerwise.py."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from starling.__main__ import main
+from starling.errors import INSTALL_REFERENCE, StarlingError
+
+
+def quantizing(monkeypatch: pytest.MonkeyPatch, search: Callable[..., Any] | None) -> None:
+    """As if `search` stood in layerwise.py; None: as if what that imports were not installed."""
+    module = None if search is None else SimpleNamespace(quantize=search)
+    monkeypatch.setitem(sys.modules, "starling.quantize.layerwise", module)  # type: ignore[arg-type]
+
+
+def test_what_is_asked_for_reaches_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+    quantizing(monkeypatch, lambda *arguments: asked.extend(arguments))
+    (tmp_path / "text").write_text("héllo", encoding="utf-8")
+    sizes = ["--group-size", "64", "--samples", "9", "--length", "7"]
+    assert main(["quantize", "from", "to", "--calibration", str(tmp_path / "text"), *sizes]) == 0
+    assert asked == [Path("from"), Path("to"), "héllo", 64, 9, 7]
+    assert capsys.readouterr().out == "to\n"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "told"),
+    [
+        (StarlingError("no such thing"), 1, "no such thing"),
+        (OSError(28, "No space left on device"), 1, "No space left"),
+        (KeyboardInterrupt(), 130, "goes on from the last finished layer"),
+    ],
+)
+def test_a_fault_is_told_in_a_line(
+    fault: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def search(*arguments: object) -> None:
+        raise fault
+
+    quantizing(monkeypatch, search)
+    assert main(["quantize", "from", "to"]) == code
+    assert told in capsys.readouterr().err
+
+
+def test_a_calibration_text_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantizing(monkeypatch, pytest.fail)
+    (tmp_path / "latin").write_bytes(b"h\xe9llo")
+    for name in ("latin", "absent"):
+        assert main(["quantize", "from", "to", "--calibration", str(tmp_path / name)]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_without_autoawq_it_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantizing(monkeypatch, None)
+    assert main(["quantize", "from", "to"]) == 1
+    assert INSTALL_REFERENCE in capsys.readouterr().err
