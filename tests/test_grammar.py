@@ -67,6 +67,14 @@ def test_keys_that_may_repeat_are_not_counted(follows: Follows, keys: dict[str, 
         follows("{}", {"items": OPEN | keys | {"minProperties": named + 2}})
 
 
+def test_parts_are_a_space_or_a_line_break_apart_at_most(follows: Follows) -> None:
+    """Else a small model may write spaces for ever."""
+    for text in ('{"a":1}', '{ "a": 1 }', '{\n"a": 1\n}'):
+        assert follows(text, {})
+    for text in ('{"a":  1}', '{\n "a": 1}', '{\t"a": 1}'):
+        assert not follows(text, {})
+
+
 def test_one_of_is_any_of(follows: Follows) -> None:
     kinds = {
         kind: {
@@ -127,8 +135,10 @@ def test_multiples_count_by_their_digits(follows: Follows) -> None:
     assert follows("86400", {"multipleOf": 86400.0}), "which is no larger than 86400"
     apart = {"properties": {"day": {"multipleOf": 86400}, "half": {"multipleOf": 43200}}}
     assert follows('{"day":86400,"half":43200}', apart), "one is a multiple of the other"
-    with pytest.raises(RequestError, match="more than 100000"):
-        follows("[]", {"prefixItems": [{"multipleOf": 999983}, {"multipleOf": 0}]})
+    assert follows("0.0000003", {"multipleOf": 1e-7})
+    for large in ({"prefixItems": [{"multipleOf": 999983}, {"multipleOf": 0}]}, {"multipleOf": 1e16}):
+        with pytest.raises(RequestError, match="more than 100000"):
+            follows("[]", large)
 
 
 @pytest.mark.parametrize("schema", [{"properties": 5}, {"patternProperties": 5}, {"required": 5, "minProperties": 2}])

@@ -26,6 +26,17 @@ def test_a_new_plan_keeps_nothing_of_the_old(tmp_path: Path) -> None:
     assert folder.has_layer(32) and not folder.has_layer(64)
 
 
+def test_a_layer_that_was_half_written_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("starling.quantize.partial_folder.save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        PartialFolder(tmp_path / "out", {}).save_layer(0, {}, {})
+    assert not PartialFolder(tmp_path / "out", {}).has_layer(0)
+
+
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path, tmp_path / "file"):
