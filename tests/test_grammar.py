@@ -148,14 +148,20 @@ def test_a_keyword_with_a_value_of_another_type_is_refused(follows: Follows, sch
         follows("{}", schema)
 
 
-def test_a_schema_is_followed_in_starlings_own_tokens() -> None:
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ('{"city": "Zoë 🦜"}', {"json_schema": json.dumps({"const": {"city": "Zoë 🦜"}})}),
+        ("Zoë 🦜", {"regex": "Zoë 🦜"}),
+    ],
+    ids=["schema", "regex"],
+)
+def test_a_grammar_is_followed_in_starlings_own_tokens(text: str, fields: dict[str, str]) -> None:
     """SentencePiece writes a space before a text, and characters without a piece as bytes."""
     tokenizer = Tokenizer(tokenizer_json.starling_tokenizer(), 32002)
-    grammars = Grammars(tokenizer, frozenset({32000, END}))
-    schema = {"const": {"city": "Zoë 🦜"}}
-    constraint = grammars.constraint(Request.parse(prompt="x", json_schema=json.dumps(schema)))
+    constraint = Grammars(tokenizer, frozenset({32000, END})).constraint(Request.parse(prompt="x", **fields))
     assert constraint is not None
-    for token in [*tokenizer.encode('{"city": "Zoë 🦜"}'), None]:
+    for token in [*tokenizer.encode(text), None]:
         mask = constraint.mask()
         ends = [bool(mask[end // 32] >> end % 32 & 1) for end in (END, 32000)]
         assert ends == [token is None] * 2, "it may end with any of the ids that end it, and only when it is whole"

@@ -19,13 +19,6 @@ def test_another_plan_begins_anew(tmp_path: Path) -> None:
     assert not PartialFolder(tmp_path / "out", {"group_size": 32}).has_layer(0)
 
 
-def test_a_new_plan_keeps_nothing_of_the_old(tmp_path: Path) -> None:
-    for plan in ({"group_size": 64}, {"group_size": 32}):
-        folder = PartialFolder(tmp_path / "out", plan)
-        folder.save_layer(plan["group_size"], {"x": torch.zeros(1)}, {})
-    assert folder.has_layer(32) and not folder.has_layer(64)
-
-
 def test_a_layer_that_was_half_written_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
