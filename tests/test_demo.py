@@ -166,6 +166,7 @@ def test_a_second_time_does_nothing_and_an_older_version_is_made_again(
 
     def write(gguf_file: Path, partial: Path, full_precision: bool) -> None:
         calls.append(gguf_file)
+        assert (older / "leftover").exists(), "the old one stays until the new one is whole"
         write_stand_in(partial)
 
     monkeypatch.setattr(demo, "_write_checkpoint", write)
