@@ -235,7 +235,7 @@ def main() -> None:
     say(
         f"# The full-size model on a CPU, {date.today()}",
         "",
-        f"{cpu_name()}, {ops.threads} threads, isa {options.isa}, precision {options.precision}; torch "
+        f"{cpu_name()}, {ops.name}, precision {options.precision}; torch "
         f"{torch.__version__}; load average at the start {os.getloadavg()[0]:.1f}. Random weights, "
         f"{weight_bytes(model) / 1e9:.3f} GB read per step. Loading took {loaded_s:.2f} s.",
         "",
