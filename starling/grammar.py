@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -46,6 +47,7 @@ LIMITS = LLParserLimits(
 # Of a large one between large bounds (86,400 within a year) the search may still end with the fuel, in the answer.
 MAX_PATTERNS = 16
 MAX_MULTIPLE = 100_000
+LARGEST_INTEGER = 2**53  # its constants are float64
 JOINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}  # two schemas may hold for one number
 # How llguidance's errors begin: a line and column of the grammar that we wrote.
 PLACE = r'^at \d+\(\d+\): (invalid regex ".*" \(in regex\): |failed to compile JSON schema: )?'
@@ -121,6 +123,7 @@ def _json_grammar(schema: str) -> str:
         )
     _check_cost(objects)
     _check_counts(objects)
+    _check_constants(parsed)
     _drop_unknown_formats(parsed)
     try:
         schema = json.dumps({**parsed, "x-guidance": OPTIONS}, allow_nan=False)
@@ -163,14 +166,37 @@ def _check_counts(objects: list[dict[str, Any]]) -> None:
             )
 
 
+def _check_constants(schema: dict[str, Any]) -> None:
+    """Raises RequestError for an integer that llguidance would round: the answer could not be it."""
+    for found in _schemas(schema):
+        pending = [found.get("const"), found.get("enum")]
+        while pending:
+            match pending.pop():
+                case int() as number if abs(number) > LARGEST_INTEGER:
+                    raise RequestError(
+                        f"json_schema has {number} in const or enum; integers beyond {LARGEST_INTEGER} (2^53) would be "
+                        "rounded there. Write it as a string."
+                    )
+                case dict() as values:
+                    pending += values.values()
+                case list() as values:
+                    pending += values
+
+
 def _drop_unknown_formats(schema: dict[str, Any]) -> None:
     """Such as password or uri-reference: to JSON Schema they are annotations, and llguidance refuses them."""
+    for found in _schemas(schema):
+        if isinstance(name := found.get("format"), str) and name not in FORMATS:
+            del found["format"]
+
+
+def _schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schema and those inside it, whatever keyword they stand under."""
     pending: list[Any] = [schema]
     while pending:
         match pending.pop():
             case dict() as found:
-                if isinstance(name := found.get("format"), str) and name not in FORMATS:
-                    del found["format"]
+                yield found
                 for key, each in found.items():
                     if key == "properties" and isinstance(each, dict):
                         pending += each.values()  # its keys are names

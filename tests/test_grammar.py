@@ -171,6 +171,21 @@ def test_a_grammar_is_followed_in_starlings_own_tokens(text: str, fields: dict[s
     assert constraint.fault is None
 
 
+@pytest.mark.parametrize("key", ["const", "enum"])
+def test_a_constant_that_would_be_rounded_is_refused(follows: Follows, key: str) -> None:
+    def schema(number: int) -> dict[str, Any]:
+        return {"items": {key: [{"id": number}]}}
+
+    for exact in (2**53, -(2**53)):
+        value = [[{"id": exact}] if key == "const" else {"id": exact}]
+        assert follows(json.dumps(value), schema(exact))
+        with pytest.raises(RequestError, match=r"9007199254740993 in const or enum.*2\^53.*as a string"):
+            follows("1", schema(exact + (1 if exact > 0 else -1)))
+    named_so = {"properties": {key: {"type": "integer", "maximum": 2**60}}}
+    assert follows(f'{{"{key}":1}}', named_so)
+    assert not follows(f'{{"{key}":{2**61}}}', named_so)
+
+
 def test_numbers_too_large_for_llguidance_are_refused(follows: Follows) -> None:
     with pytest.raises(RequestError, match=r"a bound \(integer\) is too large; 17 digits are safe\. Mend"):
         follows("1", {"type": "integer", "minimum": 10**20})
