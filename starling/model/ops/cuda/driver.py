@@ -34,7 +34,6 @@ class DriverModule:
         """`code` (a cubin, or PTX) is loaded into the current context. `stream`: the handle of the current one.
         `overlap`: kernels begin while the one before still runs (see native/device.h), as can_overlap must allow."""
         self._cuda, self._launch, self._stream = _library(), _launch_kernel(), stream
-        self._overlap = overlap
         self._attributes = ctypes.addressof(_OVERLAP), int(overlap)
         self._module = ctypes.c_void_p()
         _check(self._cuda.cuModuleLoadData(ctypes.byref(self._module), code), "load", "the kernels")
@@ -64,11 +63,11 @@ class DriverModule:
         function = ctypes.c_void_p()
         result = self._cuda.cuModuleGetFunction(ctypes.byref(function), self._module, kernel.encode())
         _check(result, "find", kernel)
-        if self._overlap:
-            # Kernels that share a multiprocessor must part its memory alike. Left alone, each gets what suits it, and
-            # "a kernel with a different preference" may wait for the device (cudaFuncSetCacheConfig's documentation).
-            result = self._cuda.cuFuncSetAttribute(function, SHARED_MEMORY_CARVEOUT, MAX_SHARED)
-            _check(result, "set", f"the shared memory of {kernel}")
+        # Attention counts resident blocks by it. And kernels that overlap must part a multiprocessor's memory alike:
+        # otherwise each gets what suits it, and "a kernel with a different preference" may wait for the device
+        # (cudaFuncSetCacheConfig's documentation). Little goes by way of L1 here.
+        result = self._cuda.cuFuncSetAttribute(function, SHARED_MEMORY_CARVEOUT, MAX_SHARED)
+        _check(result, "set", f"the shared memory of {kernel}")
         self._kernels[kernel] = function
         self._shared_bytes[kernel] = DEFAULT_SHARED_BYTES
         return function
