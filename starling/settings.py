@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "STARLING_"
 Flag = Annotated[bool, BeforeValidator(lambda v: v.strip().lower() if isinstance(v, str) else v)]
+# Of a choice between numbers, pydantic takes no text.
+BlockSize = Annotated[Literal[16, 32], BeforeValidator(lambda v: int(v) if v in ("16", "32") else v)]
 
 
 class Settings(BaseModel):
@@ -34,7 +36,7 @@ class Settings(BaseModel):
     # Requests that Cog accepts at a time; the engine computes as many side by side.
     max_concurrency: int = Field(1, ge=1, le=256, alias="COG_MAX_CONCURRENCY")
     kv_cache_bytes: int | None = Field(None, ge=1, alias="STARLING_KV_CACHE_BYTES")  # None: from what is free
-    block_size: Literal[16, 32] = Field(16, alias="STARLING_BLOCK_SIZE")  # positions in a KV block
+    block_size: BlockSize = Field(16, alias="STARLING_BLOCK_SIZE")  # positions in a KV block
     # Prompt tokens in one step; None: 256 on a CPU, 512 on a GPU
     prefill_tokens: int | None = Field(None, ge=16, le=8192, alias="STARLING_PREFILL_TOKENS")
     speculative_rows: int = Field(8, ge=0, le=256, alias="STARLING_SPECULATIVE_ROWS")  # 0: never guess ahead

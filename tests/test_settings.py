@@ -1,11 +1,26 @@
 """What the environment may say, and what is said of the rest."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 
 from starling.errors import StarlingError
 from starling.settings import Settings
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_readme_tells_every_setting_and_its_default() -> None:
+    table = re.findall(r"^\| `((?:STARLING|COG)_\w+)` \| `?([^ |`;]*)", README.read_text(encoding="utf-8"), re.M)
+    names = {str(field.alias): name for name, field in Settings.model_fields.items()}
+    assert [variable for variable, _ in table] == list(names)
+    defaults = Settings()
+    for variable, told in table:
+        default = getattr(defaults, names[variable])
+        if default is not None and variable != "COG_MAX_CONCURRENCY":  # whose cell begins with an image's
+            assert getattr(Settings.from_env({variable: told}), names[variable]) == default, variable
 
 
 def test_a_wrong_value_is_named_with_its_rule() -> None:
@@ -20,6 +35,31 @@ def test_a_wrong_value_is_named_with_its_rule() -> None:
 def test_a_hang_comes_after_a_time_that_can_be_waited(seconds: str) -> None:
     with pytest.raises(StarlingError, match=f"STARLING_HANG_AFTER_S is '{seconds}'"):
         Settings.from_env({"STARLING_HANG_AFTER_S": seconds})
+
+
+def test_blocks_may_be_larger() -> None:
+    assert Settings.from_env({"STARLING_BLOCK_SIZE": "32"}).block_size == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("COG_MAX_CONCURRENCY", "0"),
+        ("COG_MAX_CONCURRENCY", "257"),
+        ("STARLING_KV_CACHE_BYTES", "0"),
+        ("STARLING_BLOCK_SIZE", "8"),
+        ("STARLING_PREFILL_TOKENS", "15"),
+        ("STARLING_SPECULATIVE_ROWS", "-1"),
+    ],
+)
+def test_what_no_engine_runs_with_is_refused(name: str, value: str) -> None:
+    with pytest.raises(StarlingError, match=f"{name} is '{value}'"):
+        Settings.from_env({name: value})
+
+
+def test_a_flag_is_taken_as_people_write_it() -> None:
+    for text, meant in (("1", True), (" True\n", True), ("no", False)):
+        assert Settings.from_env({"STARLING_ALLOW_DOWNLOAD": text}).allow_download is meant
 
 
 def test_what_is_blank_is_not_set() -> None:
