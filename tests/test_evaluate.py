@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ import torch
 from starling import tokenizer_json
 from starling.__main__ import main
 from starling.dense import DenseWeights, loaded_model
+from starling.errors import StarlingError
+from starling.evaluate.answers import answer_questions, appending, unanswered
 from starling.evaluate.text import evaluate_text
+from starling.request import Request
+from starling.settings import Settings
 from starling.tokenizer import Tokenizer, byte_alphabet
 from tests.model.tiny import write_checkpoint
 
@@ -52,10 +57,16 @@ def test_the_sums_are_those_made_by_hand(folders: list[Path], monkeypatch: pytes
 
 
 def test_a_checkpoint_agrees_with_itself(folders: list[Path]) -> None:
-    quality = evaluate_text(folders[0], "short", folders[0])
+    quality = evaluate_text(folders[0], "short", folders[0], window=1024)  # as many as there are positions
     assert quality.tokens == 5
     assert (quality.kl_divergence, quality.top1_agreement) == (0, 1)
     assert quality.perplexity == quality.source_perplexity
+
+
+def test_other_vocabularies_are_not_compared(folders: list[Path]) -> None:
+    write_checkpoint(folders[1], vocab_size=400)
+    with pytest.raises(StarlingError, match="different vocabularies"):
+        evaluate_text(folders[0], TEXT, folders[1])
 
 
 def test_the_command_prints_them(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,9 +82,34 @@ def test_the_command_prints_them(folders: list[Path], tmp_path: Path, capsys: py
     ):
         assert main([*arguments, option, value]) == 1
         assert fault in capsys.readouterr().err
-    text.write_text("")
-    assert main(arguments) == 1
-    assert "text is empty" in capsys.readouterr().err
+    for content, fault in ((b"", "text is empty"), (b"\xff", f"{text} cannot be read: 'utf-8' codec")):
+        text.write_bytes(content)
+        assert main(arguments) == 1
+        assert fault in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "\nStopped.\n"),
+        (ImportError(name="transformers"), 1, "transformers is not installed. Run: .venv/bin/pip install"),
+    ],
+)
+def test_an_evaluation_that_ends_early_says_why(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    told: str,
+) -> None:
+    def end(*_: object) -> None:
+        raise error
+
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr("starling.evaluate.text.evaluate_text", end)
+    assert main(["evaluate", "text", str(tmp_path), str(tmp_path / "text.txt")]) == code
+    assert capsys.readouterr().err.startswith(told)
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +145,44 @@ def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(
     assert answers[0]["choices"][0]["turns"][0] == "The capital of France is Paris."
 
 
+class Noting:
+    """In place of the service: says which question it is, and keeps how it was asked."""
+
+    def __init__(self, out: Path) -> None:
+        self.requests: list[Request] = []
+        self.kept: list[int] = []  # answers in the file, at each turn
+        self._out = out
+
+    def answer(self, request: Request) -> SimpleNamespace:
+        self.requests.append(request)
+        self.kept.append(len(self._out.read_text().splitlines()))
+        return SimpleNamespace(text=f" {len(self.requests)}\n")
+
+
+def test_questions_without_an_answer_are_asked_as_mt_bench_asks_them(tmp_path: Path) -> None:
+    questions, out = tmp_path / "question.jsonl", tmp_path / "answers.jsonl"
+    categories = {81: "math", 82: "stem", 83: "reasoning", 84: "of our own"}
+    asked = [{"question_id": i, "category": name, "turns": [f"{i}?", "So?"]} for i, name in categories.items()]
+    questions.write_text("".join(json.dumps(question) + "\n" for question in asked))
+    earlier = '{"question_id": 83, "of": "an earlier run"}\n'
+    out.write_text(earlier)
+    service = Noting(out)
+    with appending(out) as file:
+        answer_questions(service, "it", unanswered(questions, out), file, max_tokens=77)  # type: ignore[arg-type]
+    assert service.kept == [1, 1, 2, 2, 3, 3], "an answer is kept before the next question is asked"
+    assert out.read_text().startswith(earlier)
+    answers = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    assert [(answer["question_id"], answer["model_id"]) for answer in answers] == [(81, "it"), (82, "it"), (84, "it")]
+    assert [answer["choices"][0]["turns"] for answer in answers] == [["1", "2"], ["3", "4"], ["5", "6"]]
+    assert [request.temperature for request in service.requests] == [0, 0, 0.1, 0.1, 0.7, 0.7]
+    first, second = service.requests[:2]
+    assert (first.prompt, first.max_tokens, first.top_p, first.seed) == ("81?", 77, 1, 0)  # a judge's draws are of all
+    turns = [{"role": "user", "content": "81?"}, {"role": "assistant", "content": "1"}]
+    assert second == Request.parse(prompt="So?", messages=turns, temperature=0, max_tokens=77, top_p=1, seed=0), (
+        "with the turns before it"
+    )
+
+
 def test_an_answer_with_a_line_separator_is_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions, out = tmp_path / "question.jsonl", tmp_path / "answers.jsonl"
     questions.write_text('{"question_id": 83, "turns": ["What?"]}\n')
@@ -122,6 +196,21 @@ def test_questions_that_are_missing_are_told_beside_answers(tmp_path: Path, caps
     out.touch()
     assert main(["evaluate", "answers", str(tmp_path), str(questions), str(out)]) == 1
     assert f"{questions} cannot be read" in capsys.readouterr().err
+
+
+def test_the_engine_that_is_asked_for_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+
+    def load(folder: Path, settings: Settings) -> None:
+        found.append(settings.engine)
+        raise StarlingError("that is enough")
+
+    monkeypatch.setattr("starling.service.Service.from_folder", load)
+    (tmp_path / "question.jsonl").write_text('{"question_id": 83, "turns": ["What?"]}\n')
+    command = ["evaluate", "answers", str(tmp_path), str(tmp_path / "question.jsonl"), str(tmp_path / "out.jsonl")]
+    for options in ([], ["--engine", "reference"]):
+        assert main([*command, *options]) == 1
+    assert found == ["engine", "reference"]
 
 
 @pytest.mark.parametrize(

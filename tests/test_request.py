@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from starling.errors import RequestError
-from starling.request import MAX_MESSAGES, MAX_STOP_SEQUENCES, MAX_TEXT_BYTES, Request
+from starling.request import MAX_GRAMMAR_BYTES, MAX_MESSAGES, MAX_STOP_SEQUENCES, MAX_TEXT_BYTES, Request
 
 USER = {"role": "user", "content": "Hello"}
 ASSISTANT = {"role": "assistant", "content": "Hi"}
@@ -57,6 +57,7 @@ def test_stop_sequences(written: Any, meant: tuple[str, ...]) -> None:
         ({"prompt": "x", "prompt_template": "{prompt}", "system_prompt": "s"}, ["{system_prompt}"]),
         ({"messages": [USER], "prompt_template": "{prompt}"}, ["without prompt"]),
         ({"messages": [USER, ASSISTANT]}, ["'assistant'", "user turn"]),
+        ({"messages": [SYSTEM]}, ["'system'", "user turn"]),
         ({"prompt": "x", "messages": [USER, SYSTEM]}, ["system turn that is not the first"]),
         ({"prompt": "x", "messages": [SYSTEM], "system_prompt": "s"}, ["Give one of them"]),
         ({"prompt": "x", "messages": [{"role": "bot", "content": "x"}]}, ["messages.0.role", "'assistant'"]),
@@ -65,6 +66,8 @@ def test_stop_sequences(written: Any, meant: tuple[str, ...]) -> None:
         ({"messages": [USER] * (MAX_MESSAGES + 1)}, ["messages: 1025 are given; at most 1024", "Drop"]),
         ({"prompt": "x" * (MAX_TEXT_BYTES + 1)}, [str(MAX_TEXT_BYTES + 1), str(MAX_TEXT_BYTES), "Shorten"]),
         ({"prompt": "x", "json_schema": "{}", "regex": "a"}, ["json_schema and regex"]),
+        ({"prompt": "x", "regex": "ü" * (MAX_GRAMMAR_BYTES // 2 + 1)}, ["regex is longer than 65536 bytes", "Shorten"]),
+        ({"prompt": "x", "json_schema": "ü" * (MAX_GRAMMAR_BYTES // 2 + 1)}, ["json_schema is longer", "Shorten"]),
     ],
 )
 def test_faults_say_the_value_the_rule_and_the_remedy(fields: dict[str, Any], words: list[str]) -> None:
@@ -72,6 +75,17 @@ def test_faults_say_the_value_the_rule_and_the_remedy(fields: dict[str, Any], wo
         Request.parse(**fields)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_bytes_of_all_texts_are_counted_together() -> None:
+    quarter = MAX_TEXT_BYTES // 4
+    user, assistant = ({"role": role, "content": "x" * quarter} for role in ("user", "assistant"))
+    whole = {"prompt": "ü" * (quarter // 2), "system_prompt": "x" * quarter, "messages": [user, assistant]}
+    templated = {"prompt": "ü" * quarter, "prompt_template": "{prompt}" + "x" * (2 * quarter - len("{prompt}"))}
+    for texts in (whole, templated):
+        Request.parse(**texts)
+        with pytest.raises(RequestError, match=f"hold {MAX_TEXT_BYTES + 1} bytes together"):
+            Request.parse(**{**texts, "prompt": f"{texts['prompt']}x"})
 
 
 def test_a_blank_text_is_not_set_but_for_stop_sequences() -> None:
