@@ -75,6 +75,8 @@ def test_the_command_prints_them(folders: list[Path], tmp_path: Path, capsys: py
     arguments = ["evaluate", "text", str(folders[0]), str(text), "--source", str(folders[1]), "--window", "64"]
     assert main(arguments) == 0
     assert "nats per token" in capsys.readouterr().out
+    assert main([*arguments, "--max-tokens", "50"]) == 0
+    assert capsys.readouterr().out.startswith("tokens             50\n")
     for option, value, fault in (
         ("--window", "1", "give 2 to"),
         ("--window", "9999", "give 2 to"),

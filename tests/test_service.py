@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import pytest
 
 from starling import tokenizer_json
 from starling.engine.engine import Delivery, TokenStream
+from starling.engine.sequence import SamplingParams
 from starling.errors import CheckpointError, DeviceError, GenerationCancelled, NoRoomError, RequestError
 from starling.generation import Generation, GenerationResult
 from starling.request import Request
@@ -399,14 +401,85 @@ def test_a_kv_cache_that_memory_does_not_hold_is_refused(tmp_path: Path, monkeyp
     load_engine(tmp_path, Settings(kv_cache_bytes=50_000, max_concurrency=256)).close()
 
 
+def test_the_kv_cache_has_what_its_settings_say(tmp_path: Path) -> None:
+    config = write_checkpoint(tmp_path)
+    block = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 16 * 2
+    )  # bytes of 16 positions in float16
+    for fields, blocks in (
+        ({"max_concurrency": 2}, 2 * (1024 // 16 + 1)),  # a whole context for each, and one block that is written next
+        ({"max_concurrency": 2, "block_size": 32}, 2 * (1024 // 32 + 1)),
+        ({"kv_cache_bytes": 1 << 40}, 1024 // 16 + 1),  # no more is taken than can be used
+        ({"kv_cache_bytes": 10 * block - 1}, 9),
+        ({"kv_cache_bytes": 10 * block, "kv_dtype": "float32", "cpu_precision": "float32", "device": "cpu"}, 5),
+    ):
+        engine = load_engine(tmp_path, Settings.model_validate(fields))
+        assert engine.occupancy["kv_blocks"] == blocks, fields
+        engine.close()
+    assert list(tmp_path.glob("packed-*-head16.bin")), "the output projection is kept as precisely as was asked for"
+    with pytest.raises(DeviceError, match=rf"one block of 16 positions needs {block}.*raise STARLING_KV_CACHE_BYTES"):
+        load_engine(tmp_path, Settings(kv_cache_bytes=block - 1))
+
+
+def test_steps_are_as_large_as_their_settings_say(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    for rows, tokens, steps in ((8, 256, 1), (0, 16, 3)):
+        engine = load_engine(tmp_path, Settings(speculative_rows=rows, prefill_tokens=tokens))
+        for max_tokens in (1, 30):
+            params = SamplingParams(max_tokens=max_tokens, stop_ids=frozenset(), seed=0)
+            stream = engine.submit([5, 6, 7, 8] * 12, params)
+            while (delivery := stream.get()) and delivery.finish is None:
+                pass
+            assert max_tokens > 1 or engine.counters.steps == steps
+        engine.close()
+        assert bool(engine.counters.proposed) == bool(rows)
+
+
+def test_a_context_is_as_long_as_the_model_s_and_takes_the_blocks_of_a_window(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, sliding_window=300)
+    engine = load_engine(tmp_path, Settings(kv_cache_bytes=300_000))  # 48 blocks of 16 positions
+    engine.check([5] * 1000, 24)
+    with pytest.raises(NoRoomError, match="1024"):
+        engine.check([5] * 1000, 25)
+    engine.close()
+
+
+class Noting:
+    """In place of an engine: keeps how it was asked, and answers nothing."""
+
+    params: SamplingParams
+
+    def check(self, prompt: list[int], max_tokens: int) -> None: ...
+
+    def submit(self, prompt: list[int], params: SamplingParams, constraint: object = None) -> TokenStream:
+        self.params = params
+        return TokenStream(lambda: None)
+
+
+def test_the_engine_is_asked_for_what_the_request_says(demo_folder: Path) -> None:
+    tokenizer, engine = Tokenizer.from_folder(demo_folder, 49152), Noting()
+    fields = {
+        "max_tokens": 9, "min_tokens": 3, "temperature": 0.25, "top_p": 0.5, "top_k": 6, "min_p": 0.125, "seed": 0,
+        "presence_penalty": -0.5, "frequency_penalty": 0.75, "repetition_penalty": 1.5,
+    }  # fmt: skip
+    service = Service(engine, tokenizer, bos=1, stop_ids=frozenset({7}))  # type: ignore[arg-type]
+    service.generate(Request.parse(prompt="x", **fields))
+    assert asdict(engine.params) == fields | {"stop_ids": {7, tokenizer.token_id("<|end_of_turn|>")}}
+
+
 def test_the_start_line_says_what_is_served(demo_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="starling")
-    service = Service.load(Settings(weights=demo_folder, weights_source="https://user:secret@mirror.example"))
+    source = "https://user:secret@mirror.example"
+    settings = Settings(weights=demo_folder, weights_source=source, device="cpu", threads=1)
+    service = Service.load(settings)
     service.answer(Request.parse(prompt="My secret is out.", max_tokens=2))
+    service.answer(Request.parse(prompt="My secret is out.", max_tokens=2, regex="yes|no"))
     service.close()
     lines = [json.loads(record.message) for record in caplog.records if record.message.startswith("{")]
     (start,) = [line for line in lines if line["event"] == "start"]
     assert start["stand_in"] is True and start["weights"] == str(demo_folder)
-    *_, request = [line for line in lines if line["event"] == "request"]
-    assert (request["outcome"], request["output_tokens"]) == ("length", 2)
+    assert "1 threads" in start["operations"]
+    *_, request, constrained = [line for line in lines if line["event"] == "request"]
+    assert (request["outcome"], request["output_tokens"], request["constrained"]) == ("length", 2, False)
+    assert constrained["constrained"] and constrained["cached_tokens"] >= 16 > request["cached_tokens"]
     assert "secret" not in caplog.text

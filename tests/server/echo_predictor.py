@@ -4,6 +4,7 @@ What happened is written to $ECHO_FOLDER/journal. Words that act:
     gate:NAME   waits until the file NAME is in $ECHO_FOLDER
     fail:KIND   raises: request, engine or surprise
     turns:      says how many messages came before the prompt, and the mode
+    heat:       says the temperature
     room:N      raises where more than N messages came before the prompt
 """
 
@@ -69,7 +70,11 @@ class EchoGeneration:
             else:
                 self._said += 1
                 self._note("said")
-                yield (f"{len(self._request.messages)} {self._request.mode}" if kind == "turns" else word) + " "
+                acts = {
+                    "turns": f"{len(self._request.messages)} {self._request.mode}",
+                    "heat": f"{self._request.temperature}",
+                }
+                yield acts.get(kind, word) + " "
         self.result = SimpleNamespace(
             finish_reason="stop",
             input_token_count=len(self._words),

@@ -1,16 +1,21 @@
 """How the server starts, falls ill, and ends."""
 
+import os
 import re
-import signal
 import socket
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from starling.local_server import LocalServer, ServerError, place_schema, port_from
+from starling.local_server import ROOT, LocalServer, ServerError, free_port, place_schema, port_from
 from tests.server.conftest import Echo
 from tests.waiting import HANG_S, wait_for
+
+OTHER_ADDRESS = "127.0.0.2"  # of this machine: who listens on 127.0.0.1 alone is not there
 
 
 def worker(echo: Echo) -> psutil.Process:
@@ -28,12 +33,13 @@ def test_sigterm_lets_streams_finish(own_echo: Echo, background) -> None:
     whole = background(own_echo.post, prompt="c gate:end d")
     wait_for(lambda: own_echo.journal("a") and own_echo.journal("c"))
     assert own_echo.server.process is not None
-    own_echo.server.process.send_signal(signal.SIGTERM)
+    stopped = background(own_echo.server.stop)
     wait_for(lambda: not own_echo.server.health())  # it takes no more
     own_echo.open("end")
     assert stream.result() == ["a ", "b "]
     assert whole.result().json()["output"] == ["c ", "d "]
-    assert own_echo.server.process.wait(HANG_S) == 0
+    stopped.result()
+    assert own_echo.server.process.returncode == 0
 
 
 def test_an_unhealthy_service_turns_the_health_check(own_echo: Echo) -> None:
@@ -76,6 +82,59 @@ def test_the_local_server_tells_why_it_did_not_start(tmp_path: Path) -> None:
         LocalServer(environ={"STARLING_WEIGHTS": str(tmp_path)}).start(timeout_s=HANG_S)
 
 
+def test_a_server_that_is_late_is_ended_and_its_log_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    server = LocalServer(environ={"STARLING_WEIGHTS": str(tmp_path)})
+    with pytest.raises(ServerError, match="is not ready after 0 s"):
+        server.start(timeout_s=0)
+    assert server.process is not None and server.process.poll() is not None
+    assert not list(tmp_path.iterdir()) and isinstance(server.log, str)
+
+
+def test_a_server_that_ends_is_waited_for_no_longer() -> None:
+    server = LocalServer()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", server.port))
+        with pytest.raises(ServerError, match=r"(?s)did not start \(its process ended\):\n.*in use"):
+            server.start(timeout_s=HANG_S)
+
+
+def test_a_server_of_ones_own_is_on_the_loopback_device_in_a_session_of_its_own(echo: Echo) -> None:
+    assert echo.server.process is not None
+    assert os.getsid(echo.server.process.pid) == echo.server.process.pid, "Ctrl-C here is Ctrl-C there"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((OTHER_ADDRESS, echo.server.port))
+
+
+def test_in_the_foreground_it_serves_whoever_can_reach_it(tiny_folder: Path) -> None:
+    port = free_port()
+    environ = {**os.environ, "STARLING_WEIGHTS": str(tiny_folder), "PORT": str(port)}
+    with subprocess.Popen([sys.executable, "-m", "starling.local_server"], cwd=ROOT, env=environ) as server:
+        try:
+            wait_for(lambda: server.poll() is not None or not refused(port))
+            assert server.poll() is None
+            assert psutil.Process(server.pid).environ()["COG_MAX_CONCURRENCY"] == "32"
+        finally:
+            server.terminate()
+
+
+def refused(port: int) -> bool:
+    try:
+        socket.create_connection((OTHER_ADDRESS, port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_in_the_foreground_what_cannot_begin_is_told_in_one_line() -> None:
+    environ = {**os.environ, "STARLING_WEIGHTS": "/absent"}
+    command = [sys.executable, "-m", "starling.local_server"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("STARLING_WEIGHTS names '/absent', which is no folder.")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("port", ["http", "-1", "0", "65536", "5e3"])
 def test_a_port_is_a_number_that_exists(port: str) -> None:
     with pytest.raises(ServerError, match=f"PORT is '{port}': it must be a whole number from 1 to 65535"):
@@ -90,11 +149,23 @@ def test_a_port_that_another_listens_on_is_named() -> None:
     assert port_from({"PORT": str(port)}) == port
 
 
+def test_the_usual_port_is_5000() -> None:
+    with socket.socket() as other:
+        with suppress(OSError):  # another's already
+            other.bind(("", 5000))
+            other.listen()
+        with pytest.raises(ServerError, match="Port 5000 cannot be used"):
+            port_from({"PORT": ""})
+
+
 def test_the_schema_can_be_read_by_another_user_than_who_placed_it(tmp_path: Path) -> None:
     (tmp_path / "openapi.json").write_text("{}")
     place_schema(tmp_path)
     placed = tmp_path / ".cog/openapi_schema.json"
     assert placed.read_text() == "{}" and placed.stat().st_mode & 0o777 == 0o644
+    (tmp_path / "openapi.json").write_text('{"of": "a newer checkout"}')
+    place_schema(tmp_path)
+    assert placed.read_text() == '{"of": "a newer checkout"}'
 
 
 def test_a_schema_that_cannot_be_placed_is_told(tmp_path: Path) -> None:

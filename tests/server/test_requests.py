@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import shutil
 from typing import Any
 
@@ -9,7 +10,7 @@ import httpx
 import pytest
 
 from bench.load import load
-from starling.client import Client
+from starling.client import AnswerError, Client
 from starling.coglet import FOLDERS
 from tests.server.conftest import Echo
 from tests.waiting import HANG_S, wait_for
@@ -50,6 +51,22 @@ def test_what_is_not_json_is_refused(echo: Echo, body: bytes) -> None:
         f"{echo.server.url}/predictions", content=body, headers={"Content-Type": "application/json"}, timeout=HANG_S
     )
     assert response.status_code == httpx.codes.BAD_REQUEST
+
+
+@pytest.mark.parametrize("inputs", [{"prompt": "a", "top_p": math.nan}, {"prompt": "\ud800"}])
+def test_the_client_sends_nothing_that_is_not_json(echo: Echo, inputs: dict[str, Any]) -> None:
+    with (
+        pytest.raises(AnswerError, match=r"cannot be sent \(.*text must be valid Unicode, and numbers finite"),
+        echo.client.stream(**inputs),
+    ):
+        pass
+
+
+def test_what_the_server_finds_wrong_with_each_input_is_what_the_client_says(echo: Echo) -> None:
+    both = r"^422 (?=.*max_tokens: 0 .*minimum)(?=.*seed: -1 .*minimum)"
+    with pytest.raises(AnswerError, match=both) as error, echo.client.stream(prompt="a", max_tokens=0, seed=-1):
+        pass
+    assert "{" not in str(error.value)
 
 
 def test_a_body_over_100_mib_is_refused(echo: Echo) -> None:

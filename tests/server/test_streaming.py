@@ -1,10 +1,14 @@
 """Answers stream as they are made, side by side."""
 
 import threading
+import time
+from types import SimpleNamespace
 
 import httpx
+import pytest
 from httpx_sse import connect_sse
 
+from starling.client import AnswerError
 from tests.server.conftest import SLOTS, Echo
 from tests.waiting import HANG_S, wait_for
 
@@ -90,7 +94,8 @@ def test_the_whole_answer_as_json(echo: Echo) -> None:
     assert answer["metrics"]["finish_reason"] == "stop"
 
 
-def test_one_more_than_the_slots_is_refused_at_once(echo: Echo, background) -> None:
+def test_one_more_than_the_slots_is_refused_at_once(echo: Echo, background, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client then asks again for a while."""
     gate = echo.name()
     names = [echo.name() for _ in range(SLOTS)]
     held = [background(echo.post, prompt=f"{name} gate:{gate}") for name in names]
@@ -98,6 +103,17 @@ def test_one_more_than_the_slots_is_refused_at_once(echo: Echo, background) -> N
     refused = httpx.post(f"{echo.server.url}/predictions", json={"input": {"prompt": "late"}}, timeout=HANG_S)
     assert refused.status_code == httpx.codes.CONFLICT
     assert "capacity" in refused.json()["error"]
-    echo.open(gate)
+
+    def asked_again(after_s: float) -> None:
+        echo.open(gate)  # now a slot will be free soon
+        time.sleep(after_s)
+
+    monkeypatch.setattr("starling.client.BUSY_RETRY_S", -1.0)
+    with pytest.raises(AnswerError, match=r"^409 .*capacity"), echo.client.stream(prompt="late"):
+        pass
+    monkeypatch.setattr("starling.client.BUSY_RETRY_S", HANG_S)
+    monkeypatch.setattr("starling.client.time", SimpleNamespace(monotonic=time.monotonic, sleep=asked_again))
+    with echo.client.stream(prompt="late") as answer:
+        assert list(answer) == ["late "]
     assert [answer.result().json()["status"] for answer in held] == ["succeeded"] * SLOTS
     assert echo.post(prompt="again").json()["output"] == ["again "]

@@ -19,6 +19,8 @@ from starling.terminal import main
 from tests.server.conftest import Echo
 from tests.waiting import HANG_S, wait_for
 
+CTRL_D = b"\x04"
+
 
 class Terminal:
     """`python -m starling.terminal` beside the echo server, at a keyboard."""
@@ -41,7 +43,10 @@ class Terminal:
         return self.process.stdout
 
     def type(self, line: str) -> None:
-        os.write(self._keyboard, line.encode() + b"\n")
+        self.press(line.encode() + b"\n")
+
+    def press(self, keys: bytes) -> None:
+        os.write(self._keyboard, keys)
 
     def read_until(self, text: str) -> str:
         seen = b""
@@ -89,7 +94,7 @@ def test_one_answer_is_shown_as_it_is_made(echo: Echo, terminals: list[Terminal]
     echo.open(gate)
     rest = terminal.screen.read().decode()
     assert rest.startswith("two \n\n[2 tokens at 10.0/s, first after 0.25 s")
-    assert "seed 7]" in rest
+    assert "prompt 3 tokens, 0 of them cached · ended by stop · seed 7]" in rest
     assert terminal.process.wait(HANG_S) == 0
 
 
@@ -106,6 +111,12 @@ def test_a_blank_prompt_and_one_without_quotes_are_told(echo: Echo) -> None:
     done = piped("--url", echo.server.url, "one", "two")
     assert done.returncode == 2
     assert "put it in quotes" in done.stderr
+
+
+def test_an_engine_is_chosen_for_a_server_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--url", "http://127.0.0.1:1", "--engine", "engine", "hello"])
+    assert "--engine goes with --weights" in capsys.readouterr().err
 
 
 def test_an_output_that_takes_no_more_ends_it_without_a_traceback(echo: Echo) -> None:
@@ -176,11 +187,12 @@ def test_a_server_that_dies_ends_the_answer(own_echo: Echo, terminals: list[Term
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_its_own_server_ends_with_it(tiny_folder: Path, number: signal.Signals) -> None:
+def test_its_own_server_is_as_it_says_and_ends_with_it(tiny_folder: Path, number: signal.Signals) -> None:
     keyboard, stdin = pty.openpty()
     terminal = subprocess.Popen(
-        [sys.executable, "-m", "starling.terminal", "--weights", tiny_folder],
-        cwd=ROOT,
+        [sys.executable, "-m", "starling.terminal", "--weights", tiny_folder.name, "--engine", "engine"],
+        cwd=tiny_folder.parent,  # from where its path is meant
+        env={**os.environ, "PYTHONPATH": str(ROOT), "STARLING_ENGINE": "reference"},
         stdin=stdin,
         stdout=subprocess.PIPE,
     )
@@ -189,6 +201,7 @@ def test_its_own_server_ends_with_it(tiny_folder: Path, number: signal.Signals) 
         assert terminal.stdout is not None
         assert terminal.stdout.readline(), "it did not start"  # the hint, once the server is ready
         server = psutil.Process(terminal.pid).children(recursive=True)
+        assert server[0].environ()["STARLING_ENGINE"] == "engine"
         terminal.send_signal(number)
         assert terminal.wait(HANG_S) == 128 + number
         assert server and not any(process.is_running() for process in server)
@@ -239,6 +252,19 @@ def test_earlier_turns_are_sent_along(echo: Echo, terminals: list[Terminal]) -> 
         terminal.read_until("You: ")
         terminal.type("turns:")
         assert f"Starling: {turns} code " in terminal.read_until("]")
+
+
+def test_a_chat_s_options_blank_lines_and_the_end_of_its_input(echo: Echo, terminals: list[Terminal]) -> None:
+    terminal = Terminal(echo, "--temperature", "0")
+    terminals.append(terminal)
+    terminal.read_until("You: ")
+    terminal.type(" ")
+    assert terminal.read_until("You: ") == "\nYou: "
+    terminal.type("heat:")
+    assert "Starling: 0.0 \n" in terminal.read_until("You: ")
+    terminal.press(CTRL_D)
+    assert terminal.screen.read() == b"\n"
+    assert terminal.process.wait(HANG_S) == 0
 
 
 def test_a_chat_too_long_for_the_context_goes_on_without_its_older_half(echo: Echo, terminals: list[Terminal]) -> None:
