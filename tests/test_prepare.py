@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from starling.__main__ import main
+from starling.errors import WeightsError
 from starling.model.ops.cpu import compiler
+from starling.settings import Settings
 
 
 def test_kernels_of_every_instruction_set_are_compiled_and_weights_repacked(
@@ -38,6 +40,24 @@ def test_without_a_compiler_weights_are_repacked_for_plain_torch(demo_folder: Pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "Operations: torch-cpu on cpu." in done.stdout and "several times slower" in done.stderr
     assert list(weights.glob("packed-torch-cpu-*"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "code"), [({}, 0), ({"STARLING_WEIGHTS": "/absent"}, 1), ({"STARLING_ALLOW_DOWNLOAD": "1"}, 1)]
+)
+def test_weights_may_come_later_but_those_that_are_named_or_fetched(
+    environment: dict[str, str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere(settings: Settings) -> None:
+        raise WeightsError("There are none.")
+
+    monkeypatch.setattr("starling.prepare.locate_weights", nowhere)
+    monkeypatch.setenv("STARLING_DEVICE", "cpu")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["prepare"]) == code
+    screen = capsys.readouterr()
+    assert (screen.err.endswith("There are none.\n"), "No weights are here yet" in screen.out) == (code == 1, code == 0)
 
 
 def unpacked(demo_folder: Path, parent: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,53 @@ def test_the_cache_keeps_what_was_compiled_by_this_compiler(tmp_path: Path, monk
     assert nvrtc.cubin(source, 86, tmp_path) == made
     monkeypatch.setattr(nvrtc, "version", lambda: "999.0")
     assert nvrtc.cubin(source, 86, tmp_path) == b"of another compiler"
+
+
+def test_whatever_changes_the_machine_code_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native, source, compiled = tmp_path / "native", nvrtc.SOURCES[0], []
+
+    def compile_source(source: str, arch: int) -> tuple[bytes, str]:
+        compiled.append(source)
+        return b"machine code", ""
+
+    def edit(name: str) -> None:
+        (native / name).write_text((native / name).read_text(encoding="utf-8") + "// another\n", encoding="utf-8")
+
+    shutil.copytree(nvrtc.NATIVE, native)
+    monkeypatch.setattr(nvrtc, "NATIVE", native)
+    monkeypatch.setattr(nvrtc, "compile_source", compile_source)
+    for change, arch in (
+        (lambda: None, 86),
+        (lambda: None, 89),
+        (lambda: edit(f"{source}.cu"), 86),
+        (lambda: edit("device.h"), 86),
+        (lambda: monkeypatch.setattr(nvrtc, "OPTIONS", (*nvrtc.OPTIONS, "--use_fast_math")), 86),
+    ):
+        change()
+        compiled.clear()
+        for _ in range(2):
+            nvrtc.cubin(source, arch, tmp_path / "cache")
+        assert compiled == [source]
+
+
+def test_code_that_does_not_compile_is_told_in_the_compilers_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong.cu").write_text("int f() { return absent; }\n")
+    monkeypatch.setattr(nvrtc, "NATIVE", tmp_path)
+    with pytest.raises(DeviceError, match=r'(?s)^wrong\.cu does not compile for sm_86: .*"absent" is undefined'):
+        nvrtc.compile_source("wrong", 86)
+
+
+def test_without_a_compiler_its_installation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(nvrtc, "LIBRARIES", ("libnvrtc-of-nobody.so",))
+    nvrtc._library.cache_clear()
+    try:
+        with pytest.raises(DeviceError, match=r"libnvrtc\) was not found.*pip install nvidia-cuda-nvrtc"):
+            nvrtc.version()
+    finally:
+        nvrtc._library.cache_clear()
 
 
 def test_the_compilers_version_is_its_packages() -> None:

@@ -22,7 +22,8 @@ def test_with_one() -> None:
 def test_a_gpu_that_is_too_old() -> None:
     with pytest.raises(DeviceError, match=r"Tesla T4 of compute capability 7\.5; the kernels need 8\.0"):
         check_capability("Tesla T4", (7, 5))
-    check_capability("NVIDIA A40", (8, 6))
+    for name, capability in (("NVIDIA A100", (8, 0)), ("NVIDIA A40", (8, 6)), ("NVIDIA B200", (10, 0))):
+        check_capability(name, capability)
 
 
 def test_too_little_memory() -> None:
