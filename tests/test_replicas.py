@@ -1,28 +1,33 @@
-"""Two replicas on Ray Serve: one is killed, and no request that had not begun to stream is lost.
+"""What replicas do of their own, without Ray; then two of them on Ray Serve: one is killed, and no request that had
+not begun to stream is lost.
 
-These are slow, and Ray is installed by nothing else:
+The latter are slow, and Ray is installed by nothing else:
     pip install -r requirements-replicas.txt
     pytest -m slow tests/test_replicas.py
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
 import pytest
+from httpx_sse import EventSource
 
-from starling.client import AnswerError, Client
+from starling.client import Answer, AnswerError, Client
+from starling.errors import RequestError
 from starling.local_server import free_port
 from tests.waiting import HANG_S, wait_for
 
@@ -94,6 +99,152 @@ def test_without_ray_its_installation_is_told() -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("ray is not installed") and len(done.stderr.splitlines()) == 1
     assert "pip install -r requirements-replicas.txt" in done.stderr
+
+
+RAY = {
+    "ray": ("serve",),
+    "ray.serve": (),
+    "ray.exceptions": ("RayActorError",),
+    "ray.serve.exceptions": ("DeploymentUnavailableError",),
+    "ray.serve.handle": ("DeploymentHandle",),
+    "starlette": (),
+    "starlette.requests": ("Request",),
+    "starlette.responses": ("JSONResponse", "Response", "StreamingResponse"),
+}
+
+
+@pytest.fixture
+def replicas(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """starling.replicas where Ray is not installed: of Ray it finds the names, and the tests say what they do."""
+    for name, members in RAY.items():
+        module = ModuleType(name)
+        vars(module).update({member: type(member, (Exception,), {"Application": None}) for member in members})
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "starling.replicas", raising=False)
+    module = importlib.import_module("starling.replicas")
+    monkeypatch.setattr(module, "RETRY_PAUSE_S", 0)
+    yield module
+    del sys.modules["starling.replicas"]
+
+
+class Replicas:
+    """What a front is given: each request goes to the next of `scripts`, whose errors are raised and events sent."""
+
+    def __init__(self, *scripts: list[Any]) -> None:
+        self.asked = 0
+        self._scripts = scripts
+
+    def options(self, method_name: str, stream: bool) -> "Replicas":
+        return self
+
+    async def remote(self, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        self.asked += 1
+        for event in self._scripts[min(self.asked, len(self._scripts)) - 1]:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+
+CHUNK, RESULT = {"chunk": "a"}, {"result": {"seed": 7}}
+FULL, OURS = {"error": "EngineError: full", "again": True}, {"error": "RequestError: no", "again": False}
+DIED = {"error": "The replica died while it answered. Ask again.", "again": False}
+
+
+@pytest.mark.parametrize("how", ["RayActorError", "DeploymentUnavailableError", "again"])
+def test_a_request_begins_again_elsewhere_until_its_text_has_begun(replicas: ModuleType, how: str) -> None:
+    fault = FULL if how == "again" else getattr(replicas, how)()
+    told = FULL if how == "again" else DIED
+    for scripts, asked, events in (
+        ([[CHUNK, RESULT]], 1, [CHUNK, RESULT]),
+        ([[OURS], [CHUNK, RESULT]], 1, [OURS]),
+        ([[fault], [fault], [CHUNK, CHUNK, RESULT]], 3, [CHUNK, CHUNK, RESULT]),
+        ([[CHUNK, fault], [CHUNK, RESULT]], 1, [CHUNK, told]),
+        ([[fault]], replicas.ATTEMPTS, [told]),
+    ):
+        handle = Replicas(*scripts)
+        assert collected(replicas.Front(handle)._answer({})) == events
+        assert handle.asked == asked
+
+
+def collected(events: AsyncIterator[Any]) -> list[Any]:
+    async def collect() -> list[Any]:
+        return [event async for event in events]
+
+    return asyncio.run(collect())
+
+
+def test_events_and_the_whole_answer_are_as_cogs_server_sends_them(replicas: ModuleType) -> None:
+    for script, status, metrics, error in (
+        ([CHUNK, CHUNK, RESULT], "succeeded", {"seed": 7}, None),
+        ([CHUNK, CHUNK, OURS], "failed", {}, "RequestError: no"),
+    ):
+        answer = asyncio.run(replicas.as_one("i", Replicas(script).remote({})))
+        wanted = {"id": "i", "output": ["a", "a"], "status": status, "error": error, "metrics": metrics}
+        assert answer == wanted
+        sent = collected(replicas.as_sent_events("i", Replicas(script).remote({})))
+        with httpx.Client(transport=httpx.MockTransport(lambda _, sent=sent: streamed(sent))) as http:
+            source = EventSource(http.get("http://replicas"))
+            streaming = Answer(source)
+            with contextlib.nullcontext() if error is None else pytest.raises(AnswerError, match=error):
+                assert list(streaming) == ["a", "a"]
+        assert (streaming.id, streaming.status, streaming.metrics) == ("i", status, metrics)
+
+
+def streamed(sent: list[str]) -> httpx.Response:
+    return httpx.Response(200, text="".join(sent), headers={"Content-Type": "text/event-stream"})
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "not of the form"),
+        (b'{"input": 1}', "no object"),
+        (b'{"input": {"prompt": "a", "top_p": 2}}', "top_p is 2"),
+    ],
+)
+def test_a_body_is_checked_before_a_replica_is_asked(replicas: ModuleType, body: bytes, fault: str) -> None:
+    with pytest.raises(RequestError, match=fault):
+        replicas.fields_of(body)
+    fields = replicas.fields_of(b'{"input": {"prompt": "a", "colour": "red", "max_new_tokens": 3}}')
+    assert fields == {"prompt": "a", "max_new_tokens": 3}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_who_leaves_stops_the_computing(replicas: ModuleType, begun: bool) -> None:
+    """Also while the answer is still being started, which goes on for a while on a thread of its own."""
+    started, cancelled = threading.Event(), threading.Event()
+
+    class Endless:
+        cancel = cancelled.set
+
+        def __next__(self) -> str:
+            return "a"
+
+    def generate(request: object) -> Endless:
+        assert begun or started.wait(HANG_S)
+        return Endless()
+
+    replica = object.__new__(replicas.Replica)
+    replica._service = SimpleNamespace(generate=generate)
+    replica._threads = ThreadPoolExecutor(1)
+
+    async def leave() -> None:
+        events = replica.stream({"prompt": "a"})
+        first = asyncio.ensure_future(anext(events))
+        if begun:
+            assert await first == CHUNK
+            await events.aclose()
+        else:
+            await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.wait([first])
+
+    asyncio.run(leave())
+    started.set()
+    assert cancelled.wait(HANG_S)
+    replica._threads.shutdown()
 
 
 @pytest.fixture(scope="module")
