@@ -129,7 +129,7 @@ def refused(port: int) -> bool:
 def test_in_the_foreground_what_cannot_begin_is_told_in_one_line() -> None:
     environ = {**os.environ, "STARLING_WEIGHTS": "/absent"}
     command = [sys.executable, "-m", "starling.local_server"]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("STARLING_WEIGHTS names '/absent', which is no folder.")
     assert len(done.stderr.splitlines()) == 1
