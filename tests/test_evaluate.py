@@ -61,6 +61,7 @@ def test_a_checkpoint_agrees_with_itself(folders: list[Path]) -> None:
     assert quality.tokens == 5
     assert (quality.kl_divergence, quality.top1_agreement) == (0, 1)
     assert quality.perplexity == quality.source_perplexity
+    assert evaluate_text(folders[0], "x" * 78, window=40).tokens == 78, "two windows, and nothing is left over"
 
 
 def test_other_vocabularies_are_not_compared(folders: list[Path]) -> None:
