@@ -87,9 +87,9 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
   }
   const int64_t blocks = ceil_div(w.rows, kBlockRows);
   // Chunks small enough to even out a busy core, large enough to stream: a stripe, or a half, a quarter... of one. Two
-  // blocks, which some kernels take together, part only where a thread would have less than two chunks; a matrix unit's
-  // four never do.
-  const int64_t threads = pool_.threads(), least = matrix ? 4 : a.tiles > 1 ? 2 : 1;
+  // blocks, which some kernels take together, part only where a thread would have less than two chunks; those that a
+  // matrix unit takes together never do.
+  const int64_t threads = pool_.threads(), least = matrix ? kernels_->matrix_blocks : a.tiles > 1 ? 2 : 1;
   int64_t chunk = kStripeBlocks;
   while (chunk > least && chunk * (chunk > 2 ? 8 : 2) * threads > blocks) chunk /= 2;
   const int64_t chunks = ceil_div(blocks, chunk);

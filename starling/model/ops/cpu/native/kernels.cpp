@@ -28,7 +28,7 @@
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
 #include "unit_i8mm.h"
 #else
-constexpr int kMatrixPlanes = 0, kMatrixRun = 0;
+constexpr int kMatrixPlanes = 0, kMatrixBlocks = 0, kMatrixRun = 0;
 #endif
 
 #include "linear.h"
@@ -36,6 +36,6 @@ constexpr int kMatrixPlanes = 0, kMatrixRun = 0;
 #include "attention.h"
 
 const Kernels starling_kernels = {
-    kPlanes, kMatrixPlanes,    kMatrixRun, kTileBytes, quantize, linear,     attend,
-    merge,   rotate_and_write, add_norm,   silu_mul,   widen,    exp_scaled,
+    kPlanes, kMatrixPlanes, kMatrixBlocks,    kMatrixRun, kTileBytes, quantize, linear,
+    attend,  merge,         rotate_and_write, add_norm,   silu_mul,   widen,    exp_scaled,
 };

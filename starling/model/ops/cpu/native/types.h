@@ -138,6 +138,7 @@ struct Layer {
 struct Kernels {
   int32_t planes;         // int8 planes in the widest tile
   int32_t matrix_planes;  // and in one of a matrix unit, which takes a step of more than `planes`; 0: there is none
+  int32_t matrix_blocks;  // blocks of weights that meet a tile of its together
   int32_t matrix_run;     // columns of a plane that a unit reads together, or half as many where a group is smaller
   int64_t tile_bytes;  // of activations that stay in L2 while blocks of weights pass by
   void (*quantize)(const Activations*, int tile, int64_t first_group, int64_t last_group);
