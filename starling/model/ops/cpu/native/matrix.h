@@ -6,6 +6,10 @@
 namespace {
 
 constexpr int kUnpackGroups = kUnpackColumns / 32;  // at most
+// Up to so many tiles, half of the columns at a time: with all of them the weights leave no room in L1 for what else is
+// read, and unpacking takes longer than it is worth. 8 answers at once took 0.28 ms in place of 0.39, 32 tokens of a
+// prompt 0.48 in place of 0.58; of 256 as long (Granite Rapids, 4,096 x 4,096 on two threads).
+constexpr int kFewTiles = 4;
 
 struct MatrixPiece {  // some columns of kMatrixBlocks blocks
   alignas(64) int8_t weights[kMatrixBlocks][kUnpackColumns * kBlockRows];  // as MatrixUnit::product reads them
@@ -23,14 +27,13 @@ inline void unpack_group(const Weights& weights, I zeros, int64_t columns, int8_
   }
 }
 
-// `count` groups, as block j of the piece. Memory is asked for what lies at `ahead` meanwhile, as much again.
-inline void unpack(const Linear* w, const Units& units, int64_t count, const uint8_t* ahead, int j,
-                   MatrixPiece& piece) {
+// `count` groups, as block j of the piece.
+inline void unpack(const Linear* w, const Units& units, int64_t count, int j, MatrixPiece& piece) {
   for (int64_t g = 0; g < count; g++) {
-    const uint8_t *at = units.weight + g * units.bytes, *then = ahead + g * units.bytes;
+    const uint8_t* at = units.weight + g * units.bytes;
     int8_t* out = piece.weights[j] + g * w->group * kBlockRows;
-    if (w->bits == 8) unpack_group(EightBits{{at, then}}, units.zero(g), w->group, out);
-    else unpack_group(Nibbles{at, then}, units.zero(g), w->group, out);
+    if (w->bits == 8) unpack_group(EightBits{{at, at}}, units.zero(g), w->group, out);
+    else unpack_group(Nibbles{at, at}, units.zero(g), w->group, out);
     f_store(piece.scales[g][j], units.scale(g));
   }
 }
@@ -59,8 +62,8 @@ void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activatio
   alignas(64) float kept[kMaxTokens][kMatrixBlocks][16];
   alignas(64) int32_t products[2][kMatrixBlocks][kMatrixPlanes][16];
   MatrixPiece piece;
-  const int64_t group = w->group, groups = w->columns / group, step = kUnpackColumns / group;
-  const int64_t blocks = (w->rows + kBlockRows - 1) / kBlockRows;
+  const int64_t group = w->group, groups = w->columns / group, blocks = (w->rows + kBlockRows - 1) / kBlockRows;
+  const int64_t step = kUnpackColumns / (last_tile - first_tile > kFewTiles ? 1 : 2) / group;
   const int tiles = last_tile - first_tile, from_row = a->tile[first_tile].first;
   const int to_row = a->tile[last_tile - 1].first + a->tile[last_tile - 1].rows;
   for (int i = from_row; i < to_row; i++)
@@ -68,14 +71,14 @@ void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activatio
   for (int64_t first = 0; first < groups; first += step) {
     const int64_t last = first + step < groups ? first + step : groups;
     const int count = (int)(last - first);
-    const uint8_t* next[B];  // after a block's piece. Each of the first tiles asks for one; if they are too few, the
-    int64_t bytes = 0;       // unpacking does. `bytes`: of a group
+    const uint8_t* next[B];  // after a block's piece: the tiles ask memory for them in turn, a group at a time. While
+    int64_t bytes = 0;       // unpacking too many would be asked for at once. `bytes`: of a group
     for (int j = 0; j < B; j++) {
       const Units units = units_at(w, b + j, first);
       const int64_t later = b + B + j < blocks ? b + B + j : blocks - 1;
       next[j] = (last < groups ? units_at(w, b + j, last) : units_at(w, later, 0)).weight;
       bytes = units.bytes;
-      unpack(w, units, count, tiles < B ? next[j] : units.weight, j, piece);
+      unpack(w, units, count, j, piece);
     }
     STARLING_APART;
     const auto multiply = [&](int item) {
@@ -92,8 +95,8 @@ void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activatio
       const int t = item / count, g = item % count;
       const Tile& tile = a->tile[first_tile + t];
       if (item + 1 < tiles * count) multiply(item + 1);
-      if (tiles >= B && t < B)
-        for (int64_t byte = g * bytes; byte < (g + 1) * bytes; byte += 64) __builtin_prefetch(next[t] + byte, 0, 2);
+      for (int j = t; j < B; j += tiles)
+        for (int64_t byte = g * bytes; byte < (g + 1) * bytes; byte += 64) __builtin_prefetch(next[j] + byte, 0, 2);
       const auto add = tile.planes == 1 ? add_products<B, 1> : add_products<B, 2>;
       const int64_t at = tile.first * groups + (first + g) * tile.rows;
       add(products[item % 2], piece.scales[g], a->scales + at, tile.rows, kept + tile.first);
