@@ -68,14 +68,22 @@ def pull(lock: Lock, folder: Path, where: str | None = None, patience: Patience 
 def open_source(where: str | None, lock: Lock, patience: Patience) -> Source:
     """`where`: URL of a mirror, path of a local folder, or None for the hub itself (or HF_ENDPOINT).
 
-    Raises WeightsError when it is neither, or when HF_HUB_OFFLINE forbids the network.
+    Raises WeightsError when it is neither, when HF_ENDPOINT is no URL, or when HF_HUB_OFFLINE forbids the network.
     """
     if where is not None and "://" not in where:
         if not Path(where).is_dir():
             shown = where.rpartition("@")[2]  # a password may stand before it, where the scheme was left out
             raise WeightsError(f"{shown!r} is no source of weights: it is neither a folder nor an http(s) URL.")
         return LocalFolder(Path(where))
-    from starling.weights.hub import Hub  # imports huggingface_hub: 0.3 s that a start with weights need not spend
+    # Imported here: these and huggingface_hub take 0.3 s, which a start with weights need not spend.
+    from starling.weights.address import checked
+
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        try:
+            checked(endpoint)  # importing huggingface_hub fails on what is no address, whatever mirror is named
+        except WeightsError as error:
+            raise WeightsError(f"HF_ENDPOINT cannot be used. {error}") from None
+    from starling.weights.hub import Hub
 
     return Hub(lock.repository, lock.revision, where, patience)
 

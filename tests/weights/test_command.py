@@ -148,6 +148,19 @@ def test_the_token_goes_to_hf_endpoint_and_not_where_it_redirects_to(lock_path, 
     assert shown_to == {("127.0.0.1", "Bearer hf_very_secret"), ("localhost", None)}
 
 
+@pytest.mark.parametrize("endpoint", ["http://[bad", "http://host:port", "http://me:se[cret@host", "host"])
+def test_an_hf_endpoint_that_is_no_address_is_told_in_one_line(lock_path, endpoint):
+    """In its own process: importing huggingface_hub fails on some of these."""
+    command = [sys.executable, "-m", "starling", "weights", "pull", "--lock", str(lock_path)]
+    environ = {**os.environ, "HF_ENDPOINT": endpoint}
+    done = subprocess.run(command, cwd=PROJECT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("HF_ENDPOINT cannot be used. ") and "Give " in line
+    assert ("begins with no scheme" if endpoint == "host" else "http://…" if "@" in endpoint else endpoint) in line
+    assert "cret" not in line
+
+
 def test_a_start_with_whole_weights_does_not_import_the_hubs_library(lock_path, hub, folder):
     weights("pull", "--lock", lock_path, "--from", hub.url)
     code = (
