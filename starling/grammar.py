@@ -34,6 +34,7 @@ KEYWORDS = {
     "minProperties", "minimum", "multipleOf", "oneOf", "pattern", "patternProperties", "prefixItems", "properties",
     "required", "type",
 }  # fmt: skip
+NAMING = {"$defs", "definitions", "patternProperties", "properties"}  # whose keys are names, whatever they are
 FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
 
 # Masks are computed on the engine's thread, where every answer waits for them: with llguidance's own limits up to
@@ -198,8 +199,8 @@ def _schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
             case dict() as found:
                 yield found
                 for key, each in found.items():
-                    if key == "properties" and isinstance(each, dict):
-                        pending += each.values()  # its keys are names
+                    if key in NAMING and isinstance(each, dict):
+                        pending += each.values()
                     elif key not in ("const", "enum"):  # which hold values, no schemas
                         pending.append(each)
             case list() as found:

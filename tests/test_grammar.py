@@ -181,9 +181,24 @@ def test_a_constant_that_would_be_rounded_is_refused(follows: Follows, key: str)
         assert follows(json.dumps(value), schema(exact))
         with pytest.raises(RequestError, match=r"9007199254740993 in const or enum.*2\^53.*as a string"):
             follows("1", schema(exact + (1 if exact > 0 else -1)))
-    named_so = {"properties": {key: {"type": "integer", "maximum": 2**60}}}
-    assert follows(f'{{"{key}":1}}', named_so)
-    assert not follows(f'{{"{key}":{2**61}}}', named_so)
+
+
+@pytest.mark.parametrize("name", ["const", "enum", "format", "properties"])
+@pytest.mark.parametrize("keyword", ["$defs", "definitions", "patternProperties", "properties"])
+def test_a_name_is_not_taken_for_a_keyword(follows: Follows, keyword: str, name: str) -> None:
+    referred = keyword in ("$defs", "definitions")
+
+    def named(schema: dict[str, Any]) -> dict[str, Any]:
+        return {keyword: {name: schema}} | ({"items": {"$ref": f"#/{keyword}/{name}"}} if referred else {})
+
+    def text(value: str) -> str:
+        return f"[{value}]" if referred else f'{{"{name}":{value}}}'
+
+    assert follows(text("1"), named({"type": "integer", "maximum": 2**60}))
+    assert not follows(text(str(2**61)), named({"type": "integer", "maximum": 2**60}))
+    assert follows(text('"x"'), named({"type": "string", "format": "password"}))
+    with pytest.raises(RequestError, match="9007199254740993 in const or enum"):
+        follows(text("1"), named({"const": 2**53 + 1}))
 
 
 def test_numbers_too_large_for_llguidance_are_refused(follows: Follows) -> None:
