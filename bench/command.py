@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from starling.errors import StarlingError
+from starling.errors import INSTALL_REFERENCE, StarlingError
 
 Result = TypeVar("Result")
+OF_THE_REFERENCE = ("transformers", "accelerate")
 
 
 def told(main: Callable[[], Result]) -> Callable[[], Result]:
@@ -21,6 +22,10 @@ def told(main: Callable[[], Result]) -> Callable[[], Result]:
             return main()
         except StarlingError as error:
             raise SystemExit(str(error)) from error
+        except ModuleNotFoundError as error:
+            if error.name not in OF_THE_REFERENCE:
+                raise
+            raise SystemExit(f"{error.name} is not installed. {INSTALL_REFERENCE}") from error
 
     return run
 

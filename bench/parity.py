@@ -23,7 +23,6 @@ from starling.engine.scheduler import Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.model.mistral import Mistral
 from starling.model.ops import choose_ops
-from starling.reference import ReferenceEngine
 from starling.request import Request
 from starling.service import load_engine
 from starling.settings import Settings
@@ -89,6 +88,8 @@ class Comparison:
 
 def compare_answers(folder: Path, settings: Settings, max_tokens: int = 64) -> list[Comparison]:
     """Ask both engines every request of REQUESTS, greedily."""
+    from starling.reference import ReferenceEngine  # not installed everywhere, which `told` tells
+
     model = Mistral.load(
         folder, choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
     )

@@ -6,7 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from starling.errors import INSTALL_REFERENCE
+
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("parity", "transformers"), ("parity", "accelerate"), ("compare", "transformers")]
+)
+def test_what_the_reference_lacks_is_told(tmp_path: Path, name: str, package: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    start = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_module('bench.{name}', run_name='__main__')"
+    command = [sys.executable, "-c", start, "--weights", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr == f"{package} is not installed. {INSTALL_REFERENCE}\n"
 
 
 @pytest.mark.parametrize(
