@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops.cpu import CpuOps, TorchCpuOps, cores, cpu_ops, library
 from starling.model.ops.cpu import compiler as compiler_module
-from starling.model.ops.cpu.compiler import NoCompilerError, compile_ahead, library_paths
+from starling.model.ops.cpu.compiler import FLAGS, NATIVE, NoCompilerError, compile_ahead, find_compiler, library_paths
 from starling.model.ops.cpu.library import usable_instruction_sets
 from starling.model.ops.cpu.ops import PRECISIONS
 from starling.model.ops.reference import ReferenceOps
@@ -194,6 +195,30 @@ def test_a_set_that_the_compiler_does_not_know_leaves_the_next_best(
     assert f"Kernels for {best}" in caplog.text and "unrecognized" in caplog.text
     with pytest.raises(NoCompilerError, match="unrecognized"):
         CpuOps(1, isa=best)
+
+
+@pytest.mark.skipif("amx" not in usable_instruction_sets(), reason="needs AMX")
+def test_tiles_that_linux_refuses_are_told_and_leave_the_next_best(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "refuse.h").write_text("#include <unistd.h>\n#define syscall(...) -1L\n")
+    path = tmp_path / "isa.so"
+    flags = (*FLAGS, "-include", str(tmp_path / "refuse.h"), "-shared")
+    subprocess.run([*(find_compiler() or ()), *flags, str(NATIVE / "isa.cpp"), "-o", str(path)], check=True)
+    monkeypatch.setattr(library, "library_paths", lambda _: [path])
+    assert usable_instruction_sets.__wrapped__() == usable_instruction_sets()[1:]
+    assert "has amx, but Linux refuses it" in caplog.text and "avx512vnni, runs" in caplog.text
+
+
+def test_a_set_that_is_refused_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for refused, told in ((None, False), (b"amx", True)):
+        isa = SimpleNamespace(
+            starling_usable_isa=lambda i: [b"avx2", b"portable", None][i],
+            starling_refused_isa=lambda refused=refused: refused,
+        )
+        monkeypatch.setattr(library, "_open", lambda _, isa=isa: isa)
+        assert usable_instruction_sets.__wrapped__() == ("avx2", "portable")
+        assert ("has amx, but Linux refuses it" in caplog.text and "avx2, runs" in caplog.text) == told
 
 
 def test_head_dims_beyond_the_kernels_are_refused() -> None:

@@ -94,11 +94,15 @@ def load_best(sets: Sequence[str]) -> tuple[str, ctypes.CDLL, int]:
 def usable_instruction_sets() -> tuple[str, ...]:
     """The names that CpuOps' `isa` accepts on this machine, best first. Raises NoCompilerError."""
     (path,) = library_paths("isa")
-    tell = _open(path).starling_usable_isa
-    tell.restype, tell.argtypes = ctypes.c_char_p, (INT32,)
+    library = _open(path)
+    tell, refused = library.starling_usable_isa, library.starling_refused_isa
+    tell.restype, tell.argtypes, refused.restype = ctypes.c_char_p, (INT32,), ctypes.c_char_p
     found: list[str] = []
     while (name := tell(len(found))) is not None:
         found.append(name.decode())
+    if (name := refused()) is not None:
+        text = "This machine has %s, but Linux refuses it to this process (arch_prctl); the next best, %s, runs."
+        log.warning(text, name.decode(), found[0])
     return tuple(found)
 
 

@@ -17,6 +17,7 @@ namespace {
 struct Set {
   const char* name;
   bool usable;
+  bool refused = false;
 };
 
 #if defined(__x86_64__)
@@ -31,7 +32,7 @@ bool tiles_allowed() {
 }
 
 struct Cpu {
-  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, amx = false;
+  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, amx = false, amx_refused = false;
   Cpu() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
@@ -46,7 +47,9 @@ struct Cpu {
     avx512 = avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // F DQ BW VL
     avx512vnni = avx512 && (c >> 11 & 1);
     const bool tiles = (low & 0x60000) == 0x60000;  // the system saves their configuration and their data
-    amx = avx512vnni && tiles && (d >> 24 & 1) && (d >> 25 & 1) && tiles_allowed();
+    const bool has_amx = avx512vnni && tiles && (d >> 24 & 1) && (d >> 25 & 1);
+    amx = has_amx && tiles_allowed();
+    amx_refused = has_amx && !amx;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) avxvnni = avx2 && (a >> 4 & 1);
   }
 };
@@ -56,7 +59,7 @@ const Set* sets() {
 #if defined(__x86_64__)
   static const Cpu cpu;
   static const Set all[] = {
-      {"amx", cpu.amx},
+      {"amx", cpu.amx, cpu.amx_refused},
       {"avx512vnni", cpu.avx512vnni},
       {"avxvnni", cpu.avxvnni},
       {"avx512", cpu.avx512},
@@ -91,5 +94,11 @@ const Set* sets() {
 const char* starling_usable_isa(int i) {
   for (const Set* set = sets(); set->name; set++)
     if (set->usable && i-- == 0) return set->name;
+  return nullptr;
+}
+
+const char* starling_refused_isa() {
+  for (const Set* set = sets(); set->name; set++)
+    if (set->refused) return set->name;
   return nullptr;
 }
