@@ -63,9 +63,9 @@ void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activatio
   alignas(64) int32_t products[2][kMatrixBlocks][kMatrixPlanes][16];
   MatrixPiece piece;
   const int64_t group = w->group, groups = w->columns / group, blocks = (w->rows + kBlockRows - 1) / kBlockRows;
-  const int64_t step = kUnpackColumns / (last_tile - first_tile > kFewTiles ? 1 : 2) / group;
   const int tiles = last_tile - first_tile, from_row = a->tile[first_tile].first;
   const int to_row = a->tile[last_tile - 1].first + a->tile[last_tile - 1].rows;
+  const int64_t step = (tiles > kFewTiles ? kUnpackColumns : kUnpackColumns / 2) / group;  // groups in a piece
   for (int i = from_row; i < to_row; i++)
     for (int j = 0; j < B; j++) f_store(kept[i][j], f_zero());
   for (int64_t first = 0; first < groups; first += step) {
