@@ -98,7 +98,8 @@ def is_clear(logits: torch.Tensor, setting: Settings) -> bool:
     if min_p > 0 and bool((x - math.log(min_p)).abs().lt(1e-9).any()) and min_p < 1:
         return False
     errors = torch.where(p > 0, p * (3 * x.abs() + 2) * EPSILON, 0) + 2.0**-47
-    ranked, order = p.sort(descending=True, stable=True)
+    order = logits.argsort(descending=True, stable=True)
+    ranked = p[order]
     kept = ranked >= min_p
     if top_k > 0:
         kept[top_k:] = False
@@ -222,6 +223,8 @@ def test_equal_logits_go_to_the_lowest_id(on: Device) -> None:
     ties = torch.tensor([1.0, 5.0, 5.0, 5.0, 0.0])
     wanted = {(0.0, 0, 1.0, 0.0): 1, (1.0, 2, 1.0, 0.0): 2, (1.0, 0, 0.5, 0.0): 2, (1.0, 0, 1.0, 1.0): 3}
     assert sample(on, ties.expand(4, 5), [(*s, LAST) for s in wanted]) == list(wanted.values())
+    apart = torch.tensor([[-(2.0**-149), 0.0]])  # and one weight: the larger logit is likelier all the same
+    assert sample(on, apart, [(0.05, 0, 0.0, 0.0, 0.0)]) == oracle(apart, [(0.05, 0, 0.0, 0.0, 0.0)]) == [1]
 
 
 @settings(max_examples=25)

@@ -118,7 +118,7 @@ def _sample_row(
         return (logits == logits.max()).to(torch.uint8).argmax()
     p = ((logits.to(torch.float64) - logits.max()) / temperature).softmax(dim=-1)
     kept = p >= min_p * p.max()
-    order = p.argsort(descending=True, stable=True)
+    order = logits.argsort(descending=True, stable=True)  # not p's: logits that differ may round to one p
     if top_k > 0:
         kept[order[top_k:]] = False
     p = p * kept
