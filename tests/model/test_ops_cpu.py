@@ -54,6 +54,16 @@ def test_a_row_does_not_depend_on_the_others(precision: str, isa: str, rng: rand
         assert torch.equal(logits[one], alone.head(x[one], head))
 
 
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("precision", ["int16", "int8"])
+def test_rows_are_cut_into_tiles_of_any_height(precision: str, isa: str) -> None:
+    many, one = ops_of(isa, 2, precision), ops_of(isa, 1, precision)
+    weight, x = many.pack_awq(random_awq(256, 40, 64)), torch.randn(33, 256)
+    alone = torch.cat([one.awq_linear(row, weight, torch.ones(1, dtype=torch.bool)) for row in x.split(1)])
+    for tokens in range(1, 34):
+        assert torch.equal(many.awq_linear(x[:tokens], weight, torch.ones(tokens, dtype=torch.bool)), alone[:tokens])
+
+
 @pytest.mark.parametrize("isa", usable_instruction_sets())
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("window", [None, 300])

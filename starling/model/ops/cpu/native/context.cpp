@@ -12,14 +12,12 @@ constexpr int64_t kFewNumbers = 8192;  // to round: about as long as it takes ma
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of one kind, cut into tiles: of a matrix unit, where `run` is its, any number of rows; else what the kernels have,
-// the widest, and 4, 3, 2 or 1 rows.
+// Rows of one kind, cut into tiles: of a matrix unit, where `run` is its, any number of rows; else what the kernels have.
 void cut_tiles(int rows, int planes, int widest, int run, int64_t columns, std::vector<Tile>& tiles) {
   int first = tiles.empty() ? 0 : tiles.back().first + tiles.back().rows;
   int64_t offset = tiles.empty() ? 0 : tiles.back().offset + tiles.back().rows * tiles.back().planes * columns;
   while (rows > 0) {
-    int take = std::min(rows, widest / planes);
-    if (run == 4 && take < widest / planes) take = std::min(take, 4);
+    const int take = run == 4 ? rows_of_tile(rows, planes, widest) : std::min(rows, widest / planes);
     tiles.push_back(Tile{first, take, planes, run, offset});
     first += take;
     rows -= take;
@@ -86,12 +84,11 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
       pool_.run(a.tiles * panels, panel);
   }
   const int64_t blocks = ceil_div(w.rows, kBlockRows);
-  // Chunks small enough to even out a busy core, large enough to stream: a stripe, or a half, a quarter... of one. Two
-  // blocks, which some kernels take together, part only where a thread would have less than two chunks; those that a
-  // matrix unit takes together never do.
-  const int64_t threads = pool_.threads(), least = matrix ? kernels_->matrix_blocks : a.tiles > 1 ? 2 : 1;
+  // Chunks small enough to even out a busy core, large enough to stream: a stripe, or a half, a quarter... of one. Blocks
+  // that a matrix unit takes together never part.
+  const int64_t threads = pool_.threads(), least = matrix ? kernels_->matrix_blocks : 1;
   int64_t chunk = kStripeBlocks;
-  while (chunk > least && chunk * (chunk > 2 ? 8 : 2) * threads > blocks) chunk /= 2;
+  while (chunk > least && chunk * 8 * threads > blocks) chunk /= 2;
   const int64_t chunks = ceil_div(blocks, chunk);
   // Of many tiles a thread takes as many as stay in L2, or fewer where blocks alone leave it less than 8 chunks; not
   // below 4, since each time the weights are unpacked anew.

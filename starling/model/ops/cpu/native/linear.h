@@ -1,5 +1,4 @@
-// y = x W for a block of 16 output rows at a time, or two: an activation that is in a register then serves both. Where
-// one of two is missing, the last block is computed twice, and written once.
+// y = x W for a block of 16 output rows at a time.
 //
 // Every output element is summed in one order, whatever the tile it is computed in: groups of columns in ascending
 // order, a group's products as an exact integer (or, in float32, as two chains over its even and odd columns). So
@@ -8,7 +7,9 @@
 
 namespace {
 
-constexpr int kUnpackColumns = 512;  // columns unpacked to L1 at a time: 16 rows * 512 bytes
+// Columns of a block that one tile after the other meets: as many as L1 holds beside a tile's activations, packed (8 KiB)
+// or with a byte for each (8 KiB).
+constexpr int kSpanColumns = kUnpack ? 512 : kPanelColumns;
 
 inline float tile_limit(const Tile& tile) { return tile.planes == 1 ? 127.0f : 32639.0f; }  // 127 * 256 + 127
 
@@ -81,24 +82,19 @@ void quantize(const Activations* a, int tile, int64_t first, int64_t last) {
   for (int row = 0; row < a->tile[tile].rows; row++) quantize_row(a, tile, row, first, last);
 }
 
-// One group of kTogether blocks and a tile of R rows of P planes: sums[b][r] += scale * activation scale * (integer sum).
+// One group of a block and a tile of R rows of P planes: sums[r] += scale * activation scale * (integer sum).
 template <int R, int P, class Weights>
-STARLING_INLINE void integer_group(const Weights* weights, const int8_t* a, const int32_t* minus_sums,
-                                   const float* scales, const F* weight_scales, const I* zeros, F (*sums)[R], int group) {
-  I acc[kTogether][R * P];
-#pragma GCC unroll 2
-  for (int b = 0; b < kTogether; b++)
-#pragma GCC unroll 8
-    for (int i = 0; i < R * P; i++) acc[b][i] = i_times_int16(zeros[b], minus_sums[i]);
-  if constexpr (kTogether == 1) dots<R * P>(acc[0], weights[0], a, group);
-  else dots<kTogether, R * P>(acc, weights, a, group);
-#pragma GCC unroll 2
-  for (int b = 0; b < kTogether; b++)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      I total = P == 1 ? acc[b][r] : i_add(i_left<8>(acc[b][r * P]), acc[b][r * P + P - 1]);
-      sums[b][r] = f_fma(f_from(total), f_mul(weight_scales[b], f_set(scales[r])), sums[b][r]);
-    }
+STARLING_INLINE void integer_group(const Weights& weights, const int8_t* a, const int32_t* minus_sums,
+                                   const float* scales, F weight_scale, I zero, F* sums, int group) {
+  I acc[R * P];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * P; i++) acc[i] = i_times_int16(zero, minus_sums[i]);
+  dots<R * P>(acc, weights, a, group);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    I total = P == 1 ? acc[r] : i_add(i_left<8>(acc[r * P]), acc[r * P + P - 1]);
+    sums[r] = f_fma(f_from(total), f_mul(weight_scale, f_set(scales[r])), sums[r]);
+  }
 }
 
 inline void store_rows(float* y, F sum, int64_t rows) {
@@ -130,11 +126,6 @@ inline Units units_at(const Linear* w, int64_t b, int64_t g) {
                w->zeros ? w->zeros + unit * 8 : nullptr, bytes};
 }
 
-// How many of the kTogether blocks from b on there are before `last`.
-inline int blocks_here(int64_t b, int64_t last) {
-  return last - b < kTogether ? (int)(last - b) : kTogether;
-}
-
 STARLING_INLINE void prefetch_scales(const Units& units, int64_t count) {
   for (int64_t i = 0; i < count; i += 2) __builtin_prefetch(units.scales + i * kBlockRows);
   for (int64_t i = 0; units.zeros && i < count; i += 8) __builtin_prefetch(units.zeros + i * 8);
@@ -143,127 +134,75 @@ STARLING_INLINE void prefetch_scales(const Units& units, int64_t count) {
 // Blocks [first_block, last_block), all of one stripe, times one tile, weights straight from memory: for a step of few
 // tokens. A panel's activations stay in L1 while the blocks' weights pass by.
 template <int R, int P, class Weights>
-void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float* y, int64_t first_block,
-                 int64_t last_block) {
-  constexpr int B = kTogether;
+STARLING_NOINLINE void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float* y,
+                                            int64_t first_block, int64_t last_block) {
   alignas(64) float kept[kStripeBlocks][R * 16];
-  const int64_t groups = a->columns / a->group;
+  const int64_t blocks = (w->rows + kBlockRows - 1) / kBlockRows, groups = a->columns / a->group;
   const int group = (int)a->group;
   const int8_t* planes = a->planes + tile.offset;
   const int32_t* minus_sums = a->minus_sums + tile.offset / group;
   const float* scales = a->scales + tile.first * groups;
   const int64_t step = kPanelColumns / group;
-  const int64_t ahead = kPrefetchBytes / B / (group * kBlockRows * w->bits / 8);
+  const int64_t ahead = kPrefetchBytes / (group * kBlockRows * w->bits / 8);
   Units start = units_at(w, first_block, 0);
   for (int64_t first = 0; first < groups; first += step) {
     const int64_t last = first + step < groups ? first + step : groups, count = last - first;
-    const Units next_start = units_at(w, first_block, last < groups ? last : 0);
+    const Units next_start = last < groups ? units_at(w, first_block, last)
+                                           : units_at(w, last_block < blocks ? last_block : first_block, 0);
     Units units = start;  // of block b; those of the next blocks follow, `count` units each
-    for (int64_t b = first_block; b < last_block; b += B) {
-      const int own = blocks_here(b, last_block);
-      const Units next = b + B < last_block ? units.after(B * count) : next_start;
-      prefetch_scales(next, B * step);
-      F sums[B][R];
-      for (int j = 0; j < B; j++)
-        for (int r = 0; r < R; r++)
-          sums[j][r] = first && j < own ? f_load(kept[b + j - first_block] + r * 16) : f_zero();
+    for (int64_t b = first_block; b < last_block; b++) {
+      const Units next = b + 1 < last_block ? units.after(count) : next_start;
+      prefetch_scales(next, step);
+      F sums[R];
+      for (int r = 0; r < R; r++) sums[r] = first ? f_load(kept[b - first_block] + r * 16) : f_zero();
       for (int64_t g = first; g < last; g++) {
-        const int64_t soon = g + ahead - last;
-        Weights weights[B];
-        F weight_scales[B];
-        I zeros[B];
-        for (int j = 0; j < B; j++) {
-          const int64_t i = g - first + (j < own ? j : own - 1) * count;
-          const uint8_t* later = soon < 0 ? units.weight + (i + ahead) * units.bytes
-                                          : next.weight + (soon + j * count) * units.bytes;
-          weights[j] = Weights{units.weight + i * units.bytes, later};
-          weight_scales[j] = units.scale(i);
-          zeros[j] = units.zero(i);
-        }
-        integer_group<R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R,
-                            weight_scales, zeros, sums, group);
+        const int64_t i = g - first, soon = g + ahead - last;
+        const uint8_t* later = soon < 0 ? units.weight + (i + ahead) * units.bytes : next.weight + soon * units.bytes;
+        integer_group<R, P>(Weights{units.weight + i * units.bytes, later}, planes + g * R * P * group,
+                            minus_sums + g * R * P, scales + g * R, units.scale(i), units.zero(i), sums, group);
       }
-      for (int j = 0; j < B; j++)
-        for (int r = 0; r < R && j < own; r++) {
-          const int64_t row = (b + j) * kBlockRows;
-          if (last < groups) f_store(kept[b + j - first_block] + r * 16, sums[j][r]);
-          else store_rows(y + a->order[tile.first + r] * w->rows + row, sums[j][r], w->rows - row);
-        }
+      const int64_t row = b * kBlockRows;
+      for (int r = 0; r < R; r++) {
+        if (last < groups) f_store(kept[b - first_block] + r * 16, sums[r]);
+        else store_rows(y + a->order[tile.first + r] * w->rows + row, sums[r], w->rows - row);
+      }
       units = next;
     }
     start = next_start;
   }
 }
 
-// Weights as they are read, and written to `out` one to a byte besides.
-template <class Packed> struct Unpacking : Packed {
-  uint8_t* out;
-  inline I step(int pair, int half) const {
-    const I step = Packed::step(pair, half);
-    i_store(out + pair * 128 + half * 64, step);
-    return step;
-  }
-};
-
-template <class Weights> inline Weights after_columns(Weights weights, int64_t columns) {
-  weights.at += columns * Weights::kColumnBytes;
-  weights.ahead += columns * Weights::kAheadBytes;
-  return weights;
-}
-template <class Packed> inline Unpacking<Packed> after_columns(Unpacking<Packed> weights, int64_t columns) {
-  return {after_columns(static_cast<const Packed&>(weights), columns), weights.out + columns * kBlockRows};
-}
-
-// Groups [first, last) of kTogether blocks and one tile. Sums are kept between calls: those of block j and packed row i
-// lie at kept[j][16 * i].
+// Groups [first, last) of a block and one tile. Sums are kept between calls: those of packed row i lie at kept[16 * i].
 template <int R, int P, class Weights>
-void panel_tile(const Units* units, const Weights* start, int64_t first, int64_t last, const Activations* a,
-                const Tile& tile, float (*kept)[kMaxTokens * 16]) {
-  constexpr int B = kTogether;
+STARLING_NOINLINE void panel_tile(const Units& units, const Weights& start, int64_t first, int64_t last, const Activations* a,
+                const Tile& tile, float* kept) {
   const int64_t groups = a->columns / a->group;
   const int group = (int)a->group;
   const int8_t* planes = a->planes + tile.offset;
   const int32_t* minus_sums = a->minus_sums + tile.offset / group;
   const float* scales = a->scales + tile.first * groups;
-  F sums[B][R];
-  for (int j = 0; j < B; j++)
-    for (int r = 0; r < R; r++) sums[j][r] = f_load(kept[j] + (tile.first + r) * 16);
-  for (int64_t g = first; g < last; g++) {
-    Weights weights[B];
-    F weight_scales[B];
-    I zeros[B];
-    for (int j = 0; j < B; j++) {
-      weights[j] = after_columns(start[j], (g - first) * group);
-      weight_scales[j] = units[j].scale(g - first);
-      zeros[j] = units[j].zero(g - first);
-    }
-    integer_group<R, P>(weights, planes + g * R * P * group, minus_sums + g * R * P, scales + g * R, weight_scales,
-                        zeros, sums, group);
-  }
-  for (int j = 0; j < B; j++)
-    for (int r = 0; r < R; r++) f_store(kept[j] + (tile.first + r) * 16, sums[j][r]);
+  F sums[R];
+  for (int r = 0; r < R; r++) sums[r] = f_load(kept + (tile.first + r) * 16);
+  for (int64_t g = first; g < last; g++)
+    integer_group<R, P>(start.after((g - first) * group), planes + g * R * P * group, minus_sums + g * R * P,
+                        scales + g * R, units.scale(g - first), units.zero(g - first), sums, group);
+  for (int r = 0; r < R; r++) f_store(kept + (tile.first + r) * 16, sums[r]);
 }
 
-// Calls f.template run<rows, planes per row>() for the tile's shape.
-template <class Run> inline void for_shape(const Tile& tile, const Run& run) {
-  if (tile.planes == 1) {
-    switch (tile.rows) {
-      case 1: return run.template call<1, 1>();
-      case 2: return run.template call<2, 1>();
-      case 3: return run.template call<3, 1>();
-      case 4: return run.template call<4, 1>();
-      case 6: if constexpr (kPlanes == 6) return run.template call<6, 1>(); break;
-      case 8: if constexpr (kPlanes == 8) return run.template call<8, 1>(); break;
-    }
+// Calls f.template call<rows, planes per row>() for the tile's shape, one of those that rows_of_tile gives.
+template <int P, int R = kPlanes / P, class Run> inline void for_rows(int rows, const Run& run) {
+  if constexpr (R == 0) {
+    __builtin_trap();
+  } else if constexpr (rows_of_tile(R, P, kPlanes) == R) {
+    if (rows == R) run.template call<R, P>();
+    else for_rows<P, R - 1>(rows, run);
   } else {
-    switch (tile.rows) {
-      case 1: return run.template call<1, 2>();
-      case 2: return run.template call<2, 2>();
-      case 3: if constexpr (kPlanes >= 6) return run.template call<3, 2>(); break;
-      case 4: if constexpr (kPlanes == 8) return run.template call<4, 2>(); break;
-    }
+    for_rows<P, R - 1>(rows, run);
   }
-  __builtin_trap();  // the tiler makes no other shape
+}
+template <class Run> inline void for_shape(const Tile& tile, const Run& run) {
+  if (tile.planes == 1) for_rows<1>(tile.rows, run);
+  else for_rows<2>(tile.rows, run);
 }
 
 template <class Weights> struct Stream {
@@ -276,57 +215,44 @@ template <class Weights> struct Stream {
 };
 
 template <class Weights> struct Panel {
-  const Units* units;
-  const Weights* start;
+  const Units& units;
+  const Weights& start;
   int64_t first, last;
   const Activations* a;
   const Tile& tile;
-  float (*kept)[kMaxTokens * 16];
+  float* kept;
   template <int R, int P> void call() const { panel_tile<R, P>(units, start, first, last, a, tile, kept); }
 };
 
-// Tiles [first_tile, last_tile) of kTogether blocks from b on, of which `own` are there, a few columns at a time. The
-// first tile unpacks their weights to L1 for the others. Those that come next are asked for by one tile after the other,
-// a block each: by the first alone, memory would be idle while the others compute.
-void panel_blocks(const Linear* w, int64_t b, int own, const Activations* a, int first_tile, int last_tile, float* y) {
-  constexpr int B = kTogether;
-  alignas(64) float kept[B][kMaxTokens * 16];
-  alignas(64) uint8_t bytes[B][kUnpackColumns * kBlockRows];
-  const int64_t group = w->group, groups = w->columns / group, step = kUnpackColumns / group;
-  const int64_t last_block = (w->rows - 1) / kBlockRows, next_block = b + B <= last_block ? b + B : b;
+// Tiles [first_tile, last_tile) of block b, kSpanColumns at a time. The first tile brings their weights to L1 for the
+// others, unpacked where that takes them time, and asks for those that come next.
+void panel_block(const Linear* w, int64_t b, const Activations* a, int first_tile, int last_tile, float* y) {
+  alignas(64) float kept[kMaxTokens * 16];
+  alignas(64) uint8_t bytes[kUnpack ? kSpanColumns * kBlockRows : 1];
+  const int64_t group = w->group, groups = w->columns / group, step = kSpanColumns / group;
+  const int64_t blocks = (w->rows + kBlockRows - 1) / kBlockRows;
   const int from_row = a->tile[first_tile].first;
   const int to_row = a->tile[last_tile - 1].first + a->tile[last_tile - 1].rows;
-  for (int j = 0; j < B; j++)
-    for (int i = from_row; i < to_row; i++) f_store(kept[j] + i * 16, f_zero());
+  for (int i = from_row; i < to_row; i++) f_store(kept + i * 16, f_zero());
   for (int64_t first = 0; first < groups; first += step) {
     const int64_t last = first + step < groups ? first + step : groups;
-    Units units[B];
-    const uint8_t* next[B];
-    for (int j = 0; j < B; j++) {
-      const int64_t here = b + (j < own ? j : own - 1), later = next_block + j < last_block ? next_block + j : last_block;
-      units[j] = units_at(w, here, first);
-      next[j] = (last < groups ? units_at(w, here, last) : units_at(w, later, 0)).weight;
-    }
+    const Units units = units_at(w, b, first);
+    const uint8_t* next = (last < groups ? units_at(w, b, last) : units_at(w, b + 1 < blocks ? b + 1 : b, 0)).weight;
     for (int t = first_tile; t < last_tile; t++) {
-      const Tile& tile = a->tile[t];
-      const auto compute = [&](auto weights_of) {  // from where a block's weights lie, and what comes next
-        decltype(weights_of(0, next[0])) weights[B];
-        for (int j = 0; j < B; j++) weights[j] = weights_of(j, t - first_tile == j ? next[j] : units[j].weight);
-        for_shape(tile, Panel<decltype(weights_of(0, next[0]))>{units, weights, first, last, a, tile, kept});
+      const auto compute = [&](auto weights) {
+        for_shape(a->tile[t], Panel<decltype(weights)>{units, weights, first, last, a, a->tile[t], kept});
       };
-      if (w->bits == 8)
-        compute([&](int j, const uint8_t* ahead) { return EightBits{{units[j].weight, ahead}}; });
-      else if (t == first_tile)
-        compute([&](int j, const uint8_t* ahead) { return Unpacking<Nibbles>{{units[j].weight, ahead}, bytes[j]}; });
-      else
-        compute([&](int j, const uint8_t* ahead) { return Bytes{bytes[j], ahead}; });
+      const uint8_t* ahead = t == first_tile ? next : units.weight;
+      if (w->bits == 8) compute(EightBits{units.weight, ahead});
+      else if (!kUnpack) compute(Nibbles{units.weight, ahead});
+      else if (t == first_tile) compute(Unpacking{{units.weight, ahead}, bytes});
+      else compute(Unpacked{bytes});
     }
   }
-  for (int i = from_row; i < to_row; i++)
-    for (int j = 0; j < own; j++) {
-      const int64_t row = (b + j) * kBlockRows;
-      store_rows(y + a->order[i] * w->rows + row, f_load(kept[j] + i * 16), w->rows - row);
-    }
+  for (int i = from_row; i < to_row; i++) {
+    const int64_t row = b * kBlockRows;
+    store_rows(y + a->order[i] * w->rows + row, f_load(kept + i * 16), w->rows - row);
+  }
 }
 
 // R rows of float32 activations times `columns` columns; `weights` [columns][16] as floats or as fp16.
@@ -422,8 +348,7 @@ void linear(const Linear* w, const Activations* a, Precision precision, float* y
     if (w->bits == 4) for_shape(tile, Stream<Nibbles>{w, a, tile, y, first, last});
     else for_shape(tile, Stream<EightBits>{w, a, tile, y, first, last});
   } else {
-    for (int64_t b = first; b < last; b += kTogether)
-      panel_blocks(w, b, blocks_here(b, last), a, first_tile, last_tile, y);
+    for (int64_t b = first; b < last; b++) panel_block(w, b, a, first_tile, last_tile, y);
   }
 }
 

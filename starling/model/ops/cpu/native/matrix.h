@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kUnpackGroups = kUnpackColumns / 32;  // at most
+constexpr int kUnpackColumns = 512, kUnpackGroups = kUnpackColumns / 32;  // at most, at a time
 // Up to so many tiles, half of the columns at a time: with all of them the weights leave no room in L1 for what else is
 // read, and unpacking takes longer than it is worth. 8 answers at once took 0.28 ms in place of 0.39, 32 tokens of a
 // prompt 0.48 in place of 0.58; of 256 as long (Granite Rapids, 4,096 x 4,096 on two threads).
@@ -32,7 +32,7 @@ inline void unpack(const Linear* w, const Units& units, int64_t count, int j, Ma
   for (int64_t g = 0; g < count; g++) {
     const uint8_t* at = units.weight + g * units.bytes;
     int8_t* out = piece.weights[j] + g * w->group * kBlockRows;
-    if (w->bits == 8) unpack_group(EightBits{{at, at}}, units.zero(g), w->group, out);
+    if (w->bits == 8) unpack_group(EightBits{at, at}, units.zero(g), w->group, out);
     else unpack_group(Nibbles{at, at}, units.zero(g), w->group, out);
     f_store(piece.scales[g][j], units.scale(g));
   }

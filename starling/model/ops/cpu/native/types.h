@@ -45,6 +45,11 @@ static inline int64_t unit_index(int64_t blocks, int64_t groups, int64_t group, 
   return stripe_first * groups + panel_first * stripe_blocks + (b - stripe_first) * panel_groups + (g - panel_first);
 }
 
+// How many of `rows` activation rows of `planes` planes each one kernel call takes together, where it takes `most` planes.
+constexpr int rows_of_tile(int rows, int planes, int most) {
+  return rows >= most / planes ? most / planes : rows <= 8 ? rows : rows / 4 * 4;
+}
+
 // A run of activation rows that one kernel call takes together.
 struct Tile {
   int32_t first;   // its first packed row

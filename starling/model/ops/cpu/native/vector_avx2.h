@@ -15,14 +15,13 @@ constexpr int kPlanes = 6;  // twelve sums, to hide the latency of vpdpbusd, and
 #else
 constexpr int kPlanes = 4;
 #endif
-constexpr int kTogether = 1;
 constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 8192;  // two distances, as in vector_avx512.h
 constexpr int kNearBytes = 1024;
 constexpr int kAhead = 32;  // as in vector_avx512.h
 constexpr bool kAskL2 = true;
-constexpr bool kAskUnpacked = false;
+constexpr bool kUnpack = true;
 
 using V = __m256;
 inline V v_zero() { return _mm256_setzero_ps(); }

@@ -20,12 +20,19 @@ constexpr int kNearBytes = 1024;
 // lines at once than L1: a layer at 4,096 positions took 0.70 ms in place of 0.95 (Zen 4).
 constexpr int kAhead = 32;
 constexpr bool kAskL2 = true;
-constexpr bool kAskUnpacked = true;  // tiles that read a block as it was unpacked ask for the next one
-constexpr int kPlanes = 8;           // int8 activation planes in one tile
+// int8 activation planes in one tile, and whether the first of a block's tiles unpacks its weights for the others. With
+// VNNI it is done beside the products, in no time of its own, and they leave registers for 16 planes; where AMX is, steps
+// of more than 8 are left to that.
 #if defined(__AVX512VNNI__)
-constexpr int kTogether = 2;  // blocks of weights that meet an activation while it is in a register
+#if defined(__AMX_INT8__)
+constexpr int kPlanes = 8;
 #else
-constexpr int kTogether = 1;
+constexpr int kPlanes = 16;
+#endif
+constexpr bool kUnpack = false;
+#else
+constexpr int kPlanes = 8;
+constexpr bool kUnpack = true;
 #endif
 
 using V = __m512;  // one machine register of floats, for attention
@@ -126,40 +133,31 @@ inline I four_columns(const int8_t* a) {
 
 // sums[p][row] += sum over k of weight[row][k] * a[k / 4][p][k % 4], k in [0, columns); columns is a multiple of 32.
 #if defined(__AVX512VNNI__)
-template <int B, int P, class Weights>
-STARLING_INLINE void dots(I (*sums)[P], const Weights* weights, const int8_t* a, int columns) {
-  constexpr int kChains = B * P <= 2 ? 4 : B * P <= 4 ? 2 : 1;  // enough sums to hide the latency of vpdpbusd
-  I chains[kChains][B][P];
+template <int P, class Weights>
+STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int columns) {
+  constexpr int kChains = P <= 2 ? 4 : P <= 4 ? 2 : 1;  // enough sums to hide the latency of vpdpbusd
+  I chains[kChains][P];
   for (int c = 0; c < kChains; c++)
-    for (int b = 0; b < B; b++)
-      for (int p = 0; p < P; p++) chains[c][b][p] = c ? i_zero() : sums[b][p];
+    for (int p = 0; p < P; p++) chains[c][p] = c ? i_zero() : sums[p];
   for (int span = 0; span < columns / 32; span++) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-#pragma GCC unroll 2
-      for (int b = 0; b < B; b++) weights[b].prefetch(span * 4 + i);
+      weights.prefetch(span * 4 + i);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
-        I step[B];
-#pragma GCC unroll 2
-        for (int b = 0; b < B; b++) step[b] = weights[b].step(span * 4 + i, half);
-#pragma GCC unroll 8
+        const I step = weights.step(span * 4 + i, half);
+#pragma GCC unroll 16
         for (int p = 0; p < P; p++) {
-          const I x = four_columns(a + ((span * 8 + i * 2 + half) * P + p) * 4);
-#pragma GCC unroll 2
-          for (int b = 0; b < B; b++) {
-            I& sum = chains[(i * 2 + half) % kChains][b][p];
-            sum = _mm512_dpbusd_epi32(sum, step[b], x);
-          }
+          I& sum = chains[(i * 2 + half) % kChains][p];
+          sum = _mm512_dpbusd_epi32(sum, step, four_columns(a + ((span * 8 + i * 2 + half) * P + p) * 4));
         }
       }
     }
   }
-  for (int b = 0; b < B; b++)
-    for (int p = 0; p < P; p++) {
-      for (int c = 1; c < kChains; c++) chains[0][b][p] = i_add(chains[0][b][p], chains[c][b][p]);
-      sums[b][p] = chains[0][b][p];
-    }
+  for (int p = 0; p < P; p++) {
+    for (int c = 1; c < kChains; c++) chains[0][p] = i_add(chains[0][p], chains[c][p]);
+    sums[p] = chains[0][p];
+  }
 }
 #else
 template <int P, class Weights>

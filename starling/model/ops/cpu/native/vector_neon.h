@@ -11,14 +11,13 @@ constexpr int kLanes = 4;
 constexpr int kDepth = 4;
 constexpr int kKeys = 4;
 constexpr int kPlanes = 4;
-constexpr int kTogether = 1;
 constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
 constexpr int kNearBytes = 0;  // one distance
 constexpr int kAhead = 24;
 constexpr bool kAskL2 = false;  // not measured here
-constexpr bool kAskUnpacked = false;
+constexpr bool kUnpack = true;
 
 using V = float32x4_t;
 inline V v_zero() { return vdupq_n_f32(0); }

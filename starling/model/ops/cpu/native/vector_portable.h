@@ -15,14 +15,13 @@ constexpr int kLanes = 4;
 constexpr int kDepth = 4;
 constexpr int kKeys = 2;
 constexpr int kPlanes = 4;
-constexpr int kTogether = 1;
 constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
 constexpr int kNearBytes = 0;  // one distance
 constexpr int kAhead = 24;
 constexpr bool kAskL2 = false;  // no faster: its arithmetic takes longer than memory
-constexpr bool kAskUnpacked = false;
+constexpr bool kUnpack = true;
 
 inline float float_of_half(uint16_t h) {
   uint32_t bits = (uint32_t)(h & 0x7fff) << 13;

@@ -16,31 +16,45 @@ STARLING_INLINE void ask_for(const uint8_t* ahead, const uint8_t* at) {
 
 struct Nibbles {  // 64 bytes: 16 rows x 8 columns of 4 bits
   static constexpr bool kEight = false;
-  static constexpr int kColumnBytes = 8, kAheadBytes = 8;  // of `at` and of `ahead` for each column
   const uint8_t* at;
   const uint8_t* ahead;  // what to ask for while `at` is read
+  inline Nibbles after(int64_t columns) const { return {at + columns * 8, ahead + columns * 8}; }
   inline I step(int pair, int half) const { return i_nibbles(i_load(at + pair * 64), half); }
   STARLING_INLINE void prefetch(int pair) const { ask_for(ahead + pair * 64, at + pair * 64); }
 };
-struct Bytes {  // 64 bytes: 16 rows x 4 columns of 8 bits, of which nibbles unpacked to L1 use 4
-  static constexpr bool kEight = false;
-  static constexpr int kColumnBytes = 16, kAheadBytes = 8;
+struct EightBits {  // 64 bytes: 16 rows x 4 columns of 8 bits
+  static constexpr bool kEight = true;
   const uint8_t* at;
   const uint8_t* ahead;
+  inline EightBits after(int64_t columns) const { return {at + columns * 16, ahead + columns * 16}; }
   inline I step(int pair, int half) const { return i_load(at + pair * 128 + half * 64); }
-  STARLING_INLINE void prefetch(int pair) const {
-    if constexpr (kAskUnpacked) __builtin_prefetch(ahead + pair * 64, 0, 2);
-  }
-};
-struct EightBits : Bytes {
-  static constexpr bool kEight = true;
-  static constexpr int kAheadBytes = 16;
   STARLING_INLINE void prefetch(int pair) const {
     if constexpr (kNearBytes > 0) {
 #pragma GCC unroll 2
       for (int line = 0; line < 128; line += 64) ask_for(ahead + pair * 128 + line, at + pair * 128 + line);
     }
   }
+};
+
+// Nibbles, written to `out` one to a byte besides; and read from there, in L1.
+struct Unpacking {
+  static constexpr bool kEight = false;
+  Nibbles packed;
+  uint8_t* out;
+  inline Unpacking after(int64_t columns) const { return {packed.after(columns), out + columns * 16}; }
+  inline I step(int pair, int half) const {
+    const I step = packed.step(pair, half);
+    i_store(out + pair * 128 + half * 64, step);
+    return step;
+  }
+  STARLING_INLINE void prefetch(int pair) const { packed.prefetch(pair); }
+};
+struct Unpacked {
+  static constexpr bool kEight = false;
+  const uint8_t* at;
+  inline Unpacked after(int64_t columns) const { return {at + columns * 16}; }
+  inline I step(int pair, int half) const { return i_load(at + pair * 128 + half * 64); }
+  STARLING_INLINE void prefetch(int) const {}
 };
 
 }  // namespace
