@@ -12,8 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -88,6 +89,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """Ctrl-C and its like wait for the block's end: a process that has begun, say, is then known to who ends it."""
+    if threading.current_thread() is not threading.main_thread():  # only that one is interrupted
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
+
+
 class LocalServer:
     """The server on a free port of the loopback device, from `start` to `stop`.
 
@@ -123,24 +142,25 @@ class LocalServer:
         place_schema(self._root)
         with tempfile.NamedTemporaryFile(prefix="starling-server-", suffix=".log", delete=False) as log:
             self._log_path = Path(log.name)
-            self.process = subprocess.Popen(
-                [sys.executable, *COMMAND, "127.0.0.1"],
-                cwd=self._root,
-                env=self._environ,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            with held_signals():
+                self.process = subprocess.Popen(
+                    [sys.executable, *COMMAND, "127.0.0.1"],
+                    cwd=self._root,
+                    env=self._environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
 
     def start(self, timeout_s: float = 900, waiting: Callable[[float], None] = lambda seconds: None) -> None:
         """Start the process and wait until it is ready; `waiting` is called with the seconds so far.
 
         Raises ServerError with the end of the log when it fails or takes longer than timeout_s.
         """
-        self.spawn()
         begun_s = time.monotonic()
         try:
+            self.spawn()
             while (status := self.health().get("status")) not in ("READY", "BUSY"):
                 waited_s = time.monotonic() - begun_s
                 if status == "SETUP_FAILED" or self.process is None or self.process.poll() is not None:
@@ -163,18 +183,26 @@ class LocalServer:
         return body
 
     def stop(self, timeout_s: float = 30) -> None:
-        """End the server: running predictions finish within timeout_s, then everything is killed. The log stays."""
-        if self.process is None or self._log_path is None:
+        """End the server: running predictions finish within timeout_s, then everything is killed. The log stays.
+
+        An exception meanwhile, as Ctrl-C raises, has it killed at once.
+        """
+        if self._log_path is None:
             return
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # also a worker that outlived its parent
-        self.process.wait()
-        self._log = self.log
-        self._log_path.unlink()
-        self._log_path = None
+        try:
+            if self.process is not None:
+                self.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(timeout_s)
+        finally:
+            with held_signals():
+                if self.process is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self.process.pid, signal.SIGKILL)  # also a worker that outlived its parent
+                    self.process.wait()
+                self._log = self.log
+                self._log_path.unlink()
+                self._log_path = None
 
     def _tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.splitlines()[-lines:])

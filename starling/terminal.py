@@ -139,11 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
     inputs: dict[str, object] = {"mode": "code" if options.code else "chat"}
     if options.temperature is not None:
         inputs["temperature"] = options.temperature
-    with contextlib.ExitStack() as cleanup:
-        try:
-            if prompt is None and not sys.stdin.isatty():
-                prompt = sys.stdin.read().strip()
-            Request.parse(prompt="Hello" if prompt is None else prompt, **inputs)  # before a server is started for it
+    try:
+        if prompt is None and not sys.stdin.isatty():
+            prompt = sys.stdin.read().strip()
+        Request.parse(prompt="Hello" if prompt is None else prompt, **inputs)  # before a server is started for it
+        with contextlib.ExitStack() as cleanup:
             url = options.url
             if url is None:
                 environ = {"STARLING_WEIGHTS": str(options.weights.resolve())}
@@ -155,26 +155,25 @@ def main(arguments: list[str] | None = None) -> int:
                 cleanup.callback(server.stop)
                 start(server)
                 url = server.url
-            client = Client(url)
-            cleanup.callback(client.close)
+            client = cleanup.enter_context(contextlib.closing(Client(url)))
             if prompt is None:
                 with contextlib.suppress(ImportError):
                     import readline  # noqa: F401 - input() then edits and recalls lines
                 chat(client, **inputs)
             else:
                 show(client, prompt=prompt, **inputs)
-        except BrokenPipeError:  # who reads the output has seen enough
-            discard_output()
-            return 128 + signal.SIGPIPE
-        except OSError as error:  # the disk that it goes to is full, say
-            discard_output()
-            print(f"\n{error}", file=sys.stderr)
-            return 1
-        except StarlingError as error:
-            print(f"\n{error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 130
+    except BrokenPipeError:  # who reads the output has seen enough
+        discard_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # the disk that it goes to is full, say
+        discard_output()
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except StarlingError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -82,13 +83,73 @@ def test_the_local_server_tells_why_it_did_not_start(tmp_path: Path) -> None:
         LocalServer(environ={"STARLING_WEIGHTS": str(tmp_path)}).start(timeout_s=HANG_S)
 
 
-def test_a_server_that_is_late_is_ended_and_its_log_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the servers' logs, and of nothing else."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    server = LocalServer(environ={"STARLING_WEIGHTS": str(tmp_path)})
+    return tmp_path
+
+
+def test_a_server_that_is_late_is_ended_and_its_log_kept(logs: Path) -> None:
+    server = LocalServer(environ={"STARLING_WEIGHTS": str(logs)})
     with pytest.raises(ServerError, match="is not ready after 0 s"):
         server.start(timeout_s=0)
     assert server.process is not None and server.process.poll() is not None
-    assert not list(tmp_path.iterdir()) and isinstance(server.log, str)
+    assert not list(logs.iterdir()) and isinstance(server.log, str)
+
+
+INTERRUPTS_WHO_STOPS_IT = """
+import os, signal, time
+
+def interrupt(number, frame):
+    print("SIGTERM", flush=True)
+    os.kill(os.getppid(), signal.SIGINT)
+
+signal.signal(signal.SIGTERM, interrupt)
+print("began", flush=True)
+while True:
+    time.sleep(3600)
+"""
+
+
+def test_ctrl_c_during_a_stop_kills_the_server_at_once(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starling.local_server.COMMAND", ("-c", INTERRUPTS_WHO_STOPS_IT))
+    server = LocalServer()
+    server.spawn()
+    assert server.process is not None
+    try:
+        wait_for(lambda: "began" in server.log)
+        with pytest.raises(KeyboardInterrupt):
+            server.stop(timeout_s=3600)
+        assert server.process.poll() == -signal.SIGKILL
+        assert server.log == "began\nSIGTERM\n" and not list(logs.iterdir())
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def test_ctrl_c_right_after_the_process_began_ends_it(logs: Path) -> None:
+    class Interrupted(LocalServer):
+        def spawn(self) -> None:
+            super().spawn()
+            raise KeyboardInterrupt
+
+    server = Interrupted()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            server.start()
+        assert server.process is not None and server.process.poll() is not None
+        assert not list(logs.iterdir())
+    finally:
+        server.stop()
+
+
+def test_a_process_that_cannot_begin_leaves_no_log(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = LocalServer()
+    monkeypatch.setattr("sys.executable", "/absent")
+    with pytest.raises(FileNotFoundError):
+        server.start()
+    assert not list(logs.iterdir())
 
 
 def test_a_server_that_ends_is_waited_for_no_longer() -> None:

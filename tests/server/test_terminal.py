@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -242,6 +242,114 @@ def test_a_chat_and_both_uses_of_ctrl_c(echo: Echo, terminals: list[Terminal]) -
 
     terminal.interrupt()
     assert terminal.process.wait(HANG_S) == 0
+
+
+class WithStubbornServer:
+    """A terminal that starts the stubborn server as its own. All that they leave behind would be in `folder`."""
+
+    # A stop that waits for the server's end would wait for an hour.
+    CODE = """
+import os, runpy, signal, subprocess
+from starling import local_server
+local_server.COMMAND = ("tests/server/stubborn_server.py",)
+local_server.LocalServer.stop.__defaults__ = (3600,)
+"""
+    # Ctrl-C when the process lives, and nobody has been told yet.
+    INTERRUPT_ITS_START = """
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+subprocess.Popen = Popen
+"""
+    RUN = "runpy.run_module('starling.terminal', run_name='__main__')"
+
+    def __init__(self, folder: Path, weights: Path, status: str, more: str = "") -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE + more + self.RUN, "--weights", str(weights), "hello"],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(folder), "STUBBORN_STATUS": status},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def send_once_logged(self, line: str, number: int) -> None:
+        """A signal, once the server's log has the line. Not if the terminal has ended."""
+        wait_for(lambda: self.process.poll() is not None or line in self.log())
+        self.process.send_signal(number)
+
+    def log(self) -> str:
+        with contextlib.suppress(FileNotFoundError):  # it is removed meanwhile
+            return "".join(path.read_text() for path in self.folder.iterdir())
+        return ""
+
+    def left_behind(self) -> list[object]:
+        processes = psutil.process_iter(["environ"])
+        left = [process for process in processes if (process.info["environ"] or {}).get("TMPDIR") == str(self.folder)]
+        return [*left, *self.folder.iterdir()]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        for process in self.left_behind():
+            if isinstance(process, psutil.Process):
+                process.kill()
+
+
+@pytest.fixture
+def stubborn(tmp_path: Path, tiny_folder: Path) -> Iterator[Callable[..., WithStubbornServer]]:
+    begun: list[WithStubbornServer] = []
+
+    def begin(status: str, more: str = "") -> WithStubbornServer:
+        begun.append(WithStubbornServer(tmp_path, tiny_folder, status, more))
+        return begun[-1]
+
+    yield begin
+    for terminal in begun:
+        terminal.close()
+
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+Stubborn = Callable[..., WithStubbornServer]
+
+
+@SIGNALS
+def test_a_second_ctrl_c_kills_a_server_that_was_starting(stubborn: Stubborn, number: signal.Signals) -> None:
+    terminal = stubborn("STARTING")
+    terminal.send_once_logged("GET /health-check", number)
+    terminal.send_once_logged("SIGTERM", number)
+    assert terminal.process.communicate(timeout=HANG_S) == ("", "")
+    assert terminal.process.returncode == 128 + number
+    assert not terminal.left_behind()
+
+
+@SIGNALS
+def test_ctrl_c_after_the_answer_kills_a_server_that_is_stopping(stubborn: Stubborn, number: signal.Signals) -> None:
+    terminal = stubborn("READY")
+    terminal.send_once_logged("SIGTERM", number)
+    output, told = terminal.process.communicate(timeout=HANG_S)
+    assert output == "hello\n" and "Traceback" not in told
+    assert terminal.process.returncode == 128 + number
+    assert not terminal.left_behind()
+
+
+def test_ctrl_c_while_a_server_that_failed_is_stopping_is_how_it_ends(stubborn: Stubborn) -> None:
+    terminal = stubborn("SETUP_FAILED")
+    terminal.send_once_logged("SIGTERM", signal.SIGINT)
+    assert terminal.process.communicate(timeout=HANG_S) == ("", "")
+    assert terminal.process.returncode == 128 + signal.SIGINT
+    assert not terminal.left_behind()
+
+
+def test_ctrl_c_before_its_server_s_process_is_known_waits_until_it_is(stubborn: Stubborn) -> None:
+    terminal = stubborn("STARTING", WithStubbornServer.INTERRUPT_ITS_START)
+    terminal.send_once_logged("SIGTERM", signal.SIGINT)
+    assert terminal.process.communicate(timeout=HANG_S) == ("", "")
+    assert terminal.process.returncode == 128 + signal.SIGINT
+    assert not terminal.left_behind()
 
 
 def test_earlier_turns_are_sent_along(echo: Echo, terminals: list[Terminal]) -> None:
