@@ -138,16 +138,15 @@ def build(path: Path, arch: int) -> Path:
 
 
 def compiled(name: str, header: Path, text: str = "") -> Path:
-    """The shared library of the C++ `text` after `header`, from a cache if it is there."""
+    """The shared library of the C++ `text` after `header`, from a cache if it is there: also another checkout's."""
     compiler = find_compiler()
     assert compiler is not None
-    text = f'#include "{header}"\n{text}'
     digest = hashlib.sha256(repr((FLAGS, text)).encode() + header.read_bytes())
 
     def build(path: Path) -> None:
         wrapper = path.with_suffix(".cpp")
         wrapper.write_text(text)
-        command = [*compiler, *FLAGS, str(wrapper), "-o", str(path)]
+        command = [*compiler, *FLAGS, "-include", str(header), str(wrapper), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert not done.returncode, done.stderr
 

@@ -2,14 +2,16 @@
 
 import ctypes
 import functools
-import tempfile
+import hashlib
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
+from starling.model.ops.build_cache import kept
 from starling.model.ops.cpu import CpuOps, library
 from starling.model.ops.cpu.compiler import FLAGS, NATIVE, find_compiler
+from starling.model.ops.cpu.compiler import _key as key
 from starling.model.ops.cpu.compiler import _machine as machine
 from starling.model.ops.cpu.compiler import _run as run
 
@@ -32,9 +34,12 @@ def ops_of(isa: str, threads: int, precision: str, kv_dtype: torch.dtype = torch
 
 @functools.cache
 def _emulated() -> ctypes.CDLL:
-    """kernels.cpp with a matrix unit, on the portable vectors, so that any x86 machine runs it."""
-    command = (*(find_compiler() or ()), *FLAGS, "-O1", "-mamx-tile", "-mamx-int8", "-include", str(TILES), "-shared")
-    with tempfile.TemporaryDirectory() as folder:  # the library stays loaded
-        path = f"{folder}/kernels.so"
-        run((*command, str(NATIVE / "kernels.cpp"), "-o", path))
-        return ctypes.CDLL(path)
+    """kernels.cpp with a matrix unit, on the portable vectors, so that any x86 machine runs it; from a cache."""
+    flags = (*FLAGS, "-O1", "-mamx-tile", "-mamx-int8", "-shared")
+    digest = hashlib.sha256(repr((key(), flags)).encode() + TILES.read_bytes())
+
+    def build(path: Path) -> None:
+        compiler = find_compiler() or ()
+        run((*compiler, *flags, "-include", str(TILES), str(NATIVE / "kernels.cpp"), "-o", str(path)))
+
+    return ctypes.CDLL(str(kept(f"starling-emulated-amx-{digest.hexdigest()[:20]}.so", build)))
