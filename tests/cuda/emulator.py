@@ -21,6 +21,8 @@ from starling.model.ops.cuda import CudaOps
 from starling.model.ops.cuda.driver import Arguments
 from starling.model.ops.cuda.module import Argument, Grid
 from starling.model.ops.cuda.nvrtc import NATIVE
+from starling.model.ops.cuda.nvrtc import _key as nvrtc_key
+from tests.cuda import ptx
 from tests.cuda.ptx import ptx_of, translate
 
 HEADER = Path(__file__).with_name("emulated_device.h")
@@ -132,20 +134,29 @@ class EmulatedStream:
 @lru_cache(maxsize=32)
 def build(path: Path, arch: int) -> Path:
     """The shared library of a .cu file's kernels, as they are for compute capability `arch`."""
-    kernels = map(KERNEL_CALLS.format, KERNEL.findall(path.read_text(encoding="utf-8")))
-    text = "\n".join(["using namespace emulator;", translate(ptx_of(str(path.with_suffix("")), arch)), *kernels, CALLS])
-    return compiled(f"{path.stem}-{arch}", HEADER, text)
+    source = str(path.with_suffix(""))
+
+    def text() -> str:
+        kernels = map(KERNEL_CALLS.format, KERNEL.findall(path.read_text(encoding="utf-8")))
+        return "\n".join(["using namespace emulator;", translate(ptx_of(source, arch)), *kernels, CALLS])
+
+    # Of what the text is made from: to make it takes a second, of NVRTC and in translate.
+    translators = [Path(file).read_bytes() for file in (ptx.__file__, __file__)]
+    return compiled(f"{path.stem}-{arch}", HEADER, text, key=(nvrtc_key(source), translators))
 
 
-def compiled(name: str, header: Path, text: str = "") -> Path:
-    """The shared library of the C++ `text` after `header`, from a cache if it is there: also another checkout's."""
+def compiled(name: str, header: Path, text: Callable[[], str] = lambda: "", key: object = None) -> Path:
+    """The shared library of C++, `text` after `header`; from a cache, also another checkout's, if it is there.
+
+    `key` changes with the text, which is not asked for where the library is found.
+    """
     compiler = find_compiler()
     assert compiler is not None
-    digest = hashlib.sha256(repr((FLAGS, text)).encode() + header.read_bytes())
+    digest = hashlib.sha256(repr((FLAGS, key)).encode() + header.read_bytes())
 
     def build(path: Path) -> None:
         wrapper = path.with_suffix(".cpp")
-        wrapper.write_text(text)
+        wrapper.write_text(text())
         command = [*compiler, *FLAGS, "-include", str(header), str(wrapper), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert not done.returncode, done.stderr
