@@ -83,7 +83,7 @@ class Predictor(BasePredictor):
             default=1.0, ge=0.1, le=10, description="Above 1, tokens of prompt and answer become less likely. 1 is off."
         ),
         stop_sequences: str = Input(
-            default="", description="Texts that end the answer: a JSON list of strings, or separated by commas."
+            default="", description='Texts that end the answer, separated by commas, or as a JSON list: ["one", "two"].'
         ),
         seed: int | None = Input(
             default=None, ge=0, le=4294967295, description="Repeats an answer. Blank is random; the metrics tell which."

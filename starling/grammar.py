@@ -34,6 +34,11 @@ KEYWORDS = {
     "minProperties", "minimum", "multipleOf", "oneOf", "pattern", "patternProperties", "prefixItems", "properties",
     "required", "type",
 }  # fmt: skip
+# What JSON Schema knows besides, and an answer is not made to follow: llguidance refuses these by name.
+REFUSED = {
+    "contains", "dependencies", "dependentRequired", "dependentSchemas", "else", "if", "maxContains", "minContains",
+    "not", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
+}  # fmt: skip
 NAMING = {"$defs", "definitions", "patternProperties", "properties"}  # whose keys are names, whatever they are
 FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
 
@@ -55,6 +60,7 @@ PLACE = r'^at \d+\(\d+\): (invalid regex ".*" \(in regex\): |failed to compile J
 # What does not say to whoever wrote the schema or regex what to change.
 REWORDED = {
     r"Failed to generate regex for (\w+) range: .*": r"a bound (\1) is too large; 17 digits are safe",
+    r".*NoExtensionBias.*": "no text matches it",
     r"lookarounds not supported yet; \w+": r"^ and $ can stand only at its ends or an alternative's, \\b nowhere,",
 }
 
@@ -116,8 +122,8 @@ def _json_grammar(schema: str) -> str:
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python reads
         raise RequestError(f"json_schema is not JSON: {error}. Give a JSON Schema as text.") from None
     if not isinstance(parsed, dict):
-        raise RequestError(f"json_schema is a JSON {type(parsed).__name__}; give an object that is a JSON Schema.")
-    if parsed and not KEYWORDS & parsed.keys():
+        raise RequestError(f"json_schema is {schema.strip()[:100]}; give an object that is a JSON Schema.")
+    if parsed and not (KEYWORDS | REFUSED) & parsed.keys():
         raise RequestError(
             f"json_schema's keys ({', '.join(parsed)[:200]}) are none that an answer can follow. Put the schema itself "
             'at the top, as in {"type": "object", …}; {} stands for any JSON.'
@@ -125,7 +131,7 @@ def _json_grammar(schema: str) -> str:
     _check_cost(objects)
     _check_counts(objects)
     _check_constants(parsed)
-    _drop_unknown_formats(parsed)
+    _drop_what_asks_nothing(parsed)
     try:
         schema = json.dumps({**parsed, "x-guidance": OPTIONS}, allow_nan=False)
     except ValueError:  # Python reads NaN, Infinity and 1e400
@@ -184,9 +190,11 @@ def _check_constants(schema: dict[str, Any]) -> None:
                     pending += values
 
 
-def _drop_unknown_formats(schema: dict[str, Any]) -> None:
-    """Such as password or uri-reference: to JSON Schema they are annotations, and llguidance refuses them."""
+def _drop_what_asks_nothing(schema: dict[str, Any]) -> None:
+    """And llguidance refuses: a false uniqueItems; formats it does not know, which to JSON Schema are annotations."""
     for found in _schemas(schema):
+        if found.get("uniqueItems") is False:
+            del found["uniqueItems"]
         if isinstance(name := found.get("format"), str) and name not in FORMATS:
             del found["format"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from starling import tokenizer_json
 from starling.errors import RequestError
-from starling.grammar import FORMATS, KEYWORDS, Grammars
+from starling.grammar import FORMATS, KEYWORDS, REFUSED, Grammars
 from starling.request import Request
 from starling.tokenizer import Tokenizer
 
@@ -121,6 +121,17 @@ def test_a_schema_that_says_nothing_is_refused(follows: Follows, schema: dict[st
     with pytest.raises(RequestError, match=r"keys \(.*\) are none that .* Put the schema itself at the top"):
         follows("{}", schema)
     assert follows("{}", {})
+
+
+@pytest.mark.parametrize("keyword", sorted(REFUSED))
+def test_what_cannot_be_followed_is_refused_by_name(follows: Follows, keyword: str) -> None:
+    with pytest.raises(RequestError, match=rf'cannot be followed: Unimplemented keys: \["{keyword}"\]'):
+        follows("1", {keyword: {}})
+
+
+def test_values_need_not_be_unique_where_nobody_asks(follows: Follows) -> None:
+    assert follows("[[1, 1]]", {"uniqueItems": False, "items": {"type": "array", "uniqueItems": False}})
+    assert follows('{"uniqueItems": 1}', {"type": "object", "properties": {"uniqueItems": {"const": 1}}})
 
 
 @pytest.mark.parametrize("keyword", sorted(KEYWORDS - {"const"}))

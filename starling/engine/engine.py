@@ -149,7 +149,8 @@ class Engine:
         check_request(prompt, max_tokens, self._context_limit, self._vocab_size)
         if not self._scheduler.fits(len(prompt), max_tokens):
             cache = self._scheduler.cache
-            raise no_room(len(prompt), max_tokens, "this server's KV cache", cache.blocks * cache.block_size)
+            where = "this server's KV cache (STARLING_KV_CACHE_BYTES)"
+            raise no_room(len(prompt), max_tokens, where, cache.blocks * cache.block_size)
         self._watch.refuse_if_hung()
 
     def submit(

@@ -27,4 +27,6 @@ class StepWatch:
     def refuse_if_hung(self) -> None:
         """Raises EngineStoppedError while a step hangs."""
         if self.hangs:
-            raise EngineStoppedError("The engine hangs in a step and takes no requests. Restart the container.")
+            raise EngineStoppedError(
+                "The engine hangs in a step and takes no requests. Ask again; if this stays, restart the container."
+            )

@@ -16,10 +16,12 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2] / "weights"
 LOCK_PATH = ROOT / "starling-lm-7b-alpha-awq.lock"
+OTHERWISE = (
+    "name the folder of an AWQ checkpoint in STARLING_WEIGHTS. To try it without them, run scripts/demo in a checkout."
+)
 REMEDY = (
-    "Fetch them with `python -m starling weights pull`, let the start do it with STARLING_ALLOW_DOWNLOAD=1, or name "
-    "the folder of an AWQ checkpoint in STARLING_WEIGHTS. "
-    "To try it without them, run scripts/demo in a checkout."
+    "Fetch them with `python -m starling weights pull`, let the start do it with STARLING_ALLOW_DOWNLOAD=1, or "
+    f"{OTHERWISE}"
 )
 EXPLICIT_REMEDY = (
     "Name the folder of an AWQ checkpoint there, or unset it: then those are served that "
@@ -75,7 +77,7 @@ def locate(
     try:
         return _located(folder, "downloaded", pull(lock, folder, where, patience))
     except WeightsError as error:
-        raise WeightsError(f"{error}\n{REMEDY}") from error
+        raise WeightsError(f"{error}\nOr {OTHERWISE}") from error
 
 
 def locate_weights(settings: Settings) -> Located:
