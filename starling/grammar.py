@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
 from starling.errors import RequestError
-from starling.request import Request
+from starling.request import MAX_REGEX_BYTES, Request
 from starling.tokenizer import Tokenizer
 
 # One space or line break at most between two parts: without a bound, a small model can write spaces for ever.
@@ -48,13 +48,16 @@ FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6",
 LIMITS = LLParserLimits(
     step_lexer_fuel=300_000, step_max_items=10_000, max_grammar_size=10_000, max_lexer_states=50_000
 )
-# What none of its limits bounds as it compiles: each pattern of properties is compared with each other (500 take 30 s),
-# and each remainder is a state (999,983 take 6 s and 400 MB; of 150 numbers below the limit none took more than 1.2 s).
-# Of a large one between large bounds (86,400 within a year) the search may still end with the fuel, in the answer.
+# What none of its limits bounds as it compiles. Each pattern of properties is compared with each other (500 take 30 s).
+# Patterns that hold for one text are joined, and each may double what that takes (24 take 55 s and 4 GB; of 12 and more
+# none were seen that it could join in the end). A long one takes the square of its length (64 KiB: 13 s). And each
+# remainder is a state (999,983 take 6 s and 400 MB; of 150 numbers below the limit none took more than 1.2 s); of a
+# large one between large bounds (86,400 within a year) the search may still end with the fuel, in the answer.
 MAX_PATTERNS = 16
+MAX_PATTERN_BYTES = MAX_REGEX_BYTES
 MAX_MULTIPLE = 100_000
 LARGEST_INTEGER = 2**53  # its constants are float64
-JOINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}  # two schemas may hold for one number
+JOINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}  # two schemas may hold for one value
 # How llguidance's errors begin: a line and column of the grammar that we wrote.
 PLACE = r'^at \d+\(\d+\): (invalid regex ".*" \(in regex\): |failed to compile JSON schema: )?'
 # What does not say to whoever wrote the schema or regex what to change.
@@ -147,10 +150,24 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
             f"json_schema has {patterns} patterns in patternProperties; at most {MAX_PATTERNS} are accepted. "
             "Name the properties, or drop some patterns."
         )
+    texts = {str(found[key]) for found in objects for key in ("pattern", "format") if key in found}
+    if len(texts) > MAX_PATTERNS and any(map(_joins, objects)):
+        raise RequestError(
+            f"json_schema has {len(texts)} different patterns and formats, some of which allOf, anyOf, oneOf, $ref or "
+            f"patternProperties may join for one text; then at most {MAX_PATTERNS} are accepted. Drop some."
+        )
+    texts |= {key for found in objects if isinstance(each := found.get("patternProperties"), dict) for key in each}
+    size = sum(len(text.encode("utf-8", errors="surrogatepass")) for text in texts)
+    if size > MAX_PATTERN_BYTES:
+        raise RequestError(
+            f"json_schema's patterns hold {size} bytes; at most {MAX_PATTERN_BYTES} are accepted. Shorten them."
+        )
     multiples: list[Any] = [each for found in objects if type(each := found.get("multipleOf")) in (int, float)]
     digits = set(map(_digits, multiples))
     # Two that hold for one number are joined to their least common multiple; of 0.25 and 0.5 that is 25 * 2 here.
-    joined = math.lcm(*digits)
+    joined = 1
+    for each in digits:  # not all in one call, which of large ones holds Python's lock for half a second
+        joined = min(math.lcm(joined, each), MAX_MULTIPLE + 1)
     if not any(JOINING & found.keys() for found in objects):
         joined = min(joined, sum(digits))
     if joined > MAX_MULTIPLE:
@@ -158,6 +175,15 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
             f"json_schema's values of multipleOf come to more than {MAX_MULTIPLE}, decimal points not counted: "
             "in sum, or as their least common multiple where two may hold for one number. Use smaller or fewer ones."
         )
+
+
+def _joins(found: dict[str, Any]) -> bool:
+    """Whether this object, as a schema, may lay two others on one value, or itself beside another."""
+    if "patternProperties" in found:
+        return True
+    parts = len(each) if isinstance(each := found.get("allOf"), list) else 0
+    parts += len({"anyOf", "oneOf", "$ref"} & found.keys())
+    return parts > 1 or (parts == 1 and bool((KEYWORDS - JOINING - {"type"}) & found.keys()))
 
 
 def _check_counts(objects: list[dict[str, Any]]) -> None:

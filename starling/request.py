@@ -14,7 +14,8 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_MESSAGES = 1024
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
-MAX_GRAMMAR_BYTES = 64 << 10
+MAX_SCHEMA_BYTES = 64 << 10
+MAX_REGEX_BYTES = 16 << 10  # to compile it takes the square of its length: a second at most
 OLD_NAMES = {"max_new_tokens": "max_tokens"}
 
 
@@ -94,31 +95,30 @@ class Request(BaseModel):
             if value is None:
                 continue
             default = cls.model_fields[name].default  # Cog's form sends it where nothing is given
-            if given.get(name, default) not in (value, default):
-                raise ValueError(f"{name} is {given[name]} and {old}, its old name, is {value}. Give one of them")
+            both = (given.get(name, default), value)
+            if all(isinstance(each, int) for each in both) and both[0] not in (value, default):
+                raise ValueError(f"{name} is {both[0]} and {old}, its old name, is {value}. Give one of them")
             given[name] = value
         return given
 
     @model_validator(mode="after")
     def _consistent(self) -> "Request":
-        text_bytes = sum(
-            len(text.encode("utf-8", errors="surrogatepass"))
-            for text in (
-                self.prompt,
-                self.system_prompt,
-                self.prompt_template or "",
-                *(m.content for m in self.messages),
-            )
+        template = self.prompt_template or ""
+        text_bytes = (
+            _size(self.prompt) * max(1, template.count("{prompt}"))
+            + _size(self.system_prompt) * max(1, template.count("{system_prompt}"))
+            + _size(template)
+            + sum(_size(message.content) for message in self.messages)
         )
         if text_bytes > MAX_TEXT_BYTES:
             raise ValueError(
-                f"prompt, system_prompt, messages and prompt_template hold {text_bytes} bytes together; "
-                f"at most {MAX_TEXT_BYTES} are accepted. Shorten them"
+                f"prompt, system_prompt, messages and prompt_template hold {text_bytes} bytes together, "
+                f"each as often as the template has it; at most {MAX_TEXT_BYTES} are accepted. Shorten them"
             )
-        for name in ("json_schema", "regex"):
+        for name, most in (("json_schema", MAX_SCHEMA_BYTES), ("regex", MAX_REGEX_BYTES)):
             grammar = getattr(self, name)
-            if grammar is not None and len(grammar.encode("utf-8", errors="surrogatepass")) > MAX_GRAMMAR_BYTES:
-                raise ValueError(f"{name} is longer than {MAX_GRAMMAR_BYTES} bytes. Shorten it")
+            if grammar is not None and _size(grammar) > most:
+                raise ValueError(f"{name} is longer than {most} bytes. Shorten it")
         if self.json_schema is not None and self.regex is not None:
             raise ValueError("json_schema and regex are both given; an answer can follow one of them. Drop the other")
         if not self.prompt and not self.messages:
@@ -151,6 +151,10 @@ class Request(BaseModel):
             raise ValueError("prompt_template and messages are both given; a template wraps one prompt. Drop one")
         if self.system_prompt and "{system_prompt}" not in template:
             raise ValueError("system_prompt is given, but prompt_template has no {system_prompt}. Add it, or drop one")
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8", errors="surrogatepass"))
 
 
 def _fault(error: Any) -> str:

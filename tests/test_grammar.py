@@ -129,6 +129,17 @@ def test_what_cannot_be_followed_is_refused_by_name(follows: Follows, keyword: s
         follows("1", {keyword: {}})
 
 
+def test_patterns_that_meet_in_no_text_are_not_counted(follows: Follows) -> None:
+    """As generators write them: a property that may be null, and one that a $ref describes."""
+    named = {f"Kind{i}": {"type": "string", "pattern": f"^{i}[a-z]*$", "title": "Kind"} for i in range(20)}
+    fields = {f"a{i}": {"anyOf": [{"$ref": f"#/$defs/Kind{i}"}, {"type": "null"}], "default": None} for i in range(20)}
+    fields |= {f"b{i}": {"$ref": f"#/$defs/Kind{i}", "description": "A kind."} for i in range(20)}
+    fields |= {f"c{i}": {"allOf": [{"$ref": f"#/$defs/Kind{i}"}], "title": "C"} for i in range(20)}
+    schema = {"$defs": named, "type": "object", "properties": fields, "additionalProperties": False}
+    assert follows('{"a1": "1x", "b2": "2y", "c3": "3z"}', schema)
+    assert not follows('{"c3": "2z"}', schema)
+
+
 def test_values_need_not_be_unique_where_nobody_asks(follows: Follows) -> None:
     assert follows("[[1, 1]]", {"uniqueItems": False, "items": {"type": "array", "uniqueItems": False}})
     assert follows('{"uniqueItems": 1}', {"type": "object", "properties": {"uniqueItems": {"const": 1}}})

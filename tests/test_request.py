@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 
 from starling.errors import RequestError
-from starling.request import MAX_GRAMMAR_BYTES, MAX_MESSAGES, MAX_STOP_SEQUENCES, MAX_TEXT_BYTES, Request
+from starling.request import (
+    MAX_MESSAGES,
+    MAX_REGEX_BYTES,
+    MAX_SCHEMA_BYTES,
+    MAX_STOP_SEQUENCES,
+    MAX_TEXT_BYTES,
+    Request,
+)
 
 USER = {"role": "user", "content": "Hello"}
 ASSISTANT = {"role": "assistant", "content": "Hi"}
@@ -66,8 +73,10 @@ def test_stop_sequences(written: Any, meant: tuple[str, ...]) -> None:
         ({"messages": [USER] * (MAX_MESSAGES + 1)}, ["messages: 1025 are given; at most 1024", "Drop"]),
         ({"prompt": "x" * (MAX_TEXT_BYTES + 1)}, [str(MAX_TEXT_BYTES + 1), str(MAX_TEXT_BYTES), "Shorten"]),
         ({"prompt": "x", "json_schema": "{}", "regex": "a"}, ["json_schema and regex"]),
-        ({"prompt": "x", "regex": "ü" * (MAX_GRAMMAR_BYTES // 2 + 1)}, ["regex is longer than 65536 bytes", "Shorten"]),
-        ({"prompt": "x", "json_schema": "ü" * (MAX_GRAMMAR_BYTES // 2 + 1)}, ["json_schema is longer", "Shorten"]),
+        ({"prompt": "x", "regex": "ü" * (MAX_REGEX_BYTES // 2 + 1)}, ["regex is longer than 16384 bytes", "Shorten"]),
+        ({"prompt": "x", "json_schema": "ü" * (MAX_SCHEMA_BYTES // 2 + 1)}, ["longer than 65536 bytes", "Shorten"]),
+        ({"prompt": "x", "max_tokens": 5, "max_new_tokens": "secret"}, ["max_tokens: ", "integer"]),
+        ({"prompt": "x", "max_tokens": 5, "max_new_tokens": "\ud800"}, ["max_tokens: ", "valid"]),
     ],
 )
 def test_faults_say_the_value_the_rule_and_the_remedy(fields: dict[str, Any], words: list[str]) -> None:
@@ -86,6 +95,15 @@ def test_the_bytes_of_all_texts_are_counted_together() -> None:
         Request.parse(**texts)
         with pytest.raises(RequestError, match=f"hold {MAX_TEXT_BYTES + 1} bytes together"):
             Request.parse(**{**texts, "prompt": f"{texts['prompt']}x"})
+
+
+def test_a_template_s_values_are_counted_as_often_as_it_has_them() -> None:
+    template = "{prompt}" * 1000 + "{system_prompt}" * 1000
+    fits = (MAX_TEXT_BYTES - len(template)) // 2000
+    Request.parse(prompt="x" * fits, system_prompt="y" * fits, prompt_template=template)
+    for longer in ({"prompt": "x" * 2 * fits}, {"system_prompt": "y" * 2 * fits}):
+        with pytest.raises(RequestError, match="as often as the template has it"):
+            Request.parse(**{"prompt": "x" * fits, "system_prompt": "y" * fits, **longer}, prompt_template=template)
 
 
 def test_a_blank_text_is_not_set_but_for_stop_sequences() -> None:

@@ -254,6 +254,11 @@ def test_a_grammar_that_grows_without_bound_ends_its_request_alone(
     assert "".join(other) == "The capital of France is Paris."
 
 
+def contains(count: int) -> list[dict[str, str]]:
+    """Schemas of texts with so many different pieces. To join them takes twice the time and memory with each."""
+    return [{"type": "string", "pattern": f"a{i}"} for i in range(count)]
+
+
 @pytest.mark.parametrize(
     ("fields", "fault"),
     [
@@ -272,6 +277,27 @@ def test_a_grammar_that_grows_without_bound_ends_its_request_alone(
         ({"json_schema": '{"items": {"multipleOf": 999983}}'}, "multipleOf.*more than 100000"),
         ({"json_schema": '{"allOf": [{"multipleOf": 997}, {"multipleOf": 0.991}]}'}, "multipleOf.*more than 100000"),
         ({"json_schema": '{"prefixItems": [{"multipleOf": 50021}, {"multipleOf": 50023}]}'}, "more than 100000"),
+        ({"json_schema": '{"multipleOf": 1e308, "items": {"multipleOf": 3e307}}'}, "more than 100000"),
+        ({"json_schema": json.dumps({"allOf": contains(28)})}, "28 different patterns .* most 16"),
+        (
+            {"json_schema": json.dumps({"allOf": [{"properties": {"a": each}} for each in contains(28)]})},
+            "28 different",
+        ),
+        (
+            {
+                "json_schema": json.dumps(
+                    {
+                        "$ref": "#/$defs/0",
+                        "$defs": {
+                            str(i): {"$ref": f"#/$defs/{(i + 1) % 28}"} | each for i, each in enumerate(contains(28))
+                        },
+                    }
+                )
+            },
+            "28 different",
+        ),
+        ({"json_schema": json.dumps({"pattern": r"\p{L}{0,50}" * 1500})}, "16500 bytes.*most 16384"),
+        ({"json_schema": json.dumps({"patternProperties": {"a{0,50}" * 2500: {}}})}, "17500 bytes.*most 16384"),
         ({"regex": "(a"}, r"followed: unclosed group in regex /\(a/\. Mend"),
         ({"regex": "a\n(b"}, r"followed: unclosed group\. Mend"),
         ({"regex": "a^b"}, r"followed: \^ and \$ can stand only at its ends .* in regex /a\^b/\. Mend"),
