@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from starling import tokenizer_json
+from starling import tensor_file, tokenizer_json
 from starling.chat import END_OF_TURN
 from starling.errors import WeightsError
 from starling.model import awq
@@ -129,9 +128,7 @@ def _write_checkpoint(gguf_file: Path, folder: Path, full_precision: bool = Fals
         del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer_json.write(_tokenizer(fields), folder)
-    weights = folder / "model.safetensors"
-    save_file(_tensors(source, config), weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # save_file leaves it readable to its owner alone
+    tensor_file.write(_tensors(source, config), folder / "model.safetensors", {"format": "pt"})
     marker: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
         "source": PACKAGE,
@@ -209,7 +206,7 @@ def _tensors(source: "GGUFReader", config: dict[str, Any]) -> dict[str, torch.Te
                     tensors[f"{prefix}{name}.{part}"] = getattr(awq_weight, part)
             else:
                 tensors[f"{prefix}{name}.weight"] = weight.half()
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return tensors
 
 
 def read_scales(path: Path, layers: int) -> dict[str, torch.Tensor]:

@@ -9,9 +9,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from starling import demo
+from starling import demo, tensor_file
 from starling.quantize.calibration import BUILT_IN
 from starling.quantize.layerwise import quantize
 
@@ -25,10 +23,7 @@ def search(work: Path, out: Path) -> None:
     if demo.is_demo(quantized):  # of a search before
         shutil.rmtree(quantized)
     scales = quantize(source, quantized, BUILT_IN.read_text(encoding="utf-8"), demo.GROUP_SIZE, SAMPLES, LENGTH)
-    unfinished = out.with_suffix(".unfinished")
-    save_file({name: found.half() for name, found in scales.items()}, unfinished, metadata=demo.scales_metadata())
-    unfinished.chmod(0o644)  # save_file leaves it readable to its owner alone
-    unfinished.replace(out)
+    tensor_file.write({name: found.half() for name, found in scales.items()}, out, demo.scales_metadata())
 
 
 def main() -> None:

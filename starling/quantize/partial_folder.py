@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from starling import tensor_file
 from starling.errors import StarlingError
 from starling.model.checkpoint import open_checkpoint
 from starling.model.config import ModelConfig
 
 PLAN_FILE = "plan.json"
+METADATA = {"format": "pt"}  # transformers asks every file for it
 CHANNEL_SCALES = "channel_scales."  # begins the names of what a layer's file holds beside the checkpoint's tensors
 # Copied from the source if they are there.
 COMPANIONS = (
@@ -49,9 +49,8 @@ class PartialFolder:
 
     def save_layer(self, index: int, tensors: dict[str, torch.Tensor], channel_scales: dict[str, torch.Tensor]) -> None:
         """`channel_scales` are no part of the checkpoint; `finish` hands them back."""
-        _save(
-            tensors | {CHANNEL_SCALES + name: found for name, found in channel_scales.items()}, self._layer_file(index)
-        )
+        scales = {CHANNEL_SCALES + name: found for name, found in channel_scales.items()}
+        tensor_file.write(tensors | scales, self._layer_file(index), METADATA)
 
     def finish(self, source: Path, config: dict[str, Any], others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Write the checkpoint (all layers and `others`), check it as it will be read, and give it its name.
@@ -67,7 +66,7 @@ class PartialFolder:
         folder = self.path / "checkpoint"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        _save(tensors, folder / "model.safetensors")
+        tensor_file.write(tensors, folder / "model.safetensors", METADATA)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COMPANIONS:
             if (source / name).exists():
@@ -91,12 +90,3 @@ def fingerprint(source: Path) -> str:
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Written under another name and renamed, so that a file with the right name is whole."""
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.rename(path)

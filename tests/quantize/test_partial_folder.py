@@ -24,7 +24,7 @@ def test_a_layer_that_was_half_written_is_not_there(tmp_path: Path, monkeypatch:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("starling.quantize.partial_folder.save_file", half)
+    monkeypatch.setattr("starling.tensor_file.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         PartialFolder(tmp_path / "out", {}).save_layer(0, {}, {})
     assert not PartialFolder(tmp_path / "out", {}).has_layer(0)
@@ -67,6 +67,7 @@ def test_what_becomes_of_it_is_whole_and_on_the_disk(tmp_path: Path, disk_events
     assert not out.exists()
     PartialFolder(out, {}).finish(source, config, tensors)
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in out.iterdir()), "another user may serve it"
     inode = (out / "model.safetensors").stat().st_ino
     named = disk_events.index(("renamed", inode, "model.safetensors"))
     assert ("synced", inode) in disk_events[:named]

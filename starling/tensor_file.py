@@ -1,0 +1,18 @@
+"""A new safetensors file: whole or not there, and readable to whoever serves it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Written under another name and renamed, so that a file with the right name is whole."""
+    unfinished = path.with_suffix(".unfinished")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=dict(metadata))
+    unfinished.chmod(0o644)  # save_file leaves it readable to its owner alone
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
