@@ -110,7 +110,11 @@ class Service:
             repetition_penalty=request.repetition_penalty,
         )
         stream = self._engine.submit(prompt, params, self._grammars.constraint(request))
-        return Generation(stream, IncrementalDecoder(self._tokenizer), request, len(prompt), seed, self._journal)
+        try:
+            return Generation(stream, IncrementalDecoder(self._tokenizer), request, len(prompt), seed, self._journal)
+        except BaseException:  # Cog cancels by an exception at any moment: nobody else holds the stream yet
+            stream.cancel()
+            raise
 
     def answer(self, request: Request) -> GenerationResult:
         """The whole answer at once."""
