@@ -29,7 +29,8 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", alias="STARLING_DEVICE")
     # "reference": transformers and AutoAWQ in place of our engine; needs requirements-reference.txt
     engine: Literal["engine", "reference"] = Field("engine", alias="STARLING_ENGINE")
-    threads: int | None = Field(None, ge=1, alias="STARLING_THREADS")  # of the CPU; None: the cores it may use
+    # Of the CPU; None: the cores it may use. Bounded: 100,000 end the process before a message could name them.
+    threads: int | None = Field(None, ge=1, le=1024, alias="STARLING_THREADS")
     # How a CPU rounds activations; see CpuOps. auto: prompts to 8 bits, answers to 16.
     cpu_precision: Literal["auto", "int8", "int16", "float32"] = Field("auto", alias="STARLING_CPU_PRECISION")
     kv_dtype: Literal["float16", "float32"] = Field("float16", alias="STARLING_KV_DTYPE")

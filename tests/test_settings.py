@@ -46,6 +46,7 @@ def test_blocks_may_be_larger() -> None:
     [
         ("COG_MAX_CONCURRENCY", "0"),
         ("COG_MAX_CONCURRENCY", "257"),
+        ("STARLING_THREADS", "1025"),
         ("STARLING_KV_CACHE_BYTES", "0"),
         ("STARLING_BLOCK_SIZE", "8"),
         ("STARLING_PREFILL_TOKENS", "15"),
