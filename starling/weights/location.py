@@ -86,11 +86,15 @@ def locate_weights(settings: Settings) -> Located:
 
 
 def _explicit(folder: Path) -> Located:
-    if not folder.is_dir():
-        raise WeightsError(f"STARLING_WEIGHTS names {str(folder)!r}, which is no folder. {EXPLICIT_REMEDY}")
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if not any(folder.glob("*.safetensors")):
-        missing.append("*.safetensors (no other form is read: pickles can run code)")
+    try:
+        if not folder.is_dir():
+            raise WeightsError(f"STARLING_WEIGHTS names {str(folder)!r}, which is no folder. {EXPLICIT_REMEDY}")
+        missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+        if not any(path.suffix == ".safetensors" for path in folder.iterdir()):  # glob would find none in silence
+            missing.append("*.safetensors (no other form is read: pickles can run code)")
+    except OSError as error:  # of a folder that this user may not enter, say
+        fault = f"STARLING_WEIGHTS names {str(folder)!r}, which cannot be read: {error.strerror}."
+        raise WeightsError(f"{fault} {EXPLICIT_REMEDY}") from error
     if missing:
         raise WeightsError(f"STARLING_WEIGHTS names {folder}, which lacks {', '.join(missing)}. {EXPLICIT_REMEDY}")
     logger.info("Weights: %s, as STARLING_WEIGHTS says; not checked against the lock", folder)

@@ -40,6 +40,18 @@ def test_an_explicit_folder_that_is_wrong_is_an_error_not_a_fallback(tmp_path, l
         locate(pickles, lock_path=lock_path)
 
 
+@pytest.mark.parametrize("asked", ["is_dir", "is_file", "iterdir"])
+def test_an_explicit_folder_that_may_not_be_entered_is_told_as_that(tmp_path, monkeypatch, asked):
+    """Root may enter every folder: here Path itself refuses, at each of what is asked of it."""
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(tmp_path), asked, refuse)
+    with pytest.raises(WeightsError, match=r"which cannot be read: Permission denied\. Name the folder"):
+        locate(tmp_path)
+
+
 def test_a_baked_folder_is_checked(lock_path, lock, folder, files, hub):
     pull(lock, folder, hub.url, BRISK)
     hub.requests.clear()
