@@ -1,7 +1,8 @@
 """`python -m starling prepare`: now what a first start would do, for an image's build or a machine's set-up.
 
 The CUDA kernels are compiled for every kind of GPU that they know, which needs none; or the CPU kernels for every
-instruction set, and where the weights are there, they are repacked. Later starts find both.
+instruction set, and where the weights are there, they are repacked: for a CPU, since a GPU packs them at every start.
+Later starts find both.
 """
 
 import argparse
@@ -21,7 +22,7 @@ def add_prepare_command(subparsers: "argparse._SubParsersAction[argparse.Argumen
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: done, or done as far as there are weights. 1: a fault, which is printed."""
+    """0: done, or done as far as there are weights, and a use for them. 1: a fault, which is printed."""
     import torch  # seconds that no other command should wait for
 
     from starling.model.mistral import Mistral
@@ -35,11 +36,13 @@ def run(args: argparse.Namespace) -> int:
             nvrtc.compile_ahead()
             print(f"CUDA kernels: compiled for {', '.join(f'sm_{arch}' for arch in nvrtc.ARCHS)}.")
         if settings.device == "cuda":
-            return 0  # a GPU repacks the weights as it reads them
+            return 0  # without asking for a GPU: the machine that builds an image may have none
         with suppress(NoCompilerError):  # of which choose_ops warns
             compile_ahead()  # also for what an image's later machines may have
         ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
         print(f"Operations: {ops.name} on {ops.device}.")
+        if ops.layout is None:
+            return 0  # a GPU packs the weights as it reads them, and keeps nothing for a later start
         try:
             folder = locate_weights(settings).folder
         except WeightsError:

@@ -10,6 +10,7 @@ import pytest
 from starling.__main__ import main
 from starling.errors import WeightsError
 from starling.model.ops.cpu import compiler
+from starling.model.ops.reference import ReferenceOps
 from starling.settings import Settings
 
 
@@ -58,6 +59,17 @@ def test_weights_may_come_later_but_those_that_are_named_or_fetched(
     assert main(["prepare"]) == code
     screen = capsys.readouterr()
     assert (screen.err.endswith("There are none.\n"), "No weights are here yet" in screen.out) == (code == 1, code == 0)
+
+
+def test_operations_that_keep_no_repacked_weights_read_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU's, where "auto" has found one; the oracle's stand for them here."""
+    monkeypatch.setattr("starling.model.ops.choose_ops", lambda *_: ReferenceOps())
+    monkeypatch.setattr("starling.model.ops.cpu.compiler.compile_ahead", lambda: None)
+    monkeypatch.setattr("starling.prepare.locate_weights", lambda settings: pytest.fail("weights were looked for"))
+    assert main(["prepare"]) == 0
+    assert capsys.readouterr().out.endswith("Operations: reference on cpu.\n")
 
 
 def unpacked(demo_folder: Path, parent: Path) -> Path:
