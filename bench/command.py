@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from starling.errors import INSTALL_REFERENCE, StarlingError
+from starling.errors import NotInstalledError, StarlingError
 
 Result = TypeVar("Result")
 OF_THE_REFERENCE = ("transformers", "accelerate")
@@ -25,7 +25,7 @@ def told(main: Callable[[], Result]) -> Callable[[], Result]:
         except ModuleNotFoundError as error:
             if error.name not in OF_THE_REFERENCE:
                 raise
-            raise SystemExit(f"{error.name} is not installed. {INSTALL_REFERENCE}") from error
+            raise SystemExit(str(NotInstalledError(error))) from error
 
     return run
 

@@ -10,6 +10,17 @@ class StarlingError(Exception):
     """Anything this package raises on purpose."""
 
 
+class NotInstalledError(StarlingError):
+    """Packages are missing that only requirements-reference.txt brings. `before` opens the message."""
+
+    def __init__(self, error: ImportError, before: str = "") -> None:
+        super().__init__(error, before)  # as they came: unpickled, an exception is made again from these
+
+    def __str__(self) -> str:
+        error, before = self.args
+        return f"{before}{error.name} is not installed. {INSTALL_REFERENCE}"
+
+
 class RequestError(StarlingError, ValueError):
     """What a caller asked for cannot be done: bad input, a prompt that leaves no room."""
 

@@ -29,7 +29,7 @@ from starling.engine.runner import device_faults
 from starling.engine.scheduler import Counters
 from starling.engine.sequence import FinishReason, SamplingParams, TokenConstraint
 from starling.engine.step_watch import StepWatch
-from starling.errors import INSTALL_REFERENCE, DeviceError, EngineError, EngineStoppedError, RequestError, StarlingError
+from starling.errors import DeviceError, EngineError, EngineStoppedError, NotInstalledError, RequestError
 from starling.model.config import ModelConfig
 from starling.model.memory import free_bytes
 from starling.reference_sampling import processors
@@ -221,7 +221,7 @@ def load_autoawq(folder: Path) -> PreTrainedModel:
         with warnings.catch_warnings(record=True):  # it announces its own end of life at import
             from awq import AutoAWQForCausalLM
     except ImportError as error:
-        raise StarlingError(f"AutoAWQ's {error.name} is not installed. {INSTALL_REFERENCE}") from error
+        raise NotInstalledError(error, before="AutoAWQ's ") from error
     wrapper = AutoAWQForCausalLM.from_quantized(
         str(folder), fuse_layers=False, trust_remote_code=False, device_map={"": 0}
     )

@@ -13,7 +13,7 @@ from starling.engine.engine import Engine, TokenStream
 from starling.engine.runner import Runner, StepRunner
 from starling.engine.scheduler import Counters, Limits, Scheduler
 from starling.engine.sequence import SamplingParams, TokenConstraint
-from starling.errors import INSTALL_REFERENCE, CheckpointError, DeviceError, StarlingError
+from starling.errors import CheckpointError, DeviceError, NotInstalledError
 from starling.generation import Generation, GenerationResult
 from starling.grammar import Grammars
 from starling.model.config import ModelConfig
@@ -228,9 +228,7 @@ def _load_reference(folder: Path, settings: Settings) -> TokenEngine:
     try:
         from starling.reference import ReferenceEngine  # transformers: seconds to import, and not installed to serve
     except ImportError as error:
-        raise StarlingError(
-            f"STARLING_ENGINE is reference, and {error.name} is not installed. {INSTALL_REFERENCE}"
-        ) from error
+        raise NotInstalledError(error, before="STARLING_ENGINE is reference, and ") from error
     return ReferenceEngine.from_folder(folder, settings)
 
 

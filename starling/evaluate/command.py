@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from starling.errors import INSTALL_REFERENCE, StarlingError
+from starling.errors import NotInstalledError, StarlingError
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -34,8 +34,10 @@ def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.Argume
 
 
 def _evaluate_text(args: argparse.Namespace) -> int:
-    from starling.evaluate.text import evaluate_text
-
+    try:
+        from starling.evaluate.text import evaluate_text
+    except ImportError as error:
+        raise NotInstalledError(error) from error
     try:
         text = args.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -75,8 +77,6 @@ def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
     def run(args: argparse.Namespace) -> int:
         try:
             return command(args)
-        except ImportError as error:
-            print(f"{error.name} is not installed. {INSTALL_REFERENCE}", file=sys.stderr)
         except StarlingError as error:
             print(error, file=sys.stderr)
         except KeyboardInterrupt:

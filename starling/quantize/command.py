@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from starling.errors import INSTALL_REFERENCE, StarlingError
+from starling.errors import NotInstalledError, StarlingError
 from starling.model.config import GROUP_SIZES
 from starling.quantize.calibration import BUILT_IN
 
@@ -35,11 +35,10 @@ def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.Argume
 def run(args: argparse.Namespace) -> int:
     """0: done. 1: a fault, which is printed. 130: interrupted."""
     try:
-        from starling.quantize.layerwise import quantize  # transformers and AutoAWQ: seconds to import
-    except ImportError as error:
-        print(f"{error.name} is not installed. {INSTALL_REFERENCE}", file=sys.stderr)
-        return 1
-    try:
+        try:
+            from starling.quantize.layerwise import quantize  # transformers and AutoAWQ: seconds to import
+        except ImportError as error:
+            raise NotInstalledError(error) from error
         text = args.calibration.read_text(encoding="utf-8")
         quantize(args.source, args.out, text, args.group_size, args.samples, args.length)
     except (StarlingError, OSError, UnicodeDecodeError) as error:

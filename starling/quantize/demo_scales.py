@@ -7,17 +7,25 @@ Needs requirements-reference.txt, and minutes. Interrupted, the same command goe
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from starling import demo, tensor_file
+from starling.errors import NotInstalledError, StarlingError
 from starling.quantize.calibration import BUILT_IN
-from starling.quantize.layerwise import quantize
 
 SAMPLES, LENGTH = 128, 256  # the whole of the built-in text, in blocks of 256 tokens
 
 
 def search(work: Path, out: Path) -> None:
-    """Write the scales to `out`; `work` gets the full-precision model and AutoAWQ's own files, to compare with."""
+    """Write the scales to `out`; `work` gets the full-precision model and AutoAWQ's own files, to compare with.
+
+    Raises StarlingError.
+    """
+    try:
+        from starling.quantize.layerwise import quantize  # here, since it needs AutoAWQ and --help does not
+    except ImportError as error:
+        raise NotInstalledError(error) from error
     source = demo.prepare(work / "demo-full", full_precision=True)
     quantized = work / "demo-awq"
     if demo.is_demo(quantized):  # of a search before
@@ -31,7 +39,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("weights"), help="for the models (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=demo.SCALES, help="default: %(default)s")
     options = parser.parse_args()
-    search(options.work, options.out)
+    try:
+        search(options.work, options.out)
+    except StarlingError as error:
+        sys.exit(str(error))
     print(f"{options.out}. Raise VERSION in {demo.__file__}, so that demo models made before are made again.")
 
 

@@ -1,5 +1,7 @@
-"""The command line, as a user meets it; the search itself needs AutoAWQ, and is tried in test_layerwise.py."""
+"""The command lines, as a user meets them; the search itself needs AutoAWQ, and is tried in test_layerwise.py."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,8 @@ import pytest
 
 from starling.__main__ import main
 from starling.errors import INSTALL_REFERENCE, StarlingError
+
+ROOT = Path(__file__).parents[2]
 
 
 def quantizing(monkeypatch: pytest.MonkeyPatch, search: Callable[..., Any] | None) -> None:
@@ -65,3 +69,18 @@ def test_without_autoawq_it_says_how_to_get_it(
     quantizing(monkeypatch, None)
     assert main(["quantize", "from", "to"]) == 1
     assert INSTALL_REFERENCE in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "out", "err"),
+    [("--help", "usage: ", ""), ("--work=weights", "", f" is not installed. {INSTALL_REFERENCE}\n")],
+)
+def test_the_demos_scales_without_autoawq(tmp_path: Path, option: str, out: str, err: str) -> None:
+    module = "starling.quantize.demo_scales"
+    start = f"import runpy, sys; sys.modules['awq'] = None; runpy.run_module({module!r}, run_name='__main__')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", start, option]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (1 if err else 0)
+    assert done.stdout.startswith(out) and done.stderr.endswith(err) and done.stderr.count("\n") == err.count("\n")
+    assert not list(tmp_path.iterdir()), "nothing was made before"
