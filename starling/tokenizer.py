@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as Encoder
 
 from starling.errors import CheckpointError, RequestError
+from starling.json_file import read_json_object
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name for a byte without a piece of its own
 
@@ -55,13 +56,7 @@ class Tokenizer:
     def from_folder(cls, folder: Path, vocab_size: int) -> "Tokenizer":
         """Read `folder`/tokenizer.json. Raises CheckpointError."""
         path = folder / "tokenizer.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing: a checkpoint folder needs tokenizer.json.") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}. Fetch it again.") from error
-        return cls(raw, vocab_size, source=str(path))
+        return cls(read_json_object(path), vocab_size, source=str(path))
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without a beginning-of-text token. Raises RequestError for text that is not Unicode."""

@@ -190,7 +190,7 @@ def test_files_at_fault_are_named(tmp_path: Path) -> None:
     for broken, message in [
         (whole[: len(whole) // 2], "cannot be read as JSON"),
         ("{}", "not a whole tokenizer.json"),
-        ("[]", "not a whole tokenizer.json"),
+        ("[]", "holds a list, not an object"),
         (json.dumps(starling_json() | {"normalizer": {"type": "Nonsense"}}), "cannot be read"),
     ]:
         path.write_text(broken, encoding="utf-8")

@@ -1,12 +1,12 @@
 """config.json, read with types. What is not implemented is refused by name before anything is loaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from starling.errors import CheckpointError
+from starling.json_file import read_json_object
 
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
 GROUP_SIZES = (32, 64, 128)
@@ -141,17 +141,8 @@ class ModelConfig(BaseModel):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`folder`/config.json as parsed. Raises CheckpointError when it is missing or no object."""
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: a checkpoint folder needs config.json.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds a {type(raw).__name__}, not an object.")
-    return raw
+    """`folder`/config.json as parsed. Raises CheckpointError when it is missing, damaged or no object."""
+    return read_json_object(folder / "config.json")
 
 
 def _group_size(quantization: Any) -> tuple[int | None, list[str]]:
