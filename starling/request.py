@@ -111,9 +111,10 @@ class Request(BaseModel):
             + sum(_size(message.content) for message in self.messages)
         )
         if text_bytes > MAX_TEXT_BYTES:
+            often = ", each as often as the template has it" if template else ""
             raise ValueError(
-                f"prompt, system_prompt, messages and prompt_template hold {text_bytes} bytes together, "
-                f"each as often as the template has it; at most {MAX_TEXT_BYTES} are accepted. Shorten them"
+                f"prompt, system_prompt, messages and prompt_template hold {text_bytes} bytes together{often}; "
+                f"at most {MAX_TEXT_BYTES} are accepted. Shorten them"
             )
         for name, most in (("json_schema", MAX_SCHEMA_BYTES), ("regex", MAX_REGEX_BYTES)):
             grammar = getattr(self, name)
