@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -58,8 +59,11 @@ def rng() -> random.Random:
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small real model's checkpoint, made once a run."""
-    return demo.prepare(tmp_path_factory.mktemp("weights") / "demo")
+    """The small real model's checkpoint, made once a run: of two workers, one makes it for both."""
+    folder = tmp_path_factory.mktemp("weights") / "demo"
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return demo.prepare(folder)
+    return shutil.copytree(demo.prepare(tmp_path_factory.getbasetemp().parent / "demo"), folder)
 
 
 @pytest.fixture
