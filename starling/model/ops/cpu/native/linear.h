@@ -135,7 +135,7 @@ STARLING_INLINE void prefetch_scales(const Units& units, int64_t count) {
 // tokens. A panel's activations stay in L1 while the blocks' weights pass by.
 template <int R, int P, class Weights>
 STARLING_NOINLINE void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float* y,
-                                            int64_t first_block, int64_t last_block) {
+                                   int64_t first_block, int64_t last_block) {
   alignas(64) float kept[kStripeBlocks][R * 16];
   const int64_t blocks = (w->rows + kBlockRows - 1) / kBlockRows, groups = a->columns / a->group;
   const int group = (int)a->group;
