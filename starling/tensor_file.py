@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+METADATA = {"format": "pt"}  # transformers asks every file for it
 
-def write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+
+def write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] = METADATA) -> None:
     """Written under another name and renamed, so that a file with the right name is whole."""
     unfinished = path.with_suffix(".unfinished")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=dict(metadata))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -326,6 +327,27 @@ def test_what_is_too_long_is_refused_before_its_grammar_is_compiled(
     monkeypatch.setattr(service._grammars, "constraint", lambda _: pytest.fail("the grammar was compiled"))
     with pytest.raises(NoRoomError):
         service.generate(Request.parse(prompt=FRANCE, max_tokens=8192, regex="yes|no"))
+
+
+def test_what_was_submitted_ends_when_its_caller_never_gets_it(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled as it is handed over: nobody holds its stream."""
+    streams: list[TokenStream] = []
+
+    def cancelled(stream: TokenStream, *_: object) -> None:
+        streams.append(stream)
+        raise KeyboardInterrupt  # as Cog's CancelationException: no Exception
+
+    monkeypatch.setattr("starling.service.Generation", cancelled)
+    with closing(Service.from_folder(demo_folder, Settings())) as service:
+        with pytest.raises(KeyboardInterrupt):
+            service.generate(Request.parse(prompt="Hello", min_tokens=2000, max_tokens=2000))
+        (stream,) = streams
+        while (delivery := stream.get(timeout_s=60)) is not None and delivery.finish is None:
+            pass
+        assert delivery is not None and delivery.finish == "cancelled"
+        assert (service.occupancy["running"], service.occupancy["waiting"]) == (0, 0)
 
 
 def test_cancelling_ends_iteration_with_an_error(service: Service) -> None:

@@ -16,7 +16,6 @@ from starling.model.checkpoint import open_checkpoint
 from starling.model.config import ModelConfig
 
 PLAN_FILE = "plan.json"
-METADATA = {"format": "pt"}  # transformers asks every file for it
 CHANNEL_SCALES = "channel_scales."  # begins the names of what a layer's file holds beside the checkpoint's tensors
 # Copied from the source if they are there.
 COMPANIONS = (
@@ -50,7 +49,7 @@ class PartialFolder:
     def save_layer(self, index: int, tensors: dict[str, torch.Tensor], channel_scales: dict[str, torch.Tensor]) -> None:
         """`channel_scales` are no part of the checkpoint; `finish` hands them back."""
         scales = {CHANNEL_SCALES + name: found for name, found in channel_scales.items()}
-        tensor_file.write(tensors | scales, self._layer_file(index), METADATA)
+        tensor_file.write(tensors | scales, self._layer_file(index))
 
     def finish(self, source: Path, config: dict[str, Any], others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Write the checkpoint (all layers and `others`), check it as it will be read, and give it its name.
@@ -66,7 +65,7 @@ class PartialFolder:
         folder = self.path / "checkpoint"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        tensor_file.write(tensors, folder / "model.safetensors", METADATA)
+        tensor_file.write(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COMPANIONS:
             if (source / name).exists():

@@ -119,9 +119,11 @@ struct Units {  // a block's groups, from one on to the end of its panel
   }
 };
 
+inline int64_t blocks_of(const Linear* w) { return (w->rows + kBlockRows - 1) / kBlockRows; }
+
 inline Units units_at(const Linear* w, int64_t b, int64_t g) {
-  const int64_t blocks = (w->rows + kBlockRows - 1) / kBlockRows, bytes = w->group * kBlockRows * w->bits / 8;
-  const int64_t unit = unit_index(blocks, w->columns / w->group, w->group, b, g);
+  const int64_t bytes = w->group * kBlockRows * w->bits / 8;
+  const int64_t unit = unit_index(blocks_of(w), w->columns / w->group, w->group, b, g);
   return Units{w->weight + unit * bytes, w->scales ? w->scales + unit * kBlockRows : nullptr,
                w->zeros ? w->zeros + unit * 8 : nullptr, bytes};
 }
@@ -137,7 +139,7 @@ template <int R, int P, class Weights>
 STARLING_NOINLINE void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float* y,
                                    int64_t first_block, int64_t last_block) {
   alignas(64) float kept[kStripeBlocks][R * 16];
-  const int64_t blocks = (w->rows + kBlockRows - 1) / kBlockRows, groups = a->columns / a->group;
+  const int64_t blocks = blocks_of(w), groups = a->columns / a->group;
   const int group = (int)a->group;
   const int8_t* planes = a->planes + tile.offset;
   const int32_t* minus_sums = a->minus_sums + tile.offset / group;
@@ -174,8 +176,8 @@ STARLING_NOINLINE void stream_tile(const Linear* w, const Activations* a, const 
 
 // Groups [first, last) of a block and one tile. Sums are kept between calls: those of packed row i lie at kept[16 * i].
 template <int R, int P, class Weights>
-STARLING_NOINLINE void panel_tile(const Units& units, const Weights& start, int64_t first, int64_t last, const Activations* a,
-                const Tile& tile, float* kept) {
+STARLING_NOINLINE void panel_tile(const Units& units, const Weights& start, int64_t first, int64_t last,
+                                  const Activations* a, const Tile& tile, float* kept) {
   const int64_t groups = a->columns / a->group;
   const int group = (int)a->group;
   const int8_t* planes = a->planes + tile.offset;
@@ -229,8 +231,7 @@ template <class Weights> struct Panel {
 void panel_block(const Linear* w, int64_t b, const Activations* a, int first_tile, int last_tile, float* y) {
   alignas(64) float kept[kMaxTokens * 16];
   alignas(64) uint8_t bytes[kUnpack ? kSpanColumns * kBlockRows : 1];
-  const int64_t group = w->group, groups = w->columns / group, step = kSpanColumns / group;
-  const int64_t blocks = (w->rows + kBlockRows - 1) / kBlockRows;
+  const int64_t group = w->group, groups = w->columns / group, step = kSpanColumns / group, blocks = blocks_of(w);
   const int from_row = a->tile[first_tile].first;
   const int to_row = a->tile[last_tile - 1].first + a->tile[last_tile - 1].rows;
   for (int i = from_row; i < to_row; i++) f_store(kept + i * 16, f_zero());

@@ -62,7 +62,7 @@ void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activatio
   alignas(64) float kept[kMaxTokens][kMatrixBlocks][16];
   alignas(64) int32_t products[2][kMatrixBlocks][kMatrixPlanes][16];
   MatrixPiece piece;
-  const int64_t group = w->group, groups = w->columns / group, blocks = (w->rows + kBlockRows - 1) / kBlockRows;
+  const int64_t group = w->group, groups = w->columns / group, blocks = blocks_of(w);
   const int tiles = last_tile - first_tile, from_row = a->tile[first_tile].first;
   const int to_row = a->tile[last_tile - 1].first + a->tile[last_tile - 1].rows;
   const int64_t step = (tiles > kFewTiles ? kUnpackColumns : kUnpackColumns / 2) / group;  // groups in a piece
