@@ -27,15 +27,16 @@ import torch
 
 from bench import full_size, full_size_gguf
 from bench.command import count, program, told
+from bench.company import PROMPT, Company
 from bench.peer import Peer
 from starling.model.batch import Batch
 from starling.model.huge_pages import wait_for_moves
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops.cpu import CpuOps
+from starling.model.ops.cpu.ops import MOST_PREFILL_TOKENS
 
 BLOCK = 16
-CHUNK = 256  # prompt tokens in a step, as Settings.prefill_tokens
 DECODES = ((1, 128), (1, 1024), (1, 2048), (1, 4096), (2, 128), (4, 128), (8, 128), (8, 1024))
 PROMPTS = (32, 128, 512, 2048)
 PEER_PROMPT = 512  # the longest that peers read: minutes beyond
@@ -145,8 +146,9 @@ def prefill(model: Mistral, stream: Stream, peers: list[Peer], tokens: int) -> s
     cache = model.allocate_cache(-(-tokens // BLOCK), BLOCK)
 
     def run() -> None:
-        for start in range(0, tokens, CHUNK):
-            model.forward(batch_of(1, start, min(CHUNK, tokens - start), prompt=True), cache)
+        chunk = model.ops.prefill_tokens
+        for start in range(0, tokens, chunk):
+            model.forward(batch_of(1, start, min(chunk, tokens - start), prompt=True), cache)
 
     rate, seconds, others = stream.measure(), [_timed(run)], []
     for peer in peers:
@@ -156,6 +158,24 @@ def prefill(model: Mistral, stream: Stream, peers: list[Peer], tokens: int) -> s
     return f"| {tokens} | {rate / 1e9:.1f} | {own_s:.2f} | **{tokens / own_s:.1f}** |" + "".join(
         f" {other} |" for other in others
     )
+
+
+def company(model: Mistral, streams: int) -> list[str]:
+    """What answers notice of a prompt that is read beside them, by how many of its tokens are in a step."""
+    chunks = dict.fromkeys((MOST_PREFILL_TOKENS, model.ops.prefill_tokens))
+    found: dict[int, list[tuple[float, list[float]]]] = {chunk: [] for chunk in chunks}
+    for _ in range(ROUNDS):
+        for chunk in chunks:
+            engine = Company(model, chunk, streams)
+            found[chunk].append(engine.read_a_prompt())
+            engine.close()
+    rows = []
+    for chunk, rounds in found.items():
+        first_s = statistics.median(first_s for first_s, _ in rounds)
+        longest_s = statistics.median(max(gaps) for _, gaps in rounds)
+        tokens = statistics.median(len(gaps) for _, gaps in rounds)
+        rows.append(f"| {streams} | {chunk} | {longest_s:.2f} | {tokens} | {first_s:.1f} |")
+    return rows
 
 
 def per_op(model: Mistral, context: int, tokens: int, prompt: bool) -> list[str]:
@@ -255,6 +275,8 @@ def main() -> None:
         now, most = peer.ask("memory")
         say("", f"{peer.version}: {now / 1e9:.2f} GB resident, {most / 1e9:.2f} GB at its peak.")
         peer.close()
+    say("", f"| streams beside a prompt of {PROMPT} | of it in a step | longest gap s | tokens each | first token s |")
+    say("|--:|--:|--:|--:|--:|", *company(model, streams=4))
     for title, context, tokens in (("decode at 1,024", 1024, 1), ("prefill of 256", 256, 256)):
         say("", f"| op, {title} | ms | share |", "|:--|--:|--:|", *per_op(model, context, tokens, tokens > 1))
     filled_cache(model, 1, 1024)

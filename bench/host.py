@@ -31,8 +31,9 @@ from starling.engine.shaping import Shaping
 from starling.garbage import nothing_to_collect
 from starling.model.config import ModelConfig
 from starling.model.ops.cpu.cores import usable_cores
+from starling.model.ops.cuda import CudaOps
 from starling.request import Request
-from starling.service import PREFILL_TOKENS, Service
+from starling.service import Service
 from starling.tokenizer import Tokenizer
 
 STEPS_MS = {1: 1.7, 8: 2.0, 32: 2.5, 64: 3.5}  # by concurrency: as predicted for the full-size model on an H100
@@ -113,7 +114,7 @@ class Host:
         config = ModelConfig.from_folder(folder)
         tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
         words = [token for token in range(config.vocab_size) if len(tokenizer.token_bytes(token)) > 1]
-        limits = Limits(concurrency, PREFILL_TOKENS["cuda"], speculative_rows=8)
+        limits = Limits(concurrency, CudaOps.prefill_tokens, speculative_rows=8)
         books = BlockCache(concurrency * POSITIONS // 16, 16, concurrency, POSITIONS, window=4096)
         runner = ClockRunner(books, limits, words, step_s)
         engine = Engine(Scheduler(books, limits, runner.device_counts), runner, POSITIONS, config.vocab_size, TIMEOUT_S)

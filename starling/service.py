@@ -29,8 +29,6 @@ from starling.weights import locate_weights
 
 logger = logging.getLogger(__name__)
 
-# Prompt tokens in a step, by device: as many as keep its arithmetic busy, and no more, since other answers wait.
-PREFILL_TOKENS = {"cpu": 256, "cuda": 512}
 # One real prediction before the first caller's: it touches every page and every kernel once.
 WARM_UP = Request(prompt="Hello", max_tokens=2, temperature=0)
 
@@ -193,7 +191,7 @@ def _load_own(folder: Path, settings: Settings, startup: Startup) -> TokenEngine
     config = model.config
     limits = Limits(
         max_running=settings.max_concurrency,
-        prefill_tokens=settings.prefill_tokens or PREFILL_TOKENS[ops.device.type],
+        prefill_tokens=settings.prefill_tokens or ops.prefill_tokens,
         speculative_rows=settings.speculative_rows,
     )
     with startup.lap("kv_cache"):

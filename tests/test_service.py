@@ -19,6 +19,7 @@ from starling.engine.engine import Delivery, TokenStream
 from starling.engine.sequence import SamplingParams
 from starling.errors import CheckpointError, DeviceError, GenerationCancelled, NoRoomError, RequestError
 from starling.generation import Generation, GenerationResult
+from starling.model.ops.cpu import CpuOps
 from starling.request import Request
 from starling.service import Service, load_engine
 from starling.settings import Settings
@@ -473,8 +474,9 @@ def test_the_kv_cache_has_what_its_settings_say(tmp_path: Path) -> None:
 
 def test_steps_are_as_large_as_their_settings_say(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    for rows, tokens, steps in ((8, 256, 1), (0, 16, 3)):
-        engine = load_engine(tmp_path, Settings(speculative_rows=rows, prefill_tokens=tokens))
+    by_default = CpuOps(1).prefill_tokens
+    for rows, tokens, steps in ((8, 256, 1), (0, 16, 3), (0, None, -(-48 // by_default))):
+        engine = load_engine(tmp_path, Settings(device="cpu", threads=1, speculative_rows=rows, prefill_tokens=tokens))
         for max_tokens in (1, 30):
             params = SamplingParams(max_tokens=max_tokens, stop_ids=frozenset(), seed=0)
             stream = engine.submit([5, 6, 7, 8] * 12, params)

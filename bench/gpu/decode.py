@@ -14,8 +14,9 @@ from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
+from starling.model.ops.cuda import CudaOps
 
-PREFILL_TOKENS = 512
+PREFILL_TOKENS = CudaOps.prefill_tokens
 WARM_UP = 4  # steps: the first is captured
 LOWEST_ID = 3  # ids below are the tokenizer's own
 

@@ -303,6 +303,14 @@ else:
 """
 
 
+@pytest.mark.parametrize(("isa", "each"), [("avx512vnni", 16), ("amx", 32), ("neoni8mm", 32)])
+def test_a_step_holds_as_many_prompt_tokens_as_keep_its_threads_busy(
+    isa: str, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "load_best", lambda _: (isa, *library.load("portable")))
+    assert [CpuOps(threads).prefill_tokens for threads in (1, 2, 5, 17)] == [each, 2 * each, 5 * each, 256]
+
+
 def test_threads_that_cannot_be_had_are_an_error() -> None:
     done = subprocess.run([sys.executable, "-c", TOO_MANY_THREADS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -65,6 +65,7 @@ class Ops(Protocol):
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    prefill_tokens: int  # prompt tokens in a step: as many as keep it busy, and no more, since other answers wait
 
     def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
         """Repack one linear layer, once, at load time; its tensors lie on `device`, or on the CPU.

@@ -15,6 +15,7 @@ class ReferenceOps:
 
     name = "reference"
     layout: str | None = None
+    prefill_tokens = 256
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.device = torch.device(device)

@@ -28,6 +28,7 @@ class CudaOps:
 
     name = "cuda"
     layout: str | None = None  # packed on the GPU in less time than a cache would take to read
+    prefill_tokens = 512
 
     def __init__(
         self, device: torch.device, load: Callable[[str], Module], attention_ranges: int | None = None
