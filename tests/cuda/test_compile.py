@@ -3,12 +3,16 @@
 import importlib.metadata
 import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from starling.__main__ import main
 from starling.errors import DeviceError
+from starling.model.ops.cpu.compiler import find_compiler
 from starling.model.ops.cuda import nvrtc
 from tests.cuda.emulator import KERNEL
 from tests.cuda.ptx import kernels_of, ptx_of
@@ -115,6 +119,37 @@ def test_without_a_compiler_its_installation_is_told(monkeypatch: pytest.MonkeyP
             nvrtc.version()
     finally:
         nvrtc._library.cache_clear()
+
+
+@pytest.fixture
+def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in the place of those in which pip's packages of NVIDIA lie."""
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    nvrtc._library.cache_clear()
+    yield tmp_path
+    nvrtc._library.cache_clear()
+
+
+def test_a_compiler_that_does_not_know_where_it_lies_finds_its_builtins(bundled: Path) -> None:
+    shared_library(
+        bundled / "cu99" / "lib" / "libnvrtc.so.99",
+        """#include <dlfcn.h>
+        extern "C" int nvrtcVersion(int* major, int* minor) {
+          return *major = 99, *minor = 0, dlopen("libnvrtc-builtins.so.99.0", RTLD_LAZY) ? 0 : 7;
+        }
+        extern "C" const char* nvrtcGetErrorString(int) { return "NVRTC_ERROR_BUILTIN_OPERATION_FAILURE"; }""",
+    )
+    shared_library(bundled / "cu99" / "lib" / "libnvrtc-builtins.so.99.0", "")
+    assert nvrtc.version() == "99.0"
+
+
+def shared_library(path: Path, text: str) -> None:
+    compiler = find_compiler()
+    assert compiler is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [*compiler, "-shared", "-fPIC", f"-Wl,-soname,{path.name}", "-x", "c++", "-", "-o", str(path)]
+    subprocess.run(command, input=text, text=True, check=True)
 
 
 def test_the_compilers_version_is_its_packages() -> None:

@@ -92,6 +92,10 @@ def _library() -> ctypes.CDLL:
     bundled = sorted(path for root in roots for path in root.glob("*/lib/libnvrtc.so.*[0-9]"))
     for name in (*map(str, bundled), *LIBRARIES):
         try:
+            if name not in LIBRARIES:
+                # The package for CUDA 13 does not tell it where to look for these; torch loads one version's at most.
+                for builtins in Path(name).parent.glob("libnvrtc-builtins.so.*[0-9]"):
+                    ctypes.CDLL(str(builtins))
             return ctypes.CDLL(name)
         except OSError:
             continue
