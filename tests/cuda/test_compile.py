@@ -131,6 +131,16 @@ def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     nvrtc._library.cache_clear()
 
 
+@pytest.mark.parametrize(("cuda", "chosen"), [("98.8", "cuda_nvrtc"), ("99.0", "cu99")])
+def test_of_several_compilers_the_one_of_torchs_cuda_is_chosen(
+    bundled: Path, monkeypatch: pytest.MonkeyPatch, cuda: str, chosen: str
+) -> None:
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    shared_library(bundled / "cu99" / "lib" / "libnvrtc.so.99", "")  # as packages lie since CUDA 13
+    shared_library(bundled / "cuda_nvrtc" / "lib" / "libnvrtc.so.98", "")
+    assert Path(nvrtc._library()._name).parts[-3] == chosen
+
+
 def test_a_compiler_that_does_not_know_where_it_lies_finds_its_builtins(bundled: Path) -> None:
     shared_library(
         bundled / "cu99" / "lib" / "libnvrtc.so.99",

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from starling.errors import DeviceError
 from starling.model.ops.build_cache import kept
 from starling.model.ops.cpu.cores import usable_cores
@@ -86,11 +88,16 @@ def version() -> str:
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
-    """NVRTC as torch's CUDA build or the pip package nvidia-cuda-nvrtc brings it, else the system's."""
+    """NVRTC as torch's CUDA build or the pip package nvidia-cuda-nvrtc brings it, else the system's.
+
+    That of torch's own CUDA comes first: pip leaves another one behind where torch is replaced by a build for an older
+    driver, which runs no machine code of a newer major version (CUDA's "Minor Version Compatibility").
+    """
     spec = importlib.util.find_spec("nvidia")
     roots = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     bundled = sorted(path for root in roots for path in root.glob("*/lib/libnvrtc.so.*[0-9]"))
-    for name in (*map(str, bundled), *LIBRARIES):
+    own = f".so.{(torch.version.cuda or '').partition('.')[0]}"
+    for name in sorted((*map(str, bundled), *LIBRARIES), key=lambda name: not name.endswith(own)):
         try:
             if name not in LIBRARIES:
                 # The package for CUDA 13 does not tell it where to look for these; torch loads one version's at most.
