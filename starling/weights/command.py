@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. What has arrived is kept; the next pull goes on from there.", file=sys.stderr)
+        kept = " What has arrived is kept; the next pull goes on from there." if args.action == "pull" else ""
+        print(f"\nStopped.{kept}", file=sys.stderr)
         return INTERRUPTED
 
 

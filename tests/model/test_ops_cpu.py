@@ -264,6 +264,7 @@ def test_torch_computes_with_as_many_threads_as_the_kernels() -> None:
         for threads in (3, 1):
             cpu_ops(threads)
             assert torch.get_num_threads() == threads
+            assert TorchCpuOps().prefill_tokens == 32 * threads
     finally:
         torch.set_num_threads(before)
 

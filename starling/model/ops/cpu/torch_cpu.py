@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from starling.model.awq import AwqWeight, unpack
 from starling.model.ops.cpu.compiler import NoCompilerError
 from starling.model.ops.cpu.cores import usable_cores
-from starling.model.ops.cpu.ops import CpuOps, Precision
+from starling.model.ops.cpu.ops import MOST_PREFILL_TOKENS, CpuOps, Precision
 from starling.model.ops.interface import Ops, Packed
 from starling.model.ops.reference import ReferenceOps
 
@@ -30,6 +30,8 @@ class TorchCpuOps(ReferenceOps):
     def __init__(self, kv_dtype: torch.dtype = torch.float16) -> None:
         super().__init__("cpu", torch.float32)
         self.kv_dtype = kv_dtype
+        # Of a 7B model, on two threads: 94% of the speed at which it reads a prompt 256 at a time.
+        self.prefill_tokens = min(32 * torch.get_num_threads(), MOST_PREFILL_TOKENS)
 
     def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
         """`weight` as torch packs it; `scales_and_zeros` bfloat16 [groups, out, 2]; `shape`: out, group size.
