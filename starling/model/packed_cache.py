@@ -22,7 +22,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -152,8 +152,11 @@ def _weights(mapped: mmap.mmap, key: str) -> Weights:
         raise UnusableError("it was made from another checkpoint, or by another version")
     # Asks for the whole file at once: 20 ms where it is in the page cache, the disk's best speed where not. Without,
     # the first token would stop at every 64 KiB.
-    with suppress(OSError):
+    try:
         mapped.madvise(MADV_POPULATE_READ)
+    except OSError as error:
+        if error.errno == errno.EFAULT:  # whoever touched that block would end with SIGBUS, without a word
+            raise UnusableError("a block of it cannot be read") from error
     whole = torch.frombuffer(mapped, dtype=torch.uint8)
     weights: Weights = {}
     for name, parts in index["weights"].items():

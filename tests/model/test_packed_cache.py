@@ -1,6 +1,8 @@
 """Repacked weights in a file: the same model, whatever happened to the file."""
 
+import errno
 import logging
+import mmap
 import multiprocessing
 import os
 import random
@@ -179,6 +181,21 @@ def test_a_damaged_file_is_made_again(checkpoint: Path, caplog: pytest.LogCaptur
         assert equal(packed_cache.load_or_make(checkpoint, LAYOUT, repack, [checkpoint]), weights)
         assert repack.runs == runs, f"byte {place} of {len(content)}"
     assert caplog.text.count("cannot be used") == len(places)
+
+
+def test_a_block_that_the_disk_cannot_read_is_told(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unreadable(mmap.mmap):
+        def madvise(self, *args: int) -> None:
+            raise OSError(errno.EFAULT, "Bad address")  # what Linux says before it would send SIGBUS
+
+    weights = some_weights()
+    repack = Repacking(weights)
+    packed_cache.load_or_make(checkpoint, LAYOUT, repack, [checkpoint])
+    monkeypatch.setattr(mmap, "mmap", Unreadable)
+    assert equal(packed_cache.load_or_make(checkpoint, LAYOUT, repack, [checkpoint]), weights)
+    assert repack.runs > 1 and "a block of it cannot be read" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_passed_over(checkpoint: Path, tmp_path: Path) -> None:
