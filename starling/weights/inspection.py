@@ -96,15 +96,18 @@ def _judge(lock: Lock, file: LockedFile, known: Ledger, sha256: str) -> FileRepo
 
 def _inspect_file(folder: Path, lock: Lock, file: LockedFile, known: Ledger) -> FileReport:
     path = folder / file.name
-    if not path.is_file():
-        partial = partial_path(folder, lock, file.name)
-        had = partial.stat().st_size if partial.is_file() else 0
-        kept = f"{had} bytes of a stopped pull are kept" if had else ""
-        return FileReport(file.name, State.MISSING, kept)
-    size = path.stat().st_size
-    if file.size is not None and size != file.size:
-        return FileReport(file.name, State.WRONG_SIZE, f"{size} bytes, the lock says {file.size}")
-    sha256 = known.remembered(path)
+    try:
+        if not path.is_file():
+            partial = partial_path(folder, lock, file.name)
+            had = partial.stat().st_size if partial.is_file() else 0
+            kept = f"{had} bytes of a stopped pull are kept" if had else ""
+            return FileReport(file.name, State.MISSING, kept)
+        size = path.stat().st_size
+        if file.size is not None and size != file.size:
+            return FileReport(file.name, State.WRONG_SIZE, f"{size} bytes, the lock says {file.size}")
+        sha256 = known.remembered(path)
+    except OSError as error:  # in a folder that this user may not enter, say
+        return FileReport(file.name, State.UNREADABLE, error.strerror or str(error))
     if sha256 is None:
         return FileReport(file.name, State.UNCHECKED)
     return _judge(lock, file, known, sha256)

@@ -155,6 +155,16 @@ def test_a_file_that_cannot_be_read_is_a_fault_among_the_others(filled, lock, fi
     assert len(found) == 3
 
 
+def test_a_folder_that_may_not_be_entered_is_a_fault_of_every_file(filled, lock, monkeypatch):
+    """As where root pulled the weights and another user serves them. Root may enter all: Path itself refuses here."""
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(filled), "is_file", refuse)
+    assert faults(inspect(filled, lock)) == [f"{file.name}: unreadable (Permission denied)" for file in lock.files]
+
+
 def test_a_folder_that_cannot_be_written_is_verified_all_the_same(filled, lock, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError("read-only")
