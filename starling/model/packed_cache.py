@@ -140,6 +140,13 @@ def _map(path: Path, key: str) -> Weights:
 
 
 def _weights(mapped: mmap.mmap, key: str) -> Weights:
+    # Asks for the whole file at once: 20 ms where it is in the page cache, the disk's best speed where not. Without,
+    # the first token would stop at every 64 KiB.
+    try:
+        mapped.madvise(MADV_POPULATE_READ)
+    except OSError as error:
+        if error.errno == errno.EFAULT:  # whoever touched that block would end with SIGBUS, without a word
+            raise UnusableError("a block of it cannot be read") from error
     size = len(mapped)
     magic, offset, length, digest = FOOTER.unpack_from(mapped, size - FOOTER.size)
     if magic != MAGIC or offset + length + FOOTER.size != size:
@@ -150,13 +157,6 @@ def _weights(mapped: mmap.mmap, key: str) -> Weights:
     index = json.loads(index_bytes)
     if index["key"] != key:
         raise UnusableError("it was made from another checkpoint, or by another version")
-    # Asks for the whole file at once: 20 ms where it is in the page cache, the disk's best speed where not. Without,
-    # the first token would stop at every 64 KiB.
-    try:
-        mapped.madvise(MADV_POPULATE_READ)
-    except OSError as error:
-        if error.errno == errno.EFAULT:  # whoever touched that block would end with SIGBUS, without a word
-            raise UnusableError("a block of it cannot be read") from error
     whole = torch.frombuffer(mapped, dtype=torch.uint8)
     weights: Weights = {}
     for name, parts in index["weights"].items():
