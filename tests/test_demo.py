@@ -73,15 +73,15 @@ def test_rounding_moves_no_scaled_weight_further_than_one_step(folder: Path) -> 
     unscaled = dict(weights)
     scales = demo.read_scales(demo.SCALES, 30)
     demo.scale_channels(weights, {name: scales[f"model.layers.7.{name}"] for name in demo.READERS})
-    with open_checkpoint(folder, ModelConfig.from_folder(folder)) as checkpoint:
-        for target in demo.NORMS.values():
-            stored = checkpoint.tensor(f"model.layers.7.{target}.weight").float()
-            torch.testing.assert_close(stored, weights[target], rtol=1e-3, atol=1e-4)
-            assert not torch.allclose(stored, unscaled[target], rtol=0.1)
-        for target in demo.LINEARS.values():
-            weight: awq.AwqWeight = checkpoint.linear(f"model.layers.7.{target}")
-            step = weight.scales.float().t().repeat_interleave(weight.group_size, dim=1)
-            assert ((weight.dequantize() - weights[target]).abs() / step).max() < 1.05
+    checkpoint = open_checkpoint(folder, ModelConfig.from_folder(folder))
+    for target in demo.NORMS.values():
+        stored = checkpoint.tensor(f"model.layers.7.{target}.weight").float()
+        torch.testing.assert_close(stored, weights[target], rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(stored, unscaled[target], rtol=0.1)
+    for target in demo.LINEARS.values():
+        weight: awq.AwqWeight = checkpoint.linear(f"model.layers.7.{target}")
+        step = weight.scales.float().t().repeat_interleave(weight.group_size, dim=1)
+        assert ((weight.dequantize() - weights[target]).abs() / step).max() < 1.05
 
 
 def test_scaling_changes_nothing_that_a_layer_computes() -> None:

@@ -2,8 +2,7 @@
 
 import json
 import struct
-from collections.abc import Container, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from starling.errors import CheckpointError
 from starling.model.awq import AwqWeight
 from starling.model.config import ModelConfig
-from starling.model.staging import Staging
+from starling.model.reading import read_tensor
 
 DTYPES = {"F16": torch.float16, "I32": torch.int32}
+HEADER_BYTES = 1 << 20  # more than any header: Starling's has 0.1 MB
 FREQUENCIES = "rotary_emb.inv_freq"  # how transformers before 4.32 ended a tensor that config.json implies
 
 
@@ -58,63 +58,65 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+Read = Callable[[Path, int, torch.dtype, tuple[int, ...]], torch.Tensor]  # of a Place; raises OSError
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened, checked set of safetensors files. Tensors are read when asked for: mapped, or onto a GPU."""
+    """A checked set of safetensors files. Tensors are read when asked for: into memory, or onto a GPU."""
 
     config: ModelConfig
-    _files: dict[str, safe_open]
-    _staging: Staging | None
     _places: dict[str, Place]
+    _read: Read
 
     def tensor(self, name: str) -> torch.Tensor:
-        if self._staging is not None:
-            return self._staging.tensor(*self._places[name])
-        tensor: torch.Tensor = self._files[name].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+        """Raises CheckpointError where its bytes cannot be read, as on a disk that fails."""
+        place = self._places[name]
+        try:
+            return self._read(*place)
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read from {place.path}: {error}. Fetch it again.") from error
 
     def linear(self, name: str) -> AwqWeight:
         return AwqWeight(self.tensor(f"{name}.qweight"), self.tensor(f"{name}.qzeros"), self.tensor(f"{name}.scales"))
 
 
-@contextmanager
-def open_checkpoint(folder: Path, config: ModelConfig, staging: Staging | None = None) -> Iterator[Checkpoint]:
-    """Open every *.safetensors of `folder`. Raises CheckpointError listing all faults at once.
+def open_checkpoint(folder: Path, config: ModelConfig, read: Read = read_tensor) -> Checkpoint:
+    """Check every *.safetensors of `folder`. Raises CheckpointError listing all faults at once.
 
-    Tensors are mapped; with `staging` they are read onto its device.
+    `read` brings a tensor into memory, or with `Staging.tensor` onto its device.
     """
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{folder} holds no *.safetensors file: the weights are missing.")
-    with ExitStack() as stack:
-        files: dict[str, safe_open] = {}
-        faults: list[str] = []
-        for path in paths:
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                if name.endswith(FREQUENCIES):
-                    continue
-                if name in files:
-                    faults.append(f"{name} is stored twice")
-                files[name] = file
-        expected = expected_tensors(config)
-        missing = sorted(expected.keys() - files.keys())
-        extra = sorted(files.keys() - expected.keys())
-        faults += [f"missing: {_some(missing)}"] if missing else []
-        faults += [f"not part of this architecture: {_some(extra)}"] if extra else []
-        for name in expected.keys() & files.keys():
-            view = files[name].get_slice(name)  # type: ignore[no-untyped-call]
-            dtype, shape = expected[name]
-            found = (view.get_dtype(), tuple(view.get_shape()))
-            if found != (dtype, shape):
-                faults.append(f"{name} is {found[0]} {list(found[1])}, config.json asks for {dtype} {list(shape)}")
-        if faults:
-            raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(faults[:20])}.")
-        places = {name: place for path in paths for name, place in _places(path, files)} if staging else {}
-        yield Checkpoint(config, files, staging, places)
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+    faults: list[str] = []
+    for path in paths:
+        try:
+            with path.open("rb") as begin:
+                begin.read(HEADER_BYTES)  # safe_open maps it: what cannot be read would end the process there
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    if name.endswith(FREQUENCIES):
+                        continue
+                    if name in stored:
+                        faults.append(f"{name} is stored twice")
+                    view = file.get_slice(name)
+                    stored[name] = (view.get_dtype(), tuple(view.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
+    expected = expected_tensors(config)
+    missing = sorted(expected.keys() - stored.keys())
+    extra = sorted(stored.keys() - expected.keys())
+    faults += [f"missing: {_some(missing)}"] if missing else []
+    faults += [f"not part of this architecture: {_some(extra)}"] if extra else []
+    for name in expected.keys() & stored.keys():
+        (dtype, shape), found = expected[name], stored[name]
+        if found != (dtype, shape):
+            faults.append(f"{name} is {found[0]} {list(found[1])}, config.json asks for {dtype} {list(shape)}")
+    if faults:
+        raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(faults[:20])}.")
+    return Checkpoint(config, {name: place for path in paths for name, place in _places(path, stored)}, read)
 
 
 def _places(path: Path, checked: Container[str]) -> Iterator[tuple[str, Place]]:

@@ -14,6 +14,7 @@ from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
 from starling.model.memory import check_fits, free_bytes
 from starling.model.ops import FusedLayers, Ops, Packed
+from starling.model.reading import read_tensor
 from starling.model.staging import Staging
 
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -48,18 +49,18 @@ class Mistral:
         `cache_folders`: where repacked weights may be kept, best first; None for packed_cache's choice.
         """
         config = ModelConfig.from_folder(folder)
-        staging = None
+        read = read_tensor
         if ops.device.type == "cuda":
             positions = min(config.sliding_window or config.max_position_embeddings, config.max_position_embeddings)
             least = KVCache.bytes_per_block(config, positions, ops.kv_dtype)
             check_fits(free_bytes(ops.device), sum(p.stat().st_size for p in folder.glob("*.safetensors")), least)
-            staging = Staging(ops.device)
-        with open_checkpoint(folder, config, staging) as checkpoint:
-            if ops.layout is None or cache_folders == ():
-                weights = dict(_repack(checkpoint, ops))
-            else:
-                folders = packed_cache.default_folders(folder) if cache_folders is None else cache_folders
-                weights = packed_cache.load_or_make(folder, ops.layout, lambda: _repack(checkpoint, ops), folders)
+            read = Staging(ops.device).tensor
+        checkpoint = open_checkpoint(folder, config, read)
+        if ops.layout is None or cache_folders == ():
+            weights = dict(_repack(checkpoint, ops))
+        else:
+            folders = packed_cache.default_folders(folder) if cache_folders is None else cache_folders
+            weights = packed_cache.load_or_make(folder, ops.layout, lambda: _repack(checkpoint, ops), folders)
 
         def plain(name: str) -> torch.Tensor:
             return weights[name]["weight"].to(ops.device)

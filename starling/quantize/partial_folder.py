@@ -70,8 +70,7 @@ class PartialFolder:
         for name in COMPANIONS:
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
-        with open_checkpoint(folder, ModelConfig.from_folder(folder)):
-            pass
+        open_checkpoint(folder, ModelConfig.from_folder(folder))
         if self._out.exists():
             self._out.rmdir()  # empty, or it would have been refused
         folder.rename(self._out)

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from starling.errors import CheckpointError
-from starling.model.checkpoint import expected_tensors, open_checkpoint
+from starling.model.checkpoint import Read, expected_tensors, open_checkpoint
 from starling.model.config import ModelConfig
+from starling.model.reading import read_tensor
 from starling.model.staging import Staging
 from tests.model.test_config import STARLING
 from tests.model.tiny import write_checkpoint
@@ -18,6 +19,7 @@ from tests.model.tiny import write_checkpoint
 Tensors = dict[str, torch.Tensor]
 NORM = "model.layers.1.input_layernorm.weight"
 Q = "model.layers.0.self_attn.q_proj"
+readers = pytest.mark.parametrize("read", [read_tensor, Staging(torch.device("cpu")).tensor], ids=["plain", "staged"])
 
 
 @pytest.fixture
@@ -27,8 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def open_all(folder: Path) -> None:
-    with open_checkpoint(folder, ModelConfig.from_folder(folder)) as checkpoint:
-        checkpoint.linear(Q)
+    open_checkpoint(folder, ModelConfig.from_folder(folder)).linear(Q)
 
 
 def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
@@ -39,29 +40,49 @@ def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("buffer_bytes", "part_bytes"), [(1000, 999), (1000, 250), (1 << 20, 1 << 19)])
-def test_staged_tensors_are_the_mapped_ones(folder: Path, device: str, buffer_bytes: int, part_bytes: int) -> None:
-    config = ModelConfig.from_folder(folder)
+def test_staged_tensors_are_the_stored_ones(folder: Path, device: str, buffer_bytes: int, part_bytes: int) -> None:
     staging = Staging(torch.device(device), buffer_bytes, part_bytes)
-    with open_checkpoint(folder, config) as mapped, open_checkpoint(folder, config, staging) as staged:
-        for name in expected_tensors(config):
-            assert torch.equal(staged.tensor(name).cpu(), mapped.tensor(name))
+    staged = open_checkpoint(folder, ModelConfig.from_folder(folder), staging.tensor)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(staged.tensor(name).cpu(), tensor)
 
 
-def test_a_read_may_bring_less_than_it_was_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@readers
+def test_a_read_may_bring_less_than_it_was_asked_for(folder: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     """As over a network."""
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, parts, offset: preadv(file, [parts[0][:100]], offset))
     config, wanted = ModelConfig.from_folder(folder), load_file(folder / "model.safetensors")
-    with open_checkpoint(folder, config, Staging(torch.device("cpu"))) as staged:
-        assert torch.equal(staged.tensor(NORM), wanted[NORM])
+    assert torch.equal(open_checkpoint(folder, config, read).tensor(NORM), wanted[NORM])
 
 
 def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "short"
     path.write_bytes(bytes(100))
-    for part_bytes in (7, 1000):
+    for read in (read_tensor, *(Staging(torch.device("cpu"), part_bytes=size).tensor for size in (7, 1000))):
         with pytest.raises(OSError, match="ends at byte 100"):
-            Staging(torch.device("cpu"), part_bytes=part_bytes).tensor(path, 60, torch.float16, (21,))
+            read(path, 60, torch.float16, (21,))
+
+
+@readers
+def test_what_cannot_be_read_any_more_is_named(folder: Path, read: Read) -> None:
+    """As on a disk that fails, or where somebody writes the file anew. Mapped, it would end the process."""
+    checkpoint = open_checkpoint(folder, ModelConfig.from_folder(folder), read)
+    os.truncate(folder / "model.safetensors", 100)
+    with pytest.raises(CheckpointError, match=rf"{Q}\.qweight cannot be read from .*model\.safetensors"):
+        checkpoint.linear(Q)
+
+
+def test_a_header_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over a network that is gone."""
+    config = ModelConfig.from_folder(folder)
+
+    def refuse(path: Path, mode: str) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(type(folder), "open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file: .*Input/output"):
+        open_checkpoint(folder, config)
 
 
 def test_the_real_checkpoints_tensors() -> None:
@@ -120,9 +141,6 @@ def test_frequencies_that_older_checkpoints_hold_are_passed_over(folder: Path) -
     """transformers before 4.32 stored them; they follow from config.json."""
     change(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     open_all(folder)
-    config = ModelConfig.from_folder(folder)
-    with open_checkpoint(folder, config, Staging(torch.device("cpu"))) as staged:
-        staged.linear(Q)
 
 
 def test_a_tensor_stored_twice(folder: Path) -> None:
@@ -150,6 +168,5 @@ def test_several_files_are_one_checkpoint(folder: Path) -> None:
     first = dict(list(tensors.items())[::2])
     save_file(first, folder / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if name not in first}, folder / "more.safetensors")
-    for staging in (None, Staging(torch.device("cpu"))):
-        with open_checkpoint(folder, ModelConfig.from_folder(folder), staging) as checkpoint:
-            assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in tensors.items())
+    checkpoint = open_checkpoint(folder, ModelConfig.from_folder(folder))
+    assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in tensors.items())
