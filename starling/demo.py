@@ -73,7 +73,8 @@ def prepare(folder: Path, full_precision: bool = False) -> Path:
 
     `full_precision`: its linears in float16, not rounded to AWQ; nothing serves that, it is what AWQ is compared with.
 
-    Raises WeightsError when the package is not installed, or when `folder` holds something else.
+    Raises WeightsError when the package is not installed, or when `folder` holds something else; OSError when it
+    cannot be written.
     """
     if _is_current(folder, full_precision):
         return folder
@@ -257,7 +258,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         print(prepare(options.folder, options.full_precision))
-    except WeightsError as error:
+    except (WeightsError, OSError) as error:
         sys.exit(str(error))
 
 

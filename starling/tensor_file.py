@@ -5,15 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 METADATA = {"format": "pt"}  # transformers asks every file for it
 
 
 def write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] = METADATA) -> None:
-    """Written under another name and renamed, so that a file with the right name is whole."""
+    """Written under another name and renamed, so that a file with the right name is whole. Raises OSError."""
     unfinished = path.with_suffix(".unfinished")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=dict(metadata))
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=dict(metadata))
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path} cannot be written: {error}") from error
     unfinished.chmod(0o644)  # save_file leaves it readable to its owner alone
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())

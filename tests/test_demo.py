@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import sys
 import threading
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from starling import demo
+from starling import demo, tensor_file
 from starling.chat import Chat
 from starling.dense import DenseWeights, loaded_model
 from starling.errors import WeightsError
@@ -255,6 +256,21 @@ def test_the_command_tells_a_fault_in_a_line(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["starling.demo", str(tmp_path)])
     with pytest.raises(SystemExit, match="not the demo model"):
+        demo.main()
+
+
+def test_a_disk_that_takes_no_more_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(gguf_file: Path, partial: Path, full_precision: bool) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            tensor_file.write({"x": torch.zeros(1 << 20)}, partial / "model.safetensors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(demo, "_write_checkpoint", write)
+    monkeypatch.setattr(sys, "argv", ["starling.demo", str(tmp_path / "demo")])
+    with pytest.raises(SystemExit, match=r"model\.safetensors cannot be written: .*File too large"):
         demo.main()
 
 

@@ -1,5 +1,6 @@
 """Figures on quality, against the same sums made by hand; and answers in the form that MT-bench's judge reads."""
 
+import io
 import json
 import logging
 import sys
@@ -236,3 +237,17 @@ def test_a_fault_in_the_files_is_told_before_the_model_is_loaded(
     monkeypatch.setattr("starling.service.Service.from_folder", lambda *_: pytest.fail("the weights were read"))
     assert main(["evaluate", "answers", str(tmp_path), str(questions), str(tmp_path / out)]) == 1
     assert fault in capsys.readouterr().err
+
+
+def test_a_disk_that_takes_no_more_answers_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "question.jsonl").write_text('{"question_id": 1, "turns": ["Hi"]}')
+    monkeypatch.setattr("starling.evaluate.answers.answer_questions", fill)
+    asked = ["evaluate", "answers", str(tmp_path), str(tmp_path / "question.jsonl"), str(tmp_path / "out")]
+    monkeypatch.setattr("starling.service.Service.from_folder", lambda *_: io.StringIO())  # it can be closed
+    assert main(asked) == 1
+    assert "No space left on device" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
     def run(args: argparse.Namespace) -> int:
         try:
             return command(args)
-        except StarlingError as error:
+        except (StarlingError, OSError) as error:
             print(error, file=sys.stderr)
         except KeyboardInterrupt:
             print("\nStopped.", file=sys.stderr)
