@@ -2,10 +2,11 @@
 //
 // A thread of the device is a fiber, and fibers run one at a time, in random order between barriers, and some warps of a
 // block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they are waited for, and
-// not before; shared memory holds NaN at first; addresses must be aligned as the device asks. Two threads that meet in
-// memory, one of them to write, must have a barrier between them, or if they are of two blocks, a fence, an atomic
-// instruction each at one place, and a fence again, whatever order they came in. Some blocks of a kernel may begin before
-// the kernel before it has run, as far as griddepcontrol.wait.
+// not before. Shared memory holds NaN at first; addresses must
+// be aligned as the device asks, and in global memory lie inside of the tensors that the kernel was given. Two threads
+// that meet in memory, one of them to write, must have a barrier between them, or if they are of two blocks, a fence, an
+// atomic instruction each at one place, and a fence again, whatever order they came in. Some blocks of a kernel may begin
+// before the kernel before it has run, as far as griddepcontrol.wait.
 #ifndef STARLING_EMULATED_DEVICE_H
 #define STARLING_EMULATED_DEVICE_H
 
@@ -68,6 +69,7 @@ struct Release {
 struct GlobalMemory {
   std::unordered_map<u64, std::unique_ptr<Unit[]>> pages;
   std::unordered_map<u64, std::vector<Release>> releases;  // by the place of the atomic instruction
+  std::vector<std::pair<u64, u64>> given;                  // the tensors, from where to where; none: all that there is
 };
 
 // A thread came by a place with releases.
@@ -207,6 +209,13 @@ inline void touch_shared(const u8* address, int bytes, bool writes, bool atomic 
     fail("an address lies outside the block's shared memory");
   const Touch now = touch_now(atomic);
   for (u64 i = from / kUnit; i <= (from + bytes - 1) / kUnit; i++) meet(block->units[i], now, writes);
+}
+
+inline void check_given(u64 address, u64 bytes) {
+  const auto& given = block->global->given;
+  const auto holds = [&](const auto& tensor) { return address >= tensor.first && address + bytes <= tensor.second; };
+  if (!given.empty() && std::none_of(given.begin(), given.end(), holds))
+    fail("an address lies outside the tensors that the kernel was given");
 }
 
 // The same of global memory; of one page, as aligned accesses are.
@@ -424,6 +433,7 @@ inline u8* shared_at(u64 address, int bytes, bool writes, bool atomic = false, i
 }
 inline u8* global_at(u64 address, int bytes, bool writes, bool atomic = false) {
   u8* const at = host_at(address, bytes);
+  check_given(address, bytes);
   if (atomic) release_and_acquire(address);
   touch_global(at, bytes, writes, touch_now(atomic));
   return at;
@@ -587,7 +597,7 @@ inline void load_matrices(u32 (&m)[4], u64 address, bool transposed, int line = 
 // 16 bytes; of which `bytes` are read, and the rest is zeros.
 inline void copy_async(u64 to, u64 from, u64 bytes, int line = __builtin_LINE()) {
   if (bytes != 0 && bytes != 16) fail("a copy of neither 0 nor 16 bytes");
-  if (bytes) check_aligned((const void*)from, 16);
+  if (bytes) check_aligned((const void*)from, 16), check_given(from, 16);
   u8* const at = shared_at(to, 16, true, false, line);
   set_under_way(at, true);
   block->fibers[block->current].open.push_back({at, (const void*)from, bytes != 0, touch_now()});
@@ -608,7 +618,7 @@ inline void wait_for_copies(int pending) {
 inline void prefetch(u64 from, u32 bytes) {
   check_aligned((const void*)from, 16);
   check_aligned((const void*)(uintptr_t)bytes, 16);
-  for (u32 i = 0; i < bytes; i += 16) (void)((const volatile u8*)from)[i];  // must be there
+  check_given(from, bytes);
 }
 
 inline void wait_for_kernel_before() {

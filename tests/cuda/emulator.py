@@ -38,6 +38,9 @@ CALLS = """extern "C" const char* begin(void* launch, unsigned early, unsigned l
   return emulator::begin(*(emulator::Launch*)launch, early, seed);
 }
 extern "C" const char* end(void* launch) { return emulator::end(*(emulator::Launch*)launch); }
+extern "C" void give(void* launch, unsigned long long from, unsigned long long to) {
+  ((emulator::Launch*)launch)->global.given.emplace_back(from, to);
+}
 extern "C" void forget(void* launch) { delete (emulator::Launch*)launch; }
 extern "C" void set_counting(bool on) { emulator::counting = on, emulator::passes = {}; }
 extern "C" emulator::Passes counted() { return emulator::passes; }"""
@@ -95,6 +98,10 @@ class EmulatedLaunch:
         make = library[f"make_{kernel}"]
         make.restype = ctypes.c_void_p
         self._launch = ctypes.c_void_p(make(*map(ctypes.c_uint, numbers), self._alive[1]))
+        for tensor in arguments:
+            if isinstance(tensor, torch.Tensor):
+                begin = tensor.data_ptr()
+                library["give"](self._launch, *map(ctypes.c_uint64, (begin, begin + tensor.nbytes)))
 
     def begin(self, early: int, seed: int) -> None:
         self._check("begin", ctypes.c_uint(early), ctypes.c_uint64(seed))

@@ -192,6 +192,12 @@ KERNEL(64) scale_without_waiting(const float* x, const float* factors, float* y)
   y[threadIdx.x] = factors[threadIdx.x] * x[threadIdx.x];
 }
 
+KERNEL(32) ask_ahead(const float* x, float* y) {
+  if (threadIdx.x == 0) prefetch(x, 128);
+  wait_for_kernel_before();
+  y[threadIdx.x] = 0;
+}
+
 // Of each kind of parameter some, in an order that leaves a gap.
 KERNEL(32) parameters(int* ints, int a, float* floats, float b, int c, float d, const float* e, float f, int g,
                       const float* null, int h) {

@@ -52,6 +52,17 @@ def test_shared_memory_has_bounds(probe: EmulatedModule) -> None:
         probe.launch("reverse", (1, 1, 1), 64, 200_000, torch.randn(64), torch.empty(64))
 
 
+@pytest.mark.parametrize("short", ["x", "y", None])
+@pytest.mark.parametrize(("kernel", "threads"), [("powers", 32), ("reverse", 64), ("ask_ahead", 32)])
+def test_global_memory_is_what_a_kernel_was_given(kernel: str, threads: int, short: str | None) -> None:
+    """Loads, asynchronous copies, what is asked for ahead; stores. Beyond these tensors there is other memory."""
+    stream = EmulatedStream()
+    x, y = (torch.zeros(128)[: threads - 4 if name == short else threads] for name in "xy")
+    with fault_of("outside the tensors" if short else None):
+        EmulatedModule(PROBE, stream=stream).launch(kernel, (1, 1, 1), threads, 256, x, y)
+        stream.synchronize()
+
+
 def test_a_grid_without_blocks_is_a_fault(probe: EmulatedModule) -> None:
     with pytest.raises(AssertionError, match="refuses a grid"):
         probe.launch("reverse", (1, 0, 1), 64, 256, torch.randn(64), torch.empty(64))
