@@ -2,7 +2,7 @@
 //
 // A thread of the device is a fiber, and fibers run one at a time, in random order between barriers, and some warps of a
 // block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they are waited for, and
-// not before. Shared memory holds NaN at first; addresses must
+// not before; but those begun ahead of griddepcontrol.wait read at once. Shared memory holds NaN at first; addresses must
 // be aligned as the device asks, and in global memory lie inside of the tensors that the kernel was given. Two threads
 // that meet in memory, one of them to write, must have a barrier between them, or if they are of two blocks, a fence, an
 // atomic instruction each at one place, and a fence again, whatever order they came in. Some blocks of a kernel may begin
@@ -55,7 +55,8 @@ struct Unit {
   bool under_way = false;         // an asynchronous copy may write it at any moment
 };
 
-struct Copy { void* to; const void* from; bool valid; Touch begun; };
+// `early`: begun ahead of griddepcontrol.wait, so `bytes` may be what was there before the kernel before had run.
+struct Copy { void* to; const void* from; bool valid; Touch begun; bool early; u8 bytes[16]; };
 
 // What an atomic instruction in global memory makes known to those that come by there: what its block did that was
 // fenced off before it. PTX ISA, "Memory Consistency Model": release and acquire patterns, and fences being cumulative.
@@ -285,7 +286,7 @@ inline void finish(std::vector<Copy>& copies) {
     set_under_way((const u8*)copy.to, false);
     touch_shared((const u8*)copy.to, 16, true);
     if (copy.valid) touch_global((const u8*)copy.from, 16, false, copy.begun);
-    if (copy.valid) std::memcpy(copy.to, copy.from, 16);
+    if (copy.valid) std::memcpy(copy.to, copy.early ? copy.bytes : copy.from, 16);
     else std::memset(copy.to, 0, 16);
   }
   copies.clear();
@@ -600,7 +601,9 @@ inline void copy_async(u64 to, u64 from, u64 bytes, int line = __builtin_LINE())
   if (bytes) check_aligned((const void*)from, 16), check_given(from, 16);
   u8* const at = shared_at(to, 16, true, false, line);
   set_under_way(at, true);
-  block->fibers[block->current].open.push_back({at, (const void*)from, bytes != 0, touch_now()});
+  Fiber& fiber = block->fibers[block->current];
+  fiber.open.push_back({at, (const void*)from, bytes != 0, touch_now(), !fiber.waited});
+  if (bytes && !fiber.waited) std::memcpy(fiber.open.back().bytes, (const void*)from, 16);
 }
 inline void commit_copies() {
   Fiber& fiber = block->fibers[block->current];

@@ -186,6 +186,16 @@ KERNEL(32) scale_too_early(const float* x, const float* factors, float* y) {
   y[threadIdx.x] = factors[threadIdx.x] * early;
 }
 
+KERNEL(32) copy_too_early(const float* x, float* y) {
+  float* shared = (float*)shared_memory();
+  if (threadIdx.x < 8) copy_async(shared + 4 * threadIdx.x, x + 4 * threadIdx.x);
+  copy_async_commit();
+  wait_for_kernel_before();
+  copy_async_wait<0>();
+  __syncthreads();
+  y[threadIdx.x] = shared[threadIdx.x];
+}
+
 KERNEL(64) scale_without_waiting(const float* x, const float* factors, float* y) {
   if (threadIdx.x >= 32) return;
   wait_for_kernel_before();

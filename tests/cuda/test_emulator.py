@@ -163,6 +163,16 @@ def test_a_kernel_begins_before_the_one_before_it_has_run(kernel: str) -> None:
     assert (y == 81).all() == (kernel == "scale")
 
 
+def test_a_copy_may_come_before_the_kernel_before_has_run() -> None:
+    stream = EmulatedStream()
+    module = EmulatedModule(PROBE, stream=stream)
+    x, factors, y = torch.ones(32), torch.full((32,), 3.0), torch.full((32,), torch.nan)
+    module.launch("scale", (1, 1, 1), 32, 0, x, factors, x)
+    module.launch("copy_too_early", (1, 1, 1), 32, 128, x, y)
+    stream.synchronize()
+    assert (x == 3).all() and (y == 1).all()
+
+
 def test_every_thread_waits_for_the_kernel_before() -> None:
     module = EmulatedModule(PROBE, stream=EmulatedStream())
     with pytest.raises(AssertionError, match="without having waited"):
