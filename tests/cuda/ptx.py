@@ -227,11 +227,12 @@ def convert_address(rest: list[str], target: str, source: str) -> str:
 
 
 def access(name: str, rest: list[str], first: str, second: str) -> str:
+    how = ".".join(rest)
     *rest, kind = rest
-    space = rest[0] if rest and rest[0] in ("global", "shared", "local", "param") else "generic"
+    space = rest.pop(0) if rest and rest[0] in ("global", "shared", "local", "param") else "generic"
     vector, where = (second, first) if name == "st" else (first, second)
     parts = listed(vector)
-    assert len(parts) == next((int(part[1]) for part in rest if part in ("v2", "v4")), 1)
+    assert rest == ([f"v{len(parts)}"] if len(parts) > 1 else []), how  # weak, by the coherent path
     at = place(space, where, kind, len(parts), "true" if name == "st" else "false")
     steps = []
     for index, part in enumerate(parts):

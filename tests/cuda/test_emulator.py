@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cuda import ptx
 from tests.cuda.emulator import EmulatedModule, EmulatedStream
 
 PROBE = Path(__file__).with_name("probe.cu")
@@ -161,6 +162,13 @@ def test_a_kernel_begins_before_the_one_before_it_has_run(kernel: str) -> None:
     assert y.isnan().all()  # it waits its turn
     stream.synchronize()
     assert (y == 81).all() == (kernel == "scale")
+
+
+@pytest.mark.parametrize("way", ["global.nc", "volatile.global", "relaxed.gpu.global"])
+def test_a_load_of_another_kind_is_not_taken_for_a_plain_one(way: str) -> None:
+    """What comes by a path that is not coherent, say, may be old where a kernel of the same time writes it."""
+    with pytest.raises(AssertionError, match=way):
+        ptx.instruction(f"ld.{way}.u32", ["%r1", "[%rd1]"])
 
 
 def test_a_copy_may_come_before_the_kernel_before_has_run() -> None:
