@@ -164,6 +164,9 @@ def test_ties_are_cut_by_id(on: Device, vocabulary: int) -> None:
     cut = vocabulary - 12345
     rows: list[Settings] = [(1.0, cut, 1.0, 0.0, LAST), (0.7, 0, (cut - 0.5) / vocabulary, 0.0, LAST)]
     assert sample(on, torch.zeros(2, vocabulary), rows) == [cut - 1] * 2
+    below = torch.full((1, vocabulary), -(2.0**-24))  # weights of 2^47 - 2^23: of their sums the low halves overflow
+    below[0, 0] = 0
+    assert sample(on, below, [(1.0, *rows[1][1:])]) == [cut - 1]
     lower = torch.zeros(1, vocabulary)
     lower[0, ::3] = -1e-7  # in the same bin
     upper = vocabulary - len(range(0, vocabulary, 3))
@@ -180,6 +183,25 @@ def test_every_part_of_a_long_row_is_reached(on: Device, rng: random.Random) -> 
         wanted = [0, 1023, vocabulary - 1, rng.randrange(vocabulary), rng.randrange(vocabulary)]
         logits = torch.zeros(len(wanted), vocabulary)
         assert sample(on, logits, [(1.0, 0, 1.0, 0.0, (i + 0.5) / vocabulary) for i in wanted]) == wanted
+
+
+def test_the_least_draw_is_the_first_token_that_weighs(on: Device) -> None:
+    """Whatever lies ahead of it: ids, whole chunks, and halves of a lane's pair of them that weigh nothing."""
+    firsts = [0, 5, 1023, 1024, 1500, 2048, 3077]
+    logits = torch.zeros(len(firsts), 3100)
+    for row, first in zip(logits, firsts, strict=True):
+        row[:first] = -math.inf
+    for setting in ((1.0, 0, 1.0, 0.0, 0.0), (1.0, 20, 1.0, 0.0, 0.0), (1.0, 0, 0.5, 0.0, 0.0)):
+        assert sample(on, logits, [setting] * len(firsts)) == firsts
+
+
+def test_a_logit_next_to_the_least_of_min_p(on: Device) -> None:
+    """The nearest float32 to log(min_p) is kept where it is not below it."""
+    least = [0.03 * i for i in range(1, 31)]
+    logits = torch.tensor([[0.0, math.log(min_p)] for min_p in least])
+    wanted = [int(float(logit) >= math.log(min_p)) for logit, min_p in zip(logits[:, 1], least, strict=True)]
+    assert 5 < sum(wanted) < 25
+    assert sample(on, logits, [(1.0, 0, 1.0, min_p, LAST) for min_p in least]) == wanted
 
 
 def test_a_vocabulary_that_ranks_cannot_hold_is_an_error() -> None:
@@ -223,6 +245,8 @@ def test_equal_logits_go_to_the_lowest_id(on: Device) -> None:
     ties = torch.tensor([1.0, 5.0, 5.0, 5.0, 0.0])
     wanted = {(0.0, 0, 1.0, 0.0): 1, (1.0, 2, 1.0, 0.0): 2, (1.0, 0, 0.5, 0.0): 2, (1.0, 0, 1.0, 1.0): 3}
     assert sample(on, ties.expand(4, 5), [(*s, LAST) for s in wanted]) == list(wanted.values())
+    shares = [0.25, 0.5, 0.75]  # of four equals: what reaches top_p exactly is enough
+    assert sample(on, torch.zeros(3, 4), [(1.0, 0, share, 0.0, LAST) for share in shares]) == [0, 1, 2]
     apart = torch.tensor([[-(2.0**-149), 0.0]])  # and one weight: the larger logit is likelier all the same
     assert sample(on, apart, [(0.05, 0, 0.0, 0.0, 0.0)]) == oracle(apart, [(0.05, 0, 0.0, 0.0, 0.0)]) == [1]
 
