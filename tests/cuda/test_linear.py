@@ -77,6 +77,13 @@ def random_activations(tokens: int, width: int) -> torch.Tensor:
     return torch.where(torch.rand(tokens, width) < 2 / width, 100 * x, x).to(torch.float16)
 
 
+def random_residual(tokens: int, width: int) -> torch.Tensor:
+    """float32, with a first token so small that EPS counts."""
+    residual = torch.randn(tokens, width) * 10
+    residual[0] *= 1e-4
+    return residual
+
+
 def on(device: torch.device, weight: AwqWeight) -> AwqWeight:
     return AwqWeight(*(part.to(device) for part in (weight.qweight, weight.qzeros, weight.scales)))
 
@@ -226,7 +233,7 @@ def check_fused_norm(kernels: Guarded, w: PackedLinear) -> None:
     """Against the norm in a kernel of its own, to the bit; also for more tokens than are ever asked of it."""
     norm = torch.randn(w.columns).half().to(kernels.device)
     for tokens in (1, 2, 3, 8):
-        residual = torch.randn(tokens, w.columns, device=kernels.device) * 10
+        residual = random_residual(tokens, w.columns).to(kernels.device)
         x = kernels.rms_norm(residual, norm, EPS)
         for fused, plain in (
             (kernels.norm_linear(residual, norm, EPS, w), kernels.linear(x, w)),
@@ -250,7 +257,7 @@ def check_norms(kernels: Guarded, tokens: int, hidden: int) -> None:
     after it: each time by a unit, of 2^-10 at most or of the least numbers' 2^-24.
     """
     device = kernels.device
-    x, residual, norm = torch.randn(tokens, hidden).half(), torch.randn(tokens, hidden) * 10, torch.randn(hidden).half()
+    x, residual, norm = torch.randn(tokens, hidden).half(), random_residual(tokens, hidden), torch.randn(hidden).half()
     least = (norm.double().abs() + 1) * 2**-24
     exact = REFERENCE.rms_norm(residual, norm, EPS).double()
     found = kernels.rms_norm(residual.to(device), norm.to(device), EPS)
