@@ -38,7 +38,8 @@
 //     head            32002 x 4096   262.2 MB     377 us   87.4 us        1001          251
 // Weights under way in a block: narrow 7 tiles for each of 8 warps, 28 KiB; head 3 tiles, 48 KiB; wide_8 to wide_32 6
 // tiles, 24 KiB; wide_64 4 tiles, 16 KiB; their heads 32 KiB, 16 KiB at 64 tokens. A40 wants 5 kB in a multiprocessor,
-// H100 18 kB. Of narrow, two blocks fit in a multiprocessor of either (128 registers; 35 KiB, with a norm 43 KiB).
+// H100 18 kB. Of narrow, two blocks fit in a multiprocessor of either (128 registers; 35 KiB, with a norm 43 KiB); with
+// a norm of two tokens, 51 KiB, one in an A40's.
 // Instructions: a multiprocessor must take a tile every 107 cycles on an A40 and every 38 on an H100 (1.7 GHz), so in
 // 430 and 152 issue slots. narrow takes 84 (head 14 for the same bytes), wide_8 112, wide_16 about 115, wide_32 about
 // 145. With more tokens tensor cores set the pace: a product takes 16 cycles of a quarter of an A40's multiprocessor, 8
