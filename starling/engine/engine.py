@@ -24,8 +24,8 @@ from starling.errors import DeviceError, EngineError, EngineStoppedError, NoRoom
 logger = logging.getLogger(__name__)
 
 NOTHING_TO_DRAW = (
-    "After this text the model's logits hold no finite number, so no token can be drawn. The server goes on; "
-    "try again, or change the text."
+    "After this text the model's logits hold no finite number, so no token can be drawn. Change the text; where every "
+    "text ends so, the weights are damaged: fetch them again."
 )
 
 
