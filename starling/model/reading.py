@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 
 
-def fill(target: memoryview, file: int, offset: int) -> int:
-    """Read into `target` from `offset` on, until it is full or the file ends; how many bytes came. Raises OSError."""
+def fill(target: memoryview, file: int, offset: int) -> None:
+    """Read into `target` from `offset` on, until it is full. Raises OSError, also where the file ends before."""
     done = 0
-    while done < len(target) and (read := os.preadv(file, [target[done:]], offset + done)):
+    while done < len(target):
+        read = os.preadv(file, [target[done:]], offset + done)
+        if not read:
+            raise OSError(f"the file has become shorter: it ends at byte {offset + done}")
         done += read
-    return done
 
 
 def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -21,7 +23,5 @@ def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, .
     """
     whole = torch.empty(shape, dtype=dtype)
     with path.open("rb", buffering=0) as file:
-        read = fill(memoryview(whole.numpy().data).cast("B"), file.fileno(), offset)
-    if read < whole.nbytes:
-        raise OSError(f"{path} ends at byte {offset + read}, in the middle of a tensor")
+        fill(memoryview(whole.numpy().data).cast("B"), file.fileno(), offset)
     return whole

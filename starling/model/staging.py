@@ -39,7 +39,7 @@ class Staging:
                 if self._cuda:
                     self._copied[self._turn].synchronize()
                 wanted = min(buffer.numel(), target.numel() - done)
-                self._read(file.fileno(), path, offset + done, memoryview(buffer.numpy().data)[:wanted])
+                self._read(file.fileno(), offset + done, memoryview(buffer.numpy().data)[:wanted])
                 target[done : done + wanted].copy_(buffer[:wanted], non_blocking=True)
                 if self._cuda:
                     self._copied[self._turn].record()
@@ -47,14 +47,11 @@ class Staging:
                 done += wanted
         return whole
 
-    def _read(self, file: int, path: Path, offset: int, into: memoryview) -> None:
+    def _read(self, file: int, offset: int, into: memoryview) -> None:
         """Fill `into` from `offset` on, in parts side by side."""
 
         def read_part(begin: int) -> None:
-            part = into[begin : begin + self._part_bytes]
-            read = fill(part, file, offset + begin)
-            if read < len(part):
-                raise OSError(f"{path} ends at byte {offset + begin + read}, in the middle of a tensor")
+            fill(into[begin : begin + self._part_bytes], file, offset + begin)
 
         parts = range(0, len(into), self._part_bytes)
         if len(parts) == 1:
