@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -54,11 +54,12 @@ class Place(NamedTuple):
 
     path: Path
     offset: int
-    dtype: torch.dtype
+    dtype: str  # as safetensors names it
     shape: tuple[int, ...]
 
 
-Read = Callable[[Path, int, torch.dtype, tuple[int, ...]], torch.Tensor]  # of a Place; raises OSError
+# A tensor from its path, offset, dtype and shape; raises OSError.
+Read = Callable[[Path, int, torch.dtype, tuple[int, ...]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Raises CheckpointError where its bytes cannot be read, as on a disk that fails."""
-        place = self._places[name]
+        path, offset, dtype, shape = self._places[name]
         try:
-            return self._read(*place)
+            return self._read(path, offset, DTYPES[dtype], shape)
         except OSError as error:
-            raise CheckpointError(f"{name} cannot be read from {place.path}: {error}. Fetch it again.") from error
+            raise CheckpointError(f"{name} cannot be read from {path}: {error}. Fetch it again.") from error
 
     def linear(self, name: str) -> AwqWeight:
         return AwqWeight(self.tensor(f"{name}.qweight"), self.tensor(f"{name}.qzeros"), self.tensor(f"{name}.scales"))
@@ -89,22 +90,12 @@ def open_checkpoint(folder: Path, config: ModelConfig, read: Read = read_tensor)
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{folder} holds no *.safetensors file: the weights are missing.")
-    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+    stored: dict[str, Place] = {}
     faults: list[str] = []
     for path in paths:
-        try:
-            with path.open("rb") as begin:
-                begin.read(HEADER_BYTES)  # safe_open maps it: what cannot be read would end the process there
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    if name.endswith(FREQUENCIES):
-                        continue
-                    if name in stored:
-                        faults.append(f"{name} is stored twice")
-                    view = file.get_slice(name)
-                    stored[name] = (view.get_dtype(), tuple(view.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
+        places = _places(path)
+        faults += [f"{name} is stored twice" for name in places if name in stored]
+        stored |= places
     expected = expected_tensors(config)
     missing = sorted(expected.keys() - stored.keys())
     extra = sorted(stored.keys() - expected.keys())
@@ -112,22 +103,30 @@ def open_checkpoint(folder: Path, config: ModelConfig, read: Read = read_tensor)
     faults += [f"not part of this architecture: {_some(extra)}"] if extra else []
     for name in expected.keys() & stored.keys():
         (dtype, shape), found = expected[name], stored[name]
-        if found != (dtype, shape):
-            faults.append(f"{name} is {found[0]} {list(found[1])}, config.json asks for {dtype} {list(shape)}")
+        if (found.dtype, found.shape) != (dtype, shape):
+            faults.append(f"{name} is {found.dtype} {list(found.shape)}, config.json asks for {dtype} {list(shape)}")
     if faults:
         raise CheckpointError(f"{folder} does not fit its config.json: {'; '.join(faults[:20])}.")
-    return Checkpoint(config, {name: place for path in paths for name, place in _places(path, stored)}, read)
+    return Checkpoint(config, stored, read)
 
 
-def _places(path: Path, checked: Container[str]) -> Iterator[tuple[str, Place]]:
-    """Of every tensor in a file whose header was checked before; `checked` are their names."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name in checked:
-            offset = 8 + length + entry["data_offsets"][0]
-            yield name, Place(path, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+def _places(path: Path) -> dict[str, Place]:
+    """Of every tensor in a file, but those that config.json implies. Raises CheckpointError when it is not whole."""
+    try:
+        with path.open("rb") as file:
+            file.read(HEADER_BYTES)  # safe_open maps it: what cannot be read would end the process there
+            with safe_open(path, framework="pt"):
+                pass  # it has compared the header with the file's length, and the tensors with each other
+            file.seek(0)
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
+    return {
+        name: Place(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__" and not name.endswith(FREQUENCIES)
+    }
 
 
 def _some(names: list[str]) -> str:
