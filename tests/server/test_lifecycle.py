@@ -118,7 +118,7 @@ def test_ctrl_c_during_a_stop_kills_the_server_at_once(logs: Path, monkeypatch: 
     server.spawn()
     assert server.process is not None
     try:
-        wait_for(lambda: "began" in server.log)
+        wait_for(lambda: "began\n" in server.log)  # unbuffered, a line and its end are written apart
         with pytest.raises(KeyboardInterrupt):
             server.stop(timeout_s=3600)
         assert server.process.poll() == -signal.SIGKILL
