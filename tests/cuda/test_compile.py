@@ -141,7 +141,10 @@ def test_of_several_compilers_the_one_of_torchs_cuda_is_chosen(
     assert Path(nvrtc._library()._name).parts[-3] == chosen
 
 
-def test_a_compiler_that_does_not_know_where_it_lies_finds_its_builtins(bundled: Path) -> None:
+def test_a_compiler_that_does_not_know_where_it_lies_finds_its_builtins(
+    bundled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.version.cuda", "99.0")
     shared_library(
         bundled / "cu99" / "lib" / "libnvrtc.so.99",
         """#include <dlfcn.h>
