@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from safetensors import safe_open
 from tqdm import tqdm
 
 from starling import tensor_file, tokenizer_json
 from starling.chat import END_OF_TURN
 from starling.errors import WeightsError
+from starling.file_system import alone
 from starling.model import awq
 from starling.weights.digest import sha256_of
 from starling.weights.location import STAND_IN_MARKER as MARKER
@@ -79,7 +79,7 @@ def prepare(folder: Path, full_precision: bool = False) -> Path:
     if _is_current(folder, full_precision):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.making"):
+    with alone(folder.parent / f".{folder.name}.making", "maker of the demo model"):
         if _is_current(folder, full_precision):
             return folder
         if folder.exists() and any(folder.iterdir()) and not is_demo(folder):

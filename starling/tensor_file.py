@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ def write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=dict(metadata))
     except SafetensorError as error:  # a full disk, say
         raise OSError(f"{path} cannot be written: {error}") from error
-    unfinished.chmod(0o644)  # save_file leaves it readable to its owner alone
+    with suppress(PermissionError):  # where a mount says who may read (exFAT, shares)
+        unfinished.chmod(0o644)  # save_file leaves it readable to its owner alone
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     unfinished.replace(path)

@@ -28,8 +28,8 @@ settings.load_profile("starling")
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Asked for the GPU's tests alone, import no file that holds none: a machine with a GPU may lack what others need.
 
-    The GPU's tests need torch, transformers, safetensors, pydantic, huggingface_hub, psutil, tqdm, filelock and
-    hypothesis; neither Cog nor anything of its server, the tokenizer or the grammars.
+    The GPU's tests need torch, transformers, safetensors, pydantic, huggingface_hub, psutil, tqdm and hypothesis;
+    neither Cog nor anything of its server, the tokenizer or the grammars.
     """
     if config.option.markexpr != "gpu":
         return None

@@ -16,7 +16,6 @@ import logging
 import math
 import mmap
 import os
-import shutil
 import struct
 import time
 import zlib
@@ -28,6 +27,7 @@ from typing import BinaryIO
 
 import torch
 
+from starling.file_system import free_disk_bytes
 from starling.model.huge_pages import move_to_huge_pages
 from starling.model.ops import Packed
 
@@ -177,7 +177,7 @@ def _make(path: Path, key: str, repack: Callable[[], Iterable[tuple[str, Packed]
         found = _open(path, key, logging.DEBUG)  # made while this process waited for its turn
         if found is not None:
             return found
-        free = shutil.disk_usage(path.parent).free
+        free = free_disk_bytes(path.parent)
         if free < expected_bytes:
             raise OSError(errno.ENOSPC, f"{free / 1e9:.2f} GB are free, about {expected_bytes / 1e9:.2f} needed")
         started = time.monotonic()

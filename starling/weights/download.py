@@ -4,16 +4,16 @@ A file is fetched under another name, flushed to disk, checked, and only then re
 final name is whole. A pull that is stopped at any point leaves nothing to clean up; the next one goes on from there.
 """
 
-import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from starling.errors import WeightsError
+from starling.file_system import alone, free_disk_bytes
 from starling.weights import ledger
 from starling.weights.digest import git_blob_sha1_of, sha256_of
 from starling.weights.inspection import PARTIAL_FOLDER, FileReport, State, faults, partial_path, verify
@@ -49,7 +49,7 @@ def pull(lock: Lock, folder: Path, where: str | None = None, patience: Patience 
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with alone(folder / PULL_LOCK_NAME, "pull"):
             reports = verify(folder, lock, first_use=False)
             extra = [str(report) for report in reports if report.state is State.EXTRA]
             names = {report.name for report in reports if report.state is not State.VERIFIED}
@@ -95,7 +95,7 @@ def _fetch(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source
         return found
     wanted = [one for one in wanted if not _adopt(lock, folder, one)]
     need_bytes = sum(one.offer.size - one.had_bytes for one in wanted)
-    free_bytes = shutil.disk_usage(folder).free
+    free_bytes = free_disk_bytes(folder)
     if need_bytes > free_bytes:
         return [f"the disk has {free_bytes} bytes free, {need_bytes} more are needed; make room or name another folder"]
     (folder / PARTIAL_FOLDER).mkdir(exist_ok=True)
@@ -186,11 +186,13 @@ def _promote(partial: Path, path: Path) -> None:
         os.fsync(file.fileno())
     # Whole seconds survive archives and image layers, and with them the ledger's record of this file.
     whole_s = int(partial.stat().st_mtime)
-    os.utime(partial, (whole_s, whole_s))
+    with suppress(PermissionError):  # who writes to a share need not own what is made there
+        os.utime(partial, (whole_s, whole_s))
     partial.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with suppress(OSError):  # shares flush no folder (EINVAL); a name that a power cut takes is fetched again
+            os.fsync(folder)
     finally:
         os.close(folder)
 
@@ -200,18 +202,6 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
     for left in folder.glob(f"{ledger.LEDGER_NAME}.*"):
         left.unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's pull lock. The kernel drops it with the process, however that ends."""
-    with (folder / PULL_LOCK_NAME).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another pull is at work in %s; waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _raise_if(found: Sequence[str], folder: Path) -> None:

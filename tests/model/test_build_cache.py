@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_take_it_leaves_it_to_the_next(
     assert kept("a", build) == other / "a"
     home.parent.unlink()
     free = {home: 1 << 20, other: 1 << 30}
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=1 << 30, free=free[folder]))
     assert kept("b", build) == other / "b"
 
 

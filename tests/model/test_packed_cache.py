@@ -245,7 +245,7 @@ def test_a_power_cut_leaves_a_whole_file_or_none(checkpoint: Path, disk_events: 
 def test_too_little_disk_is_seen_before_it_is_filled(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=10))
     packed_cache.load_or_make(checkpoint, LAYOUT, Repacking(some_weights()), [checkpoint])
     assert "every start repacks" in caplog.text
     assert not list(checkpoint.glob("packed-*"))

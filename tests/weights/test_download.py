@@ -1,9 +1,12 @@
 """Pulling from a hub that cuts, truncates, corrupts, stalls and lies."""
 
+import errno
+import fcntl
 import logging
 import os
 import random
 import shutil
+import stat
 import traceback
 from collections import namedtuple
 from pathlib import Path
@@ -276,6 +279,30 @@ def test_a_disk_that_just_takes_what_is_still_to_come_is_enough(hub, lock, folde
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - free, free))
     pull(lock, folder, hub.url, BRISK)
     assert_whole(folder, files)
+
+
+def test_a_share_that_lacks_what_disks_have_takes_the_weights(hub, lock, folder, files, monkeypatch):
+    """No locks, no flushing of folders, no times but the owner's, no word on what is free."""
+
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flushed.append(os.fstat(file).st_ino)
+
+    def utime(path: Path, times: tuple[int, int]) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    flushed: list[int] = []
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "utime", utime)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(0, 0, 0))
+    assert {report.state for report in pull(lock, folder, hub.url, BRISK)} == {State.VERIFIED}
+    assert_whole(folder, files)
+    assert {(folder / name).stat().st_ino for name in files} <= set(flushed)
 
 
 def test_a_folder_that_cannot_be_made_is_a_fault_of_the_weights(hub, lock, folder):

@@ -1,14 +1,14 @@
 """Where compiled kernels are kept: found in one of this user's folders, or made in the first that can take them."""
 
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from starling.errors import DeviceError
+from starling.file_system import alone, free_disk_bytes
 
 LEAST_BYTES = 32 << 20  # that a folder must have free: a compiler that runs out does not say so
 
@@ -54,21 +54,11 @@ def _is_ours(folder: Path) -> bool:
 
 def _make(path: Path, build: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _locked(path.with_name(f"{path.name}.lock")):
+    with alone(path.with_name(f"{path.name}.lock"), "compiler"):
         if not path.exists():
-            if shutil.disk_usage(path.parent).free < LEAST_BYTES:
+            if free_disk_bytes(path.parent) < LEAST_BYTES:
                 raise OSError(f"{path.parent} has less than {LEAST_BYTES >> 20} MiB free")
             with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
                 build(Path(scratch) / path.name)
                 (Path(scratch) / path.name).replace(path)
     return path
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path`; it goes with the process, however that ends."""
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
