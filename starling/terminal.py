@@ -4,11 +4,13 @@ on standard error.
 python -m starling.terminal --url http://127.0.0.1:5000 "What is the capital of France?"
 python -m starling.terminal --weights weights/demo          # starts a server for itself; no prompt: a chat
 python -m starling.terminal --weights weights/demo < FILE   # the file is the prompt
+python -m starling.terminal --weights weights/demo -i max_tokens=2000 -i system_prompt="Answer in French." "Hello"
 """
 
 import argparse
 import contextlib
 import io
+import json
 import os
 import signal
 import sys
@@ -24,6 +26,7 @@ from starling.settings import Settings
 from starling.weights import locate_weights
 
 Turn = dict[str, str]
+NUMBERS = {name for name, field in Request.model_fields.items() if field.annotation in (int, float, int | None)}
 HINT = "Ctrl-C stops an answer; Ctrl-C or Ctrl-D at the prompt leaves."
 
 
@@ -111,11 +114,27 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def named_input(text: str) -> tuple[str, object]:
+    """NAME=VALUE → name and value: a number where the server wants one, else text. Request judges both."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no =: write NAME=VALUE")
+    if name in ("prompt", "messages"):
+        raise argparse.ArgumentTypeError(f"{name} cannot be given so: it is what you type")
+    with contextlib.suppress(ValueError):
+        return name, json.loads(value) if name in NUMBERS else value
+    return name, value
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m starling.terminal", description="Ask the model, or chat with it.")
     parser.add_argument("prompt", nargs="*", help="in quotes; without one: a chat, or what is piped in")
     parser.add_argument("--code", action="store_true", help="use the model's condition for programming")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the server's)")
+    parser.add_argument(
+        "-i", "--input", action="append", default=[], type=named_input, metavar="NAME=VALUE", dest="inputs",
+        help="any other input of the server's, as max_tokens=2000 or system_prompt='Be brief.'; may be repeated",
+    )  # fmt: skip
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="a running server")
     where.add_argument(
@@ -139,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     inputs: dict[str, object] = {"mode": "code" if options.code else "chat"}
     if options.temperature is not None:
         inputs["temperature"] = options.temperature
+    inputs |= dict(options.inputs)
     try:
         if prompt is None and not sys.stdin.isatty():
             prompt = sys.stdin.read().strip()

@@ -5,6 +5,7 @@ What happened is written to $ECHO_FOLDER/journal. Words that act:
     fail:KIND   raises: request, engine or surprise
     turns:      says how many messages came before the prompt, and the mode
     heat:       says the temperature
+    regex:      says the regular expression
     room:N      raises where more than N messages came before the prompt
 """
 
@@ -73,6 +74,7 @@ class EchoGeneration:
                 acts = {
                     "turns": f"{len(self._request.messages)} {self._request.mode}",
                     "heat": f"{self._request.temperature}",
+                    "regex": f"{self._request.regex}",
                 }
                 yield acts.get(kind, word) + " "
         self.result = SimpleNamespace(

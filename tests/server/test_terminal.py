@@ -141,8 +141,21 @@ def test_an_output_that_takes_no_more_ends_it_without_a_traceback(echo: Echo) ->
         (("--weights", "/absent"), "STARLING_WEIGHTS names '/absent', which is no folder."),
         (("--weights", "/absent", "--temperature", "nan"), "temperature is nan: Input should be a finite number"),
         (("--weights", "/absent", "--temperature", "9"), "temperature is 9.0: Input should be less than or equal to 5"),
+        (("--weights", "/absent", "-i", "seed=-1"), "seed is -1: Input should be greater than or equal to 0"),
+        (("--weights", "/absent", "-i", "seed=one"), "seed: Input should be a valid integer"),
+        (("--weights", "/absent", "-i", "heat=9"), "heat: Extra inputs are not permitted"),
     ],
-    ids=["nobody listens", "no http://", "no port", "no weights", "no number", "too hot"],
+    ids=[
+        "nobody listens",
+        "no http://",
+        "no port",
+        "no weights",
+        "no number",
+        "too hot",
+        "a seed below 0",
+        "a seed in words",
+        "an unknown input",
+    ],
 )
 def test_what_cannot_begin_is_told_in_one_line(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
@@ -360,6 +373,25 @@ def test_earlier_turns_are_sent_along(echo: Echo, terminals: list[Terminal]) -> 
         terminal.read_until("You: ")
         terminal.type("turns:")
         assert f"Starling: {turns} code " in terminal.read_until("]")
+
+
+def test_any_input_can_be_named(echo: Echo, terminals: list[Terminal]) -> None:
+    given = ("-i", "temperature=0.25", "--input", "mode=code", "-i", "regex=1=1")
+    done = piped("--url", echo.server.url, *given, "heat: turns: regex:")
+    assert (done.returncode, done.stdout) == (0, "0.25 0 code 1=1 \n")
+    terminal = Terminal(echo, "--temperature", "1", *given)
+    terminals.append(terminal)
+    for turns in ("0", "2"):
+        terminal.read_until("You: ")
+        terminal.type("heat: turns:")
+        assert f"Starling: 0.25 {turns} code " in terminal.read_until("]")
+
+
+@pytest.mark.parametrize("name", ["regex", "prompt=a", "messages=[]"])
+def test_an_input_that_is_not_named_so_is_told(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--url", "http://127.0.0.1:1", "-i", name, "hello"])
+    assert capsys.readouterr().err.rstrip().endswith(("write NAME=VALUE", "it is what you type"))
 
 
 def test_a_chat_s_options_blank_lines_and_the_end_of_its_input(echo: Echo, terminals: list[Terminal]) -> None:
