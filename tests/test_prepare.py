@@ -26,6 +26,7 @@ def test_kernels_of_every_instruction_set_are_compiled_and_weights_repacked(
 
     monkeypatch.setattr(compiler, "_compile", copy)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where this user may have some
     monkeypatch.setenv("STARLING_DEVICE", "cpu")
     monkeypatch.setenv("STARLING_WEIGHTS", str(weights))
     assert main(["prepare"]) == 0
@@ -36,7 +37,8 @@ def test_kernels_of_every_instruction_set_are_compiled_and_weights_repacked(
 
 def test_without_a_compiler_weights_are_repacked_for_plain_torch(demo_folder: Path, tmp_path: Path) -> None:
     weights = unpacked(demo_folder, tmp_path)
-    environment = {"PATH": "", "HOME": str(tmp_path), "STARLING_DEVICE": "cpu", "STARLING_WEIGHTS": str(weights)}
+    folders = dict.fromkeys(("HOME", "TMPDIR"), str(tmp_path))  # none of them holds what this user has compiled
+    environment = {"PATH": "", "STARLING_DEVICE": "cpu", "STARLING_WEIGHTS": str(weights), **folders}
     command = [sys.executable, "-m", "starling", "prepare"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "Operations: torch-cpu on cpu." in done.stdout and "several times slower" in done.stderr

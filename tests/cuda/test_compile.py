@@ -175,6 +175,7 @@ def test_an_image_is_prepared_without_a_gpu(
 ) -> None:
     monkeypatch.setenv("STARLING_DEVICE", "cuda")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where this user may have some
     monkeypatch.setattr(nvrtc, "SOURCES", ("elementwise",))
     assert main(["prepare"]) == 0
     assert "compiled for sm_80, sm_86, sm_89, sm_90" in capsys.readouterr().out
