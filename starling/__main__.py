@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
+from starling.errors import StarlingError
 from starling.evaluate.command import add_evaluate_command
 from starling.prepare import add_prepare_command
 from starling.quantize.command import add_quantize_command
@@ -12,8 +14,9 @@ from starling.weights.command import add_weights_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Returns the exit code: the command's own, 1 for a fault, which is printed, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m starling", description=__doc__)
+    parser.set_defaults(kept="")  # what a command says of its work when it is stopped
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_weights_command(subparsers)
     add_quantize_command(subparsers)
@@ -22,7 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs addresses, which may be signed
-    code: int = args.run(args)
+    try:
+        code: int = args.run(args)
+    except (StarlingError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nStopped.{args.kept}", file=sys.stderr)
+        return 128 + signal.SIGINT
     return code
 
 

@@ -63,6 +63,25 @@ def test_weights_may_come_later_but_those_that_are_named_or_fetched(
     assert (screen.err.endswith("There are none.\n"), "No weights are here yet" in screen.out) == (code == 1, code == 0)
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "\nStopped.\n"),
+        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device\n"),
+    ],
+)
+def test_what_ends_it_is_told_in_a_line(
+    fault: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compile_ahead() -> None:
+        raise fault
+
+    monkeypatch.setattr("starling.model.ops.cpu.compiler.compile_ahead", compile_ahead)
+    monkeypatch.setenv("STARLING_DEVICE", "cpu")
+    assert main(["prepare"]) == code
+    assert capsys.readouterr().err == said
+
+
 def test_operations_that_keep_no_repacked_weights_read_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,14 +3,11 @@
 import argparse
 import logging
 import os
-import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from starling.errors import NotInstalledError, StarlingError
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+from starling import text_file
+from starling.errors import NotInstalledError
 
 
 def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,7 +19,7 @@ def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.Argume
     text.add_argument("--source", type=Path, help="the full-precision checkpoint that WEIGHTS were made from")
     text.add_argument("--window", type=int, default=512, help="tokens of context (default: %(default)s)")
     text.add_argument("--max-tokens", type=int, help="use no more of the text than this")
-    text.set_defaults(run=_guarded(_evaluate_text))
+    text.set_defaults(run=_evaluate_text)
     answers = actions.add_parser("answers", help="answer multi-turn questions through the service, in MT-bench's form")
     answers.add_argument("weights", type=Path, metavar="WEIGHTS", help="an AWQ checkpoint folder")
     answers.add_argument("questions", type=Path, metavar="QUESTIONS", help="MT-bench's question.jsonl, or its like")
@@ -30,7 +27,7 @@ def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.Argume
     answers.add_argument("--engine", choices=("engine", "reference"), help="default: as STARLING_ENGINE says")
     answers.add_argument("--model-id", help="what the judge calls the model (default: the name of WEIGHTS)")
     answers.add_argument("--max-tokens", type=int, default=1024, help="per answer (default: %(default)s)")
-    answers.set_defaults(run=_guarded(_evaluate_answers))
+    answers.set_defaults(run=_evaluate_answers)
 
 
 def _evaluate_text(args: argparse.Namespace) -> int:
@@ -38,11 +35,7 @@ def _evaluate_text(args: argparse.Namespace) -> int:
         from starling.evaluate.text import evaluate_text
     except ImportError as error:
         raise NotInstalledError(error) from error
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StarlingError(f"{args.text} cannot be read: {error}.") from error
-    quality = evaluate_text(args.weights, text, args.source, args.window, args.max_tokens)
+    quality = evaluate_text(args.weights, text_file.read(args.text), args.source, args.window, args.max_tokens)
     print(f"tokens             {quality.tokens}")
     print(f"perplexity         {quality.perplexity:.4f}")
     if quality.source_perplexity is not None:
@@ -69,19 +62,3 @@ def _evaluate_answers(args: argparse.Namespace) -> int:
         answer_questions(service, model_id, questions, out, args.max_tokens)
     print(f"{len(questions)} questions answered, in {args.out}")
     return 0
-
-
-def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """`command`, its faults printed. 0: as asked. 1: a fault. 130: interrupted."""
-
-    def run(args: argparse.Namespace) -> int:
-        try:
-            return command(args)
-        except (StarlingError, OSError) as error:
-            print(error, file=sys.stderr)
-        except KeyboardInterrupt:
-            print("\nStopped.", file=sys.stderr)
-            return INTERRUPTED
-        return 1
-
-    return run

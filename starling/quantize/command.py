@@ -1,14 +1,12 @@
 """`python -m starling quantize SOURCE OUT`."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from starling.errors import NotInstalledError, StarlingError
+from starling import text_file
+from starling.errors import NotInstalledError
 from starling.model.config import GROUP_SIZES
 from starling.quantize.calibration import BUILT_IN
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,23 +27,16 @@ def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.Argume
     )
     parser.add_argument("--samples", type=int, default=128, help="blocks of text at most (default: 128)")
     parser.add_argument("--length", type=int, default=512, help="tokens per block (default: 512)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kept=" The same command goes on from the last finished layer.")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: done. 1: a fault, which is printed. 130: interrupted."""
+    """0: done. Raises StarlingError and OSError."""
     try:
-        try:
-            from starling.quantize.layerwise import quantize  # transformers and AutoAWQ: seconds to import
-        except ImportError as error:
-            raise NotInstalledError(error) from error
-        text = args.calibration.read_text(encoding="utf-8")
-        quantize(args.source, args.out, text, args.group_size, args.samples, args.length)
-    except (StarlingError, OSError, UnicodeDecodeError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from the last finished layer.", file=sys.stderr)
-        return INTERRUPTED
+        from starling.quantize.layerwise import quantize  # transformers and AutoAWQ: seconds to import
+    except ImportError as error:
+        raise NotInstalledError(error) from error
+    text = text_file.read(args.calibration)
+    quantize(args.source, args.out, text, args.group_size, args.samples, args.length)
     print(args.out)
     return 0

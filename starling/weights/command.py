@@ -2,18 +2,14 @@
 
 import argparse
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 
-from starling.errors import WeightsError
 from starling.weights.download import pull
 from starling.weights.inspection import FileReport, State, inspect, verify
 from starling.weights.location import LOCK_PATH
 from starling.weights.lock import Lock
 from starling.weights.source import Patience
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def add_weights_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,22 +39,15 @@ def add_weights_command(subparsers: "argparse._SubParsersAction[argparse.Argumen
                 metavar="SECONDS",
                 help="give a silent connection up after this long; five in a row end the pull (default: %(default)g)",
             )
+            action.set_defaults(kept=" What has arrived is kept; the next pull goes on from there.")
     weights.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: as asked. 1: faults, which are printed. 130: interrupted."""
-    try:
-        lock = Lock.read(args.lock)
-        folder = args.folder or args.lock.with_suffix("")
-        return {"pull": _pull, "verify": _verify, "status": _status, "pin": _pin}[args.action](args, lock, folder)
-    except (WeightsError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        kept = " What has arrived is kept; the next pull goes on from there." if args.action == "pull" else ""
-        print(f"\nStopped.{kept}", file=sys.stderr)
-        return INTERRUPTED
+    """0: as asked. 1: files are missing or wrong, which is printed. Raises WeightsError and OSError."""
+    lock = Lock.read(args.lock)
+    folder = args.folder or args.lock.with_suffix("")
+    return {"pull": _pull, "verify": _verify, "status": _status, "pin": _pin}[args.action](args, lock, folder)
 
 
 def _pull(args: argparse.Namespace, lock: Lock, folder: Path) -> int:
