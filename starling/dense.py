@@ -55,6 +55,17 @@ class DenseWeights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def shape(self, name: str) -> list[int]:
+        """Of the weight `name`, without reading it."""
+        stem = name.removesuffix(".weight")
+        if f"{stem}.qweight" in self._files:
+            return [self._stored_shape(f"{stem}.scales")[1], self._stored_shape(f"{stem}.qweight")[0]]
+        return self._stored_shape(name if name in self._files else "model.embed_tokens.weight")
+
+    def _stored_shape(self, name: str) -> list[int]:
+        shape: list[int] = self._files[name].get_slice(name).get_shape()
+        return shape
+
     def _read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor
@@ -69,26 +80,25 @@ def empty_model(weights: DenseWeights) -> PreTrainedModel:
     model.train(False)
     # Nothing is decided by a file beside the weights.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    expected = set(model.state_dict())
-    missing, extra = sorted(expected - set(weights)), sorted(set(weights) - expected)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or extra:
         raise CheckpointError(
             f"{weights.folder} does not fit its config.json: missing {missing[:8]}, not part of the model {extra[:8]}."
         )
+    for name, shape in expected.items():
+        if (found := weights.shape(name)) != shape:
+            raise CheckpointError(
+                f"{weights.folder} does not fit its config.json: {name} is {found} as a matrix, not {shape}."
+            )
     return model
 
 
 def load_module(model: PreTrainedModel, prefix: str, weights: DenseWeights, device: str | torch.device = "cpu") -> None:
-    """Give every parameter of `model` whose name begins with `prefix` its weight, on `device`.
-
-    Raises CheckpointError for a weight of another shape.
-    """
+    """Give every parameter of `model` whose name begins with `prefix` its weight, on `device`."""
     for name, _ in list(model.named_parameters()):
         if name.startswith(prefix):
-            try:
-                set_module_tensor_to_device(model, name, device, value=weights[name], dtype=weights.dtype)
-            except ValueError as error:
-                raise CheckpointError(f"{weights.folder}: {name} does not fit its config.json: {error}") from error
+            set_module_tensor_to_device(model, name, device, value=weights[name], dtype=weights.dtype)
 
 
 def loaded_model(weights: DenseWeights, device: str | torch.device = "cpu") -> PreTrainedModel:

@@ -13,8 +13,8 @@ import torch
 
 from starling import tokenizer_json
 from starling.__main__ import main
-from starling.dense import DenseWeights, loaded_model
-from starling.errors import INSTALL_REFERENCE, StarlingError
+from starling.dense import DenseWeights, loaded_model, streamed_model
+from starling.errors import INSTALL_REFERENCE, CheckpointError, StarlingError
 from starling.evaluate.answers import answer_questions, appending, unanswered
 from starling.evaluate.text import evaluate_text
 from starling.request import Request
@@ -70,6 +70,16 @@ def test_other_vocabularies_are_not_compared(folders: list[Path]) -> None:
     write_checkpoint(folders[1], vocab_size=400)
     with pytest.raises(StarlingError, match="different vocabularies"):
         evaluate_text(folders[0], TEXT, folders[1])
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrices_of_another_shape_are_told(folders: list[Path], tied: bool, key: str) -> None:
+    config = json.loads((folders[tied] / "config.json").read_text())
+    (folders[tied] / "config.json").write_text(json.dumps(config | {key: config[key] + 128}))
+    for model in (loaded_model, streamed_model):
+        with pytest.raises(CheckpointError, match=f"does not fit its config.json: .*{config[key] + 128}"):
+            model(DenseWeights(folders[tied]))
 
 
 def test_the_command_prints_them(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
