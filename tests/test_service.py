@@ -45,7 +45,7 @@ FRANCE = "What is the capital of France?"
 
 def test_the_readmes_examples_run(demo_folder: Path, service: Service) -> None:
     """They are sampled; but the seed that is printed gives the same answer here."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"STARLING_WEIGHTS": str(demo_folder), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},

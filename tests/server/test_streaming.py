@@ -1,5 +1,6 @@
 """Answers stream as they are made, side by side."""
 
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -9,8 +10,17 @@ import pytest
 from httpx_sse import connect_sse
 
 from starling.client import AnswerError
+from starling.local_server import ROOT
 from tests.server.conftest import SLOTS, Echo
 from tests.waiting import HANG_S, wait_for
+
+
+def test_the_readmes_example_runs(echo: Echo, capsys: pytest.CaptureFixture[str]) -> None:
+    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    address = "http://localhost:5000"
+    assert address in code
+    exec(code.replace(address, echo.server.url), {})
+    assert capsys.readouterr().out.startswith("Hello, how are you? \nsucceeded: {")
 
 
 def test_eight_streams_start_before_any_goes_on(echo: Echo, background) -> None:
