@@ -72,13 +72,13 @@ def test_another_system_is_named(checkout: Path) -> None:
 
 def test_a_python_that_is_too_old_is_named(checkout: Path) -> None:
     said = install(checkout, {"python3": "exit 1"})
-    assert said.startswith("[install] python3 is not Python 3.11 to 3.13")
+    assert said.startswith("[install] python3 is not Python 3.11 to 3.14")
 
 
 def test_a_venv_of_such_a_python_is_not_filled(checkout: Path) -> None:
     venv(checkout, '[ "$2" = pip ]')
     said = install(checkout, {})
-    assert said == "[install] .venv holds another Python than 3.11 to 3.13; remove it, and run this again.\n"
+    assert said == "[install] .venv holds another Python than 3.11 to 3.14; remove it, and run this again.\n"
 
 
 def test_a_python_without_venv_is_told_the_package(checkout: Path) -> None:

@@ -155,6 +155,7 @@ class Hub:
                 if file.tell() + len(chunk) > size:
                     raise FileFaultError(f"{name}: {self.name} sends more than the {size} bytes that it should hold")
                 file.write(chunk)
+                file.flush()  # what has come outlives this process
                 advance(len(chunk))
                 pace.keep(len(chunk))
         if file.tell() < size:
