@@ -8,7 +8,6 @@ and sentencepiece installed the folder gets the real tokenizer too, and can be s
 
 import argparse
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from starling import tokenizer_json
 from starling.errors import WeightsError
+from starling.file_system import free_disk_bytes
 from starling.model.checkpoint import expected_tensors
 from starling.model.config import ModelConfig
 
@@ -55,7 +55,7 @@ def make(folder: Path, seed: int = 0) -> Path:
     path = folder / "model.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        free = free_disk_bytes(folder)
         if free < SIZE:
             raise SystemExit(f"{folder} has {free / 1e9:.1f} GB free, and the checkpoint needs {SIZE / 1e9:.1f} GB.")
         (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))

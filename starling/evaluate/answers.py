@@ -1,5 +1,6 @@
 """Answers to multi-turn questions through the service, in the form that MT-bench's judge reads."""
 
+import io
 import json
 import time
 import uuid
@@ -8,6 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from starling import text_file
 from starling.errors import StarlingError
 from starling.request import Request
 from starling.service import Service
@@ -81,11 +83,8 @@ def _converse(service: Service, turns: list[str], temperature: float, max_tokens
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A JSON Lines file. Raises StarlingError naming the line that is none."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = list(file)  # str.splitlines would also cut at U+2028 and its like, which JSON may hold as they are
-    except (OSError, UnicodeDecodeError) as error:
-        raise StarlingError(f"{path} cannot be read: {error}.") from error
+    # Not str.splitlines, which would also cut at U+2028 and its like: JSON may hold them as they are.
+    lines = io.StringIO(text_file.read(path))
     found = []
     for number, line in enumerate(lines, start=1):
         try:

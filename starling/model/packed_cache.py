@@ -196,7 +196,8 @@ def _make(path: Path, key: str, repack: Callable[[], Iterable[tuple[str, Packed]
 def _unfinished(path: Path) -> Iterator[BinaryIO]:
     """The file that will become `path`, opened, empty, and locked: other processes wait here, dead ones are out.
 
-    It goes at the end, unless it was renamed.
+    It goes at the end, unless it was renamed. Raises OSError also where the file system knows no locks: a process on
+    another machine could replace there what this one has mapped.
     """
     partial = path.with_name(f"{path.name}.partial")
     while True:
