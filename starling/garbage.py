@@ -1,4 +1,4 @@
-"""Python's search for garbage in reference cycles, kept away from what a server loads once and never drops."""
+"""Python's cyclic garbage collector, kept away from what a server loads once and never frees."""
 
 import gc
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def nothing_to_collect() -> Iterator[None]:
-    """What is made inside stays until the process ends, and is never searched.
+    """Objects created inside live until the process ends, and the collector never scans them.
 
-    A full search of the modules, tables and weights of a server takes 0.1 s, with every thread standing still: four of
-    them while it loads, and one about every 2,000 requests.
+    A full collection over a server's modules, tables and weights takes 0.1 s with every thread stopped. There would be
+    four of them while it loads, and one about every 2,000 requests.
     """
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""One of a checkpoint's JSON files, as parsed."""
+"""One of a checkpoint's JSON files, parsed."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from starling.errors import CheckpointError
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError when it is missing, damaged or no object."""
+    """Raises CheckpointError when it is missing, damaged or not an object."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""A text of the user's, from a file in UTF-8."""
+"""A user's text, read from a UTF-8 file."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from starling.errors import StarlingError
 
 
 def read(path: Path) -> str:
-    """Raises StarlingError when it cannot be read, or is no UTF-8."""
+    """Raises StarlingError when it cannot be read, or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -17,24 +17,24 @@ from tests.waiting import wait_for
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
-def test_who_comes_second_says_so_and_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_second_one_says_that_it_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    came = []
+    order = []
 
     def second() -> None:
         with alone(tmp_path / "lock", "test"):
-            came.append("second")
+            order.append("second")
 
     with ThreadPoolExecutor() as threads, alone(tmp_path / "lock", "test"):
         other = threads.submit(second)
-        wait_for(lambda: f"Another test is at work in {tmp_path}" in caplog.text)
-        came.append("first")
+        wait_for(lambda: f"Another test is running in {tmp_path}" in caplog.text)
+        order.append("first")
     other.result()
-    assert came == ["first", "second"]
+    assert order == ["first", "second"]
 
 
 @pytest.mark.parametrize("fault", NO_LOCKS)
-def test_without_locks_it_goes_on_and_says_so(
+def test_without_locks_it_continues_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: int
 ) -> None:
     def flock(file: int, operation: int) -> None:
@@ -42,22 +42,22 @@ def test_without_locks_it_goes_on_and_says_so(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with alone(tmp_path / "lock", "test"):
-        assert f"{tmp_path} knows no locks ({os.strerror(fault)}): let no second test run there" in caplog.text
+        assert f"{tmp_path} supports no locks ({os.strerror(fault)}): do not run a second test there" in caplog.text
 
 
-def test_a_fault_of_the_work_is_not_one_of_the_lock(tmp_path: Path) -> None:
+def test_an_error_of_the_work_is_not_taken_for_one_of_the_lock(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="of the work"), alone(tmp_path / "lock", "test"):
         raise OSError(NO_LOCKS[0], "of the work")
     with alone(tmp_path / "lock", "test"):
         pass
 
 
-def test_a_lock_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_lock_file_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), alone(tmp_path / "absent" / "lock", "test"):
         pass
 
 
-def test_what_does_not_say_how_much_is_free_counts_as_large_enough(
+def test_a_file_system_that_does_not_report_free_space_counts_as_large_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for usage, free in ((DiskUsage(9, 2, 7), 7), (DiskUsage(9, 9, 0), 0), (DiskUsage(0, 0, 0), float("inf"))):
@@ -66,10 +66,10 @@ def test_what_does_not_say_how_much_is_free_counts_as_large_enough(
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_tensors_are_readable_to_who_serves_them(
+def test_tensor_files_are_readable_by_whoever_serves_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
-    """Or as the mount says, where that alone decides."""
+    """Or as the mount says, if permissions are fixed there."""
 
     def refuse(path: Path, mode: int) -> None:
         raise PermissionError(1, "Operation not permitted", str(path))

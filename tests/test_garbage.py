@@ -1,4 +1,4 @@
-"""What is loaded is out of the collector's way; what comes later is not."""
+"""The collector skips what was loaded, but not what is created later."""
 
 import gc
 import weakref
@@ -10,10 +10,10 @@ from starling.garbage import nothing_to_collect
 
 class Node:
     def __init__(self) -> None:
-        self.itself = self  # so that only a search finds out that nobody wants it
+        self.itself = self  # a cycle, so that only the collector can free it
 
 
-def test_what_was_loaded_is_not_searched_and_what_comes_later_is() -> None:
+def test_what_was_loaded_is_not_scanned_and_what_comes_later_is() -> None:
     try:
         with pytest.raises(ValueError, match="setup"), nothing_to_collect():
             assert not gc.isenabled()

@@ -1,4 +1,4 @@
-"""The AWQ format, version GEMM: how 4-bit weights and zero points lie in int32 words, and what they mean.
+"""The AWQ format, version GEMM: how 4-bit weights and zero points are packed into int32 words, and what they mean.
 
 Source: AutoAWQ `awq/utils/packing_utils.py`, checked bit for bit against AutoAWQ's own packer.
 """
@@ -15,7 +15,7 @@ COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True)
 class AwqWeight:
-    """One linear layer as the checkpoint holds it.
+    """One linear layer as the checkpoint stores it.
 
     y[n] = sum over k of x[k] * (q[k, n] - z[k // group, n]) * s[k // group, n]
     """
@@ -45,7 +45,7 @@ class AwqWeight:
 
 
 def concatenate(weights: list[AwqWeight]) -> AwqWeight:
-    """Several layers that read the same input, as one: outputs side by side."""
+    """Merge layers that read the same input into one, their outputs side by side."""
     return AwqWeight(
         torch.cat([w.qweight for w in weights], dim=1),
         torch.cat([w.qzeros for w in weights], dim=1),

@@ -16,8 +16,8 @@ from starling.model.config import ModelConfig
 from starling.model.reading import read_tensor
 
 DTYPES = {"F16": torch.float16, "I32": torch.int32}
-HEADER_BYTES = 1 << 20  # more than any header: Starling's has 0.1 MB
-FREQUENCIES = "rotary_emb.inv_freq"  # how transformers before 4.32 ended a tensor that config.json implies
+HEADER_BYTES = 1 << 20  # larger than any header: Starling's is 0.1 MB
+FREQUENCIES = "rotary_emb.inv_freq"  # suffix of tensors that transformers before 4.32 stored; config.json implies them
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -58,7 +58,7 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-# A tensor from its path, offset, dtype and shape; raises OSError.
+# Reads a tensor, given its path, offset, dtype and shape; raises OSError.
 Read = Callable[[Path, int, torch.dtype, tuple[int, ...]], torch.Tensor]
 
 
@@ -71,7 +71,7 @@ class Checkpoint:
     _read: Read
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Raises CheckpointError where its bytes cannot be read, as on a disk that fails."""
+        """Raises CheckpointError if its bytes cannot be read, as on a failing disk."""
         path, offset, dtype, shape = self._places[name]
         try:
             return self._read(path, offset, DTYPES[dtype], shape)
@@ -85,7 +85,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path, config: ModelConfig, read: Read = read_tensor) -> Checkpoint:
     """Check every *.safetensors of `folder`. Raises CheckpointError listing all faults at once.
 
-    `read` brings a tensor into memory, or with `Staging.tensor` onto its device.
+    `read` loads a tensor into memory, or with `Staging.tensor` onto its device.
     """
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -111,12 +111,12 @@ def open_checkpoint(folder: Path, config: ModelConfig, read: Read = read_tensor)
 
 
 def _places(path: Path) -> dict[str, Place]:
-    """Of every tensor in a file, but those that config.json implies. Raises CheckpointError when it is not whole."""
+    """Where each tensor of a file lies, but for those config.json implies. Raises CheckpointError if it is damaged."""
     try:
         with path.open("rb") as file:
-            file.read(HEADER_BYTES)  # safe_open maps it: what cannot be read would end the process there
+            file.read(HEADER_BYTES)  # a read error raises here; in safe_open, which maps the file, it would be a SIGBUS
             with safe_open(path, framework="pt"):
-                pass  # it has compared the header with the file's length, and the tensors with each other
+                pass  # opening checks the header against the file's length, and the tensors against each other
             file.seek(0)
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))

@@ -10,7 +10,7 @@ from starling.json_file import read_json_object
 
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
 GROUP_SIZES = (32, 64, 128)
-# What a Mistral's config.json means where it leaves a key out (transformers' MistralConfig).
+# Defaults for keys that a Mistral's config.json leaves out (from transformers' MistralConfig).
 MISTRAL_WINDOW, MISTRAL_KV_HEADS = 4096, 8
 
 
@@ -54,7 +54,7 @@ class ModelConfig(BaseModel):
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
-        """`raw`: config.json as parsed. Raises CheckpointError listing every fault at once."""
+        """`raw`: the parsed config.json. Raises CheckpointError listing every fault at once."""
         faults: list[str] = []
 
         def require(holds: bool, fault: str) -> None:
@@ -94,14 +94,14 @@ class ModelConfig(BaseModel):
             faults += odd
             heads = kv_heads = hidden = 0
         if heads and kv_heads and hidden:
-            require(heads % kv_heads == 0, f"{heads} attention heads do not divide by {kv_heads} key/value heads")
+            require(heads % kv_heads == 0, f"{heads} attention heads are not divisible by {kv_heads} key/value heads")
         eos = raw.get("eos_token_id")
         fields = {
             "architecture": architecture,
             "num_key_value_heads": kv_heads,
             "head_dim": raw.get("head_dim") or (hidden // heads if heads else 0),
             "rope_theta": rope_theta,
-            # transformers' Llama knows no window, whatever its config.json says.
+            # transformers' Llama has no sliding window, whatever its config.json says.
             "sliding_window": raw.get("sliding_window", MISTRAL_WINDOW) if mistral else None,
             "tie_word_embeddings": raw.get("tie_word_embeddings", False),
             "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
@@ -129,31 +129,31 @@ class ModelConfig(BaseModel):
         for name in ("hidden_size", "intermediate_size", "q_size"):
             size = getattr(self, name)
             if size % self.group_size:
-                faults.append(f"{name} {size} does not divide by the group size {self.group_size}")
+                faults.append(f"{name} {size} is not divisible by the group size {self.group_size}")
         if self.kv_size % 8:
-            faults.append(f"kv_size {self.kv_size} does not divide by 8")
+            faults.append(f"kv_size {self.kv_size} is not divisible by 8")
         if self.head_dim % 2:
             faults.append(f"head_dim {self.head_dim} is odd")
         for token in (self.bos_token_id, *self.eos_token_ids):
             if not 0 <= token < self.vocab_size:
-                faults.append(f"token id {token} lies outside the embedding table of {self.vocab_size} rows")
+                faults.append(f"token id {token} is outside the embedding table of {self.vocab_size} rows")
         return faults
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`folder`/config.json as parsed. Raises CheckpointError when it is missing, damaged or no object."""
+    """`folder`/config.json, parsed. Raises CheckpointError when it is missing, damaged or not an object."""
     return read_json_object(folder / "config.json")
 
 
 def _group_size(quantization: Any) -> tuple[int | None, list[str]]:
-    """The group size that config.json's quantization_config names, and what is not implemented of the rest."""
+    """The group size in config.json's quantization_config, and the faults of that section."""
     if not isinstance(quantization, dict) or str(quantization.get("quant_method")).lower() != "awq":
         return None, [
             f"quantization_config is {quantization!r}; implemented: AWQ, with quant_method 'awq'. "
-            "`python -m starling quantize` makes it of a full-precision checkpoint"
+            "`python -m starling quantize` makes one from a full-precision checkpoint"
         ]
     faults = []
-    # transformers 5 writes format; earlier versions and AutoAWQ wrote version, some in capitals.
+    # transformers 5 writes `format`; earlier versions and AutoAWQ wrote `version`, sometimes in capitals.
     version = quantization.get("version") or quantization.get("format")
     found = {**quantization, "version": version.lower() if isinstance(version, str) else version}
     for key, value in {"version": "gemm", "bits": 4, "zero_point": True}.items():
@@ -162,6 +162,6 @@ def _group_size(quantization: Any) -> tuple[int | None, list[str]]:
     group_size = quantization.get("group_size")
     if group_size not in GROUP_SIZES:
         faults.append(f"quantization_config.group_size is {group_size!r}; implemented: {GROUP_SIZES}")
-    if (skipped := quantization.get("modules_to_not_convert")) not in (None, [], ["lm_head"]):  # the head never is
-        faults.append(f"quantization_config.modules_to_not_convert is {skipped!r}; implemented: none but ['lm_head']")
+    if (skipped := quantization.get("modules_to_not_convert")) not in (None, [], ["lm_head"]):  # it never is
+        faults.append(f"quantization_config.modules_to_not_convert is {skipped!r}; implemented: none or ['lm_head']")
     return group_size, faults

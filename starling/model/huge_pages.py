@@ -1,9 +1,9 @@
-"""Memory in pages of 2 MiB: for new tensors, and for a mapped file's bytes, which move there while they are being read.
+"""Memory in 2 MiB pages: for new tensors, and for a mapped file, whose bytes move there while they are being read.
 
-The page cache holds a file in whatever pages it was read or written by: of 4 KiB on most file systems. Through a
-mapping of those a decode step of 7B on two cores took 153 ms where it takes 128 in pages of 2 MiB, because fetching
-ahead stops at the end of a page. A copy made at the start would cost seconds; so the file is mapped, used at once, and
-replaced piece by piece under its readers' eyes, at the same addresses. Linux 5.7 and later can; else the mapping stays.
+The page cache holds a file in whatever pages it was read or written with: 4 KiB on most file systems. Mapped from
+those, a decode step of 7B on two cores took 153 ms; from 2 MiB pages it takes 128, because prefetching stops at the end
+of a page. Copying the file at startup would cost seconds; so it is mapped, used at once, and moved piece by piece
+underneath its readers, at the same addresses. This needs Linux 5.7; before that, the mapping stays as it is.
 """
 
 import ctypes
@@ -25,31 +25,31 @@ log = logging.getLogger(__name__)
 
 SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 HUGE_BYTES = 2 << 20
-PIECE_BYTES = 64 << 20  # replaced at once
-NICENESS = 10  # who computes goes first: a tenth of a busy core is left for this
+PIECE_BYTES = 64 << 20  # moved in one step
+NICENESS = 10  # computation goes first: on a busy core this leaves the move about a tenth of the time
 THREAD = "huge-pages"
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As torch.empty; on a CPU in huge pages, where they are given. Memory is taken as it is first written."""
-    if device.type != "cpu" or not _offered():
+    """Like torch.empty, but on a CPU in huge pages if available. Memory is only taken up as it is first written."""
+    if device.type != "cpu" or not _available():
         return torch.empty(shape, dtype=dtype, device=device)
     count = math.prod(shape)
     memory = mmap.mmap(-1, count * dtype.itemsize + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    # The tensor holds the mapping, and frees it.
+    # The tensor owns the mapping, and frees it.
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=_aligned(begin) - begin).view(shape)
 
 
 def move_to_huge_pages(mapped: mmap.mmap, file: int, piece_bytes: int = PIECE_BYTES) -> threading.Thread | None:
-    """Begin to replace `mapped`, a private mapping of all of the open `file` that nobody writes to.
+    """Start moving `mapped`, a private mapping of the whole open `file` that nobody writes to.
 
-    The thread ends when it is done, or logs why it stopped. None where there are no huge pages, which would cost memory
-    and give nothing; where the file fills none; or where memory is short: as much again must be free.
+    The thread ends when it is done, or logs why it stopped. None if there are no huge pages, so that moving would cost
+    memory and gain nothing; if the file is smaller than one; or if there is not enough free memory for a second copy.
     """
-    if not _offered() or len(mapped) < HUGE_BYTES or free_bytes(torch.device("cpu")) < len(mapped):
+    if not _available() or len(mapped) < HUGE_BYTES or free_bytes(torch.device("cpu")) < len(mapped):
         return None
     thread = threading.Thread(target=_move, args=(mapped, os.dup(file), piece_bytes), name=THREAD, daemon=True)
     thread.start()
@@ -57,7 +57,7 @@ def move_to_huge_pages(mapped: mmap.mmap, file: int, piece_bytes: int = PIECE_BY
 
 
 def wait_for_moves() -> None:
-    """Until all that were begun have ended: for who measures."""
+    """Wait until every move has ended: for benchmarks and tests."""
     for thread in threading.enumerate():
         if thread.name == THREAD:
             thread.join()
@@ -75,16 +75,16 @@ def _move(mapped: mmap.mmap, file: int, piece_bytes: int) -> None:
                 size = min(piece_bytes, end - address)
                 piece = memoryview((ctypes.c_char * size).from_address(start)).cast("B")
                 fill(piece, file, address - begin)
-                # In one step for every other thread: one that reads there now waits, and then finds the same bytes.
+                # Atomic for other threads: one that is reading there waits, and then finds the same bytes.
                 _remap(start, size, address)
     except OSError as error:
-        log.info("Weights stay as the page cache holds them: %s.", error)
+        log.info("Not all of the weights moved to huge pages: %s.", error)
     finally:
         os.close(file)
 
 
-def _offered() -> bool:
-    """Whether the system gives pages of 2 MiB to who asks: it may not at all, or have larger ones (arm64: 512 MiB)."""
+def _available() -> bool:
+    """Whether the system gives out 2 MiB pages on request: it may give none, or larger ones (arm64: 512 MiB)."""
     try:
         enabled, size = ((SYSTEM / name).read_text() for name in ("enabled", "hpage_pmd_size"))
     except OSError:
@@ -97,7 +97,7 @@ def _aligned(address: int) -> int:
 
 
 def _remap(source: int, size: int, target: int) -> None:
-    """The pages of `source` lie at `target` from now on, and fresh ones at `source`. Raises OSError."""
+    """Move the pages at `source` to `target`, leaving fresh ones at `source`. Raises OSError."""
     flags = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
     if _mremap()(source, size, size, flags, target) == ctypes.c_void_p(-1).value:
         error = ctypes.get_errno()

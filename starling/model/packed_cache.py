@@ -2,10 +2,10 @@
 
 The file, all little-endian:
     tensors   each at a multiple of 64 bytes
-    index     JSON: the key, and per weight its tensors' dtypes, shapes, offsets and check sums
+    index     JSON: the key, and per weight its tensors' dtypes, shapes, offsets and checksums
     footer    magic, offset and length of the index, its SHA-256
-The footer comes last, so a file that was cut short has none. A tensor's check sum covers the first 4 KiB of each of its
-MiB, and its last 4 KiB: enough to find blocks that a crashed disk lost, and read in 10 ms where all takes seconds.
+The footer comes last, so a truncated file has none. A tensor's checksum covers the first 4 KiB of each MiB, and the
+last 4 KiB: enough to detect blocks that a crash lost, and read in 10 ms, where reading everything takes seconds.
 """
 
 import errno
@@ -33,7 +33,7 @@ from starling.model.ops import Packed
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the file; part of the key
+FORMAT = 1  # version of the file format; part of the key
 MAGIC = b"starpack"
 FOOTER = struct.Struct("<8sQQ32s")
 ALIGNMENT = 64  # a cache line
@@ -48,24 +48,24 @@ Weights = dict[str, Packed]
 
 
 class UnusableError(Exception):
-    """A cache file that is not this checkpoint's, or not whole. Says why; never leaves this module."""
+    """A cache file is another checkpoint's, or damaged. The message says which; never leaves this module."""
 
 
 def default_folders(checkpoint: Path) -> tuple[Path, ...]:
-    """Where repacked weights are kept: beside the checkpoint, or in the user's cache where that cannot be written."""
+    """Where repacked weights are kept: beside the checkpoint, or if that is not writable, in the user's cache."""
     try:
         return checkpoint, Path.home() / ".cache" / "starling"
-    except RuntimeError:  # no HOME, and a user that the system does not know
+    except RuntimeError:  # no HOME, and a user unknown to the system
         return (checkpoint,)
 
 
 def load_or_make(
     checkpoint: Path, layout: str, repack: Callable[[], Iterable[tuple[str, Packed]]], folders: Sequence[Path]
 ) -> Weights:
-    """The weights that `repack` yields, mapped from the first of `folders` that has them or can take them.
+    """The weights that `repack` yields, mapped from the first of `folders` that has them or can store them.
 
-    `repack` yields named weights, each of them read once. Where no folder can be written to, they stay in memory. Two
-    processes that start together repack once; one that is killed leaves nothing that is taken for whole.
+    `repack` yields named weights; each is read once. If no folder is writable, they stay in memory. Processes that
+    start together repack once; one that is killed leaves nothing that could pass for a complete file.
     """
     key, paths = _key(checkpoint, layout), [_path(folder, checkpoint, layout) for folder in folders]
     for path in paths:
@@ -82,10 +82,10 @@ def load_or_make(
 
 
 def _key(checkpoint: Path, layout: str) -> str:
-    """Changes whenever what would be repacked does: headers, sizes and times of the files, config.json, the layout.
+    """Changes whenever the input of repacking does: headers, sizes and times of the files, config.json, the layout.
 
-    Of the times, whole seconds: an image's layers keep no more (containerd's archive/tar.go). What a second may hide is
-    found in samples of the weights: another model's, or another quantization, differ everywhere.
+    Times count in whole seconds: image layers keep no more (containerd's archive/tar.go). A change within one second
+    shows in samples of the weights: those of another model or another quantization differ everywhere.
     """
     digest = hashlib.sha256(f"{FORMAT} {layout}".encode())
     digest.update((checkpoint / "config.json").read_bytes())
@@ -102,10 +102,11 @@ def _key(checkpoint: Path, layout: str) -> str:
 
 
 def _path(folder: Path, checkpoint: Path, layout: str) -> Path:
-    """One file per checkpoint folder and layout, so that what is made of new weights replaces what was of the old.
+    """One file per checkpoint folder and layout, so that repacking new weights replaces the file of the old ones.
 
-    Beside the checkpoint wherever that is mounted; elsewhere its path tells it from others. Files of other layouts
-    stay: a server of another version may be reading one, and over a network it would lose what it has mapped.
+    Beside the checkpoint, the name does not depend on where that is mounted; elsewhere a hash of the checkpoint's path
+    keeps checkpoints apart. Files of other layouts stay: a server of another version may have one mapped, and on a
+    network file system would lose it.
     """
     if folder.resolve() == checkpoint.resolve():
         return folder / f"packed-{layout}.bin"
@@ -117,7 +118,7 @@ def _size(checkpoint: Path) -> int:
 
 
 def _open(path: Path, key: str, level: int = logging.WARNING) -> Weights | None:
-    """The weights in `path`, mapped. None where it is no usable file; if it is there all the same, the log says why."""
+    """The weights in `path`, mapped; None if it is not a usable file. If it exists at all, the log says why."""
     try:
         return _map(path, key)
     except (FileNotFoundError, NotADirectoryError):
@@ -131,8 +132,8 @@ def _map(path: Path, key: str) -> Weights:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < FOOTER.size:
-            raise UnusableError(f"{size} bytes are no cache of weights")
-        # A private mapping: torch wants to be able to write, and what it wrote would stay in this process.
+            raise UnusableError(f"{size} bytes are too few for a weight cache")
+        # A private mapping: torch wants writable memory, and anything it wrote would stay in this process.
         mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         weights = _weights(mapped, key)
         move_to_huge_pages(mapped, file.fileno())
@@ -140,17 +141,17 @@ def _map(path: Path, key: str) -> Weights:
 
 
 def _weights(mapped: mmap.mmap, key: str) -> Weights:
-    # Asks for the whole file at once: 20 ms where it is in the page cache, the disk's best speed where not. Without,
-    # the first token would stop at every 64 KiB.
+    # Loads the whole file at once: 20 ms if it is in the page cache, at the disk's full speed if not. Without this, the
+    # first token would stall at every 64 KiB.
     try:
         mapped.madvise(MADV_POPULATE_READ)
     except OSError as error:
-        if error.errno == errno.EFAULT:  # whoever touched that block would end with SIGBUS, without a word
+        if error.errno == errno.EFAULT:  # touching that block would kill the process with SIGBUS
             raise UnusableError("a block of it cannot be read") from error
     size = len(mapped)
     magic, offset, length, digest = FOOTER.unpack_from(mapped, size - FOOTER.size)
     if magic != MAGIC or offset + length + FOOTER.size != size:
-        raise UnusableError("it was cut short, or is something else")
+        raise UnusableError("it is truncated, or is something else")
     index_bytes = mapped[offset : offset + length]
     if hashlib.sha256(index_bytes).digest() != digest:
         raise UnusableError("its index is damaged")
@@ -174,12 +175,12 @@ def _make(path: Path, key: str, repack: Callable[[], Iterable[tuple[str, Packed]
     """Write `path` and map it. Raises OSError when it cannot be written there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _unfinished(path) as file:
-        found = _open(path, key, logging.DEBUG)  # made while this process waited for its turn
+        found = _open(path, key, logging.DEBUG)  # made by another process while this one waited
         if found is not None:
             return found
         free = free_disk_bytes(path.parent)
         if free < expected_bytes:
-            raise OSError(errno.ENOSPC, f"{free / 1e9:.2f} GB are free, about {expected_bytes / 1e9:.2f} needed")
+            raise OSError(errno.ENOSPC, f"{free / 1e9:.2f} GB free, about {expected_bytes / 1e9:.2f} GB needed")
         started = time.monotonic()
         log.info("Repacking the weights into %s (once).", path)
         _write(file, key, repack())
@@ -188,33 +189,33 @@ def _make(path: Path, key: str, repack: Callable[[], Iterable[tuple[str, Packed]
         log.info("Repacked the weights in %.1f s.", time.monotonic() - started)
     made = _open(path, key)
     if made is None:
-        raise OSError(errno.EIO, f"{path} does not read as it was written")
+        raise OSError(errno.EIO, f"{path} does not read back as it was written")
     return made
 
 
 @contextmanager
 def _unfinished(path: Path) -> Iterator[BinaryIO]:
-    """The file that will become `path`, opened, empty, and locked: other processes wait here, dead ones are out.
+    """The file that will become `path`: open, empty, and locked. Other processes wait here; dead ones hold no lock.
 
-    It goes at the end, unless it was renamed. Raises OSError also where the file system knows no locks: a process on
-    another machine could replace there what this one has mapped.
+    It is deleted at the end unless it was renamed. Raises OSError, also if the file system does not support locks: a
+    process on another machine could then replace the file that this one has mapped.
     """
     partial = path.with_name(f"{path.name}.partial")
     while True:
         with partial.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not _lies_at(partial, file):
-                continue  # its last owner renamed or removed it: wait for the next one, if there is one
+            if not _is_same_file(partial, file):
+                continue  # its last owner renamed or removed it: open the new one, which another process may hold
             file.truncate(0)
             try:
                 yield file
             finally:
-                if _lies_at(partial, file):  # and not another process's by now
+                if _is_same_file(partial, file):  # and it is not another process's by now
                     partial.unlink()
             return
 
 
-def _lies_at(path: Path, file: BinaryIO) -> bool:
+def _is_same_file(path: Path, file: BinaryIO) -> bool:
     """Whether `path` names the open `file`."""
     try:
         return path.stat().st_ino == os.fstat(file.fileno()).st_ino
@@ -243,12 +244,12 @@ def _write(file: BinaryIO, key: str, weights: Iterable[tuple[str, Packed]]) -> N
 
 
 def _one_ahead(weights: Iterable[tuple[str, Packed]]) -> Iterator[tuple[str, Packed]]:
-    """The same, each repacked by another thread while the one before it is written."""
+    """The same weights, each repacked by another thread while the previous one is written."""
     source = iter(weights)
     with ThreadPoolExecutor(max_workers=1) as thread:
-        coming = thread.submit(next, source, None)
-        while (found := coming.result()) is not None:
-            coming = thread.submit(next, source, None)
+        upcoming = thread.submit(next, source, None)
+        while (found := upcoming.result()) is not None:
+            upcoming = thread.submit(next, source, None)
             yield found
 
 

@@ -1,4 +1,4 @@
-"""Bytes of a file into memory."""
+"""Reads bytes of a file into memory."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 
 def fill(target: memoryview, file: int, offset: int) -> None:
-    """Read into `target` from `offset` on, until it is full. Raises OSError, also where the file ends before."""
+    """Fill `target` from byte `offset` of `file`. Raises OSError, also if the file ends too early."""
     done = 0
     while done < len(target):
         read = os.preadv(file, [target[done:]], offset + done)
@@ -17,9 +17,9 @@ def fill(target: memoryview, file: int, offset: int) -> None:
 
 
 def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor whose bytes begin at `offset` of `path`. Raises OSError, also where the file ends too early.
+    """The tensor whose bytes begin at `offset` of `path`. Raises OSError, also if the file ends too early.
 
-    Not mapped: a mapped block that the disk cannot read, or that is there no more, ends the process with SIGBUS.
+    Not mapped: touching a mapped block that the disk cannot read, or that is gone, would kill the process with SIGBUS.
     """
     whole = torch.empty(shape, dtype=dtype)
     with path.open("rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""The AWQ format: packing undone, rounding as good as four bits allow, and golden words from AutoAWQ's packer."""
+"""The AWQ format: packing round-trips, rounding is as good as four bits allow, and words are as AutoAWQ packs them."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_rounding_errs_by_half_a_step_at_most(group_size: int) -> None:
         torch.rand(16, 64) + 3,
         torch.rand(16, 64) - 4,
         torch.zeros(16, 64),
-        -torch.logspace(-7, -4, 4096).unsqueeze(1).expand(-1, 64),  # scales that float16 holds to few digits
+        -torch.logspace(-7, -4, 4096).unsqueeze(1).expand(-1, 64),  # scales so small that float16 keeps few digits
     ],
     ids=["positive", "negative", "zero", "tiny"],
 )

@@ -48,7 +48,7 @@ def test_staged_tensors_are_the_stored_ones(folder: Path, device: str, buffer_by
 
 
 @readers
-def test_a_read_may_bring_less_than_it_was_asked_for(folder: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_may_return_less_than_was_asked_for(folder: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     """As over a network."""
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, parts, offset: preadv(file, [parts[0][:100]], offset))
@@ -65,8 +65,8 @@ def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
 
 
 @readers
-def test_what_cannot_be_read_any_more_is_named(folder: Path, read: Read) -> None:
-    """As on a disk that fails, or where somebody writes the file anew. Mapped, it would end the process."""
+def test_a_tensor_that_can_no_longer_be_read_is_named(folder: Path, read: Read) -> None:
+    """As on a failing disk, or when somebody rewrites the file. If it were mapped, this would kill the process."""
     checkpoint = open_checkpoint(folder, ModelConfig.from_folder(folder), read)
     os.truncate(folder / "model.safetensors", 100)
     with pytest.raises(CheckpointError, match=rf"{Q}\.qweight cannot be read from .*model\.safetensors"):
@@ -74,7 +74,7 @@ def test_what_cannot_be_read_any_more_is_named(folder: Path, read: Read) -> None
 
 
 def test_a_header_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As over a network that is gone."""
+    """As when the network is gone."""
     config = ModelConfig.from_folder(folder)
 
     def refuse(path: Path, mode: str) -> None:
@@ -123,7 +123,7 @@ def test_all_faults_at_once(folder: Path) -> None:
 
 
 def test_what_is_missing_is_named_or_counted(folder: Path) -> None:
-    """As where one of several files was not fetched."""
+    """As if one of several files had not been downloaded."""
     lost = [name for name in expected_tensors(ModelConfig.from_folder(folder)) if ".layers.1." in name]
 
     def edit(tensors: Tensors) -> None:
@@ -137,7 +137,7 @@ def test_what_is_missing_is_named_or_counted(folder: Path) -> None:
     assert named > 1 and f" and {len(lost) - named} more" in str(caught.value)
 
 
-def test_frequencies_that_older_checkpoints_hold_are_passed_over(folder: Path) -> None:
+def test_frequencies_that_older_checkpoints_hold_are_ignored(folder: Path) -> None:
     """transformers before 4.32 stored them; they follow from config.json."""
     change(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     open_all(folder)

@@ -53,7 +53,7 @@ def test_transformers_5_writes_rope_parameters() -> None:
 @pytest.mark.parametrize(
     "left_out", ["sliding_window", "num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings"]
 )
-def test_what_is_left_out_is_read_as_transformers_reads_it(architecture: str, left_out: str) -> None:
+def test_a_key_left_out_means_what_it_means_to_transformers(architecture: str, left_out: str) -> None:
     raw = {key: value for key, value in STARLING.items() if key != left_out}
     config = ModelConfig.from_dict(raw | {"architectures": [f"{architecture}ForCausalLM"]})
     del raw["quantization_config"]
@@ -84,7 +84,7 @@ def test_the_head_is_never_converted() -> None:
 
 
 @pytest.mark.parametrize("quantization", [None, {"quant_method": "gptq", "bits": 4, "group_size": 128}])
-def test_what_is_not_awq_is_said_once(quantization: object) -> None:
+def test_a_checkpoint_that_is_not_awq_is_reported_once(quantization: object) -> None:
     with pytest.raises(CheckpointError) as caught:
         ModelConfig.from_dict(STARLING | {"quantization_config": quantization})
     assert str(caught.value).count("quantization_config") == 1
@@ -115,11 +115,11 @@ def test_what_is_not_awq_is_said_once(quantization: object) -> None:
         ({"num_attention_heads": [32]}, "num_attention_heads is [32]"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"sliding_window": 0}, "sliding_window"),
-        ({"num_key_value_heads": 5}, "do not divide"),
+        ({"num_key_value_heads": 5}, "are not divisible"),
         ({"intermediate_size": 14337}, "intermediate_size 14337"),
-        ({"hidden_size": 4160}, "hidden_size 4160 does not divide"),
-        ({"head_dim": 66}, "q_size 2112 does not divide"),
-        ({"head_dim": 4, "num_key_value_heads": 1}, "kv_size 4 does not divide by 8"),
+        ({"hidden_size": 4160}, "hidden_size 4160 is not divisible"),
+        ({"head_dim": 66}, "q_size 2112 is not divisible"),
+        ({"head_dim": 4, "num_key_value_heads": 1}, "kv_size 4 is not divisible by 8"),
         ({"head_dim": 127}, "head_dim 127 is odd"),
         ({"eos_token_id": 32002}, "token id 32002"),
         ({"eos_token_id": [32000, -1]}, "token id -1"),

@@ -1,4 +1,4 @@
-"""Huge pages: bytes stay where and what they are while the pages below them are replaced; tensors that lie in them."""
+"""Huge pages: bytes keep address and value while the pages beneath them are replaced; tensors are allocated in them."""
 
 import ctypes
 import mmap
@@ -14,14 +14,14 @@ from starling.model import huge_pages, packed_cache
 from starling.model.huge_pages import HUGE_BYTES, empty, move_to_huge_pages
 from tests.model.tiny import write_checkpoint
 
-SIZE = 5 * HUGE_BYTES + 4321  # whole huge pages, and what is left before and behind them
+SIZE = 5 * HUGE_BYTES + 4321  # whole huge pages, and remainders before and after them
 CPU = torch.device("cpu")
-NOT_GIVEN = [("enabled", "always madvise [never]\n"), ("hpage_pmd_size", f"{512 << 20}\n"), ("enabled", None)]
+UNAVAILABLE = [("enabled", "always madvise [never]\n"), ("hpage_pmd_size", f"{512 << 20}\n"), ("enabled", None)]
 
 
 @pytest.fixture(autouse=True)
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the system tells of its huge pages: here they are given, whatever this machine does."""
+    """What the system reports of its huge pages: here they are available, whatever this machine has."""
     folder = tmp_path / "transparent_hugepage"
     folder.mkdir()
     (folder / "enabled").write_text("always [madvise] never\n")
@@ -48,14 +48,14 @@ def mapped_from(path: Path) -> int:
 
 
 def asks_for_huge_pages(address: int) -> bool:
-    """Whether the memory at `address` was marked for them (hg: man 5 proc_pid_smaps)."""
+    """Whether the memory at `address` was marked for them (hg, see man 5 proc_pid_smaps)."""
     here = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if span := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
             here = int(span[1], 16) <= address < int(span[2], 16)
         elif here and line.startswith("VmFlags:"):
             return "hg" in line.split()
-    return True  # so far as this system tells
+    return True  # this system does not report it
 
 
 @pytest.mark.parametrize("piece_bytes", [HUGE_BYTES, 2 * HUGE_BYTES, 64 * HUGE_BYTES])
@@ -111,7 +111,7 @@ def test_a_file_that_has_become_shorter_stays_mapped(file: Path, caplog: pytest.
     assert mapped_from(file) >= SIZE
 
 
-def test_where_memory_is_short_nothing_moves(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_memory_is_short_nothing_moves(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "free_bytes", lambda device: SIZE - 1)
     with file.open("rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -119,23 +119,23 @@ def test_where_memory_is_short_nothing_moves(file: Path, monkeypatch: pytest.Mon
     assert mapped_from(file) >= SIZE
 
 
-def test_what_fills_no_huge_page_stays(tmp_path: Path) -> None:
+def test_a_file_smaller_than_a_huge_page_stays(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(HUGE_BYTES - 1))
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         assert move_to_huge_pages(mapped, opened.fileno()) is None
 
 
-@pytest.fixture(params=NOT_GIVEN, ids=["off", "larger", "unknown"])
-def not_given(request: pytest.FixtureRequest, system: Path) -> None:
+@pytest.fixture(params=UNAVAILABLE, ids=["off", "larger", "unknown"])
+def unavailable(request: pytest.FixtureRequest, system: Path) -> None:
     name, text = request.param
     (system / name).unlink()
     if text:
         (system / name).write_text(text)
 
 
-@pytest.mark.usefixtures("not_given")
-def test_where_huge_pages_are_not_given_nothing_moves(file: Path) -> None:
+@pytest.mark.usefixtures("unavailable")
+def test_without_huge_pages_nothing_moves(file: Path) -> None:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         assert move_to_huge_pages(mapped, opened.fileno()) is None
 
@@ -159,7 +159,7 @@ def test_a_tensor_begins_with_a_huge_page_and_takes_memory_as_it_is_written() ->
     assert resident_bytes() - before < 64 << 20
 
 
-@pytest.mark.usefixtures("not_given")
-def test_where_huge_pages_are_not_given_a_tensor_is_torchs() -> None:
+@pytest.mark.usefixtures("unavailable")
+def test_without_huge_pages_torch_allocates_a_tensor() -> None:
     tensor = empty((3, 5), torch.float32, CPU)
     assert tensor.shape == (3, 5) and tensor.dtype == torch.float32

@@ -183,7 +183,7 @@ def test_a_damaged_file_is_made_again(checkpoint: Path, caplog: pytest.LogCaptur
     assert caplog.text.count("cannot be used") == len(places)
 
 
-def test_a_block_that_the_disk_cannot_read_is_told(
+def test_a_block_that_the_disk_cannot_read_is_reported(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Unreadable(mmap.mmap):
@@ -198,7 +198,7 @@ def test_a_block_that_the_disk_cannot_read_is_told(
     assert repack.runs > 1 and "a block of it cannot be read" in caplog.text
 
 
-def test_a_folder_that_cannot_be_written_is_passed_over(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_skipped(checkpoint: Path, tmp_path: Path) -> None:
     blocked, other = tmp_path / "file", tmp_path / "other" / "folder"
     blocked.write_text("no folder")
     repack = Repacking(some_weights())
@@ -226,9 +226,9 @@ def test_with_nowhere_to_write_weights_stay_in_memory(
     assert equal(found, weights) and "every start repacks" in caplog.text
 
 
-def test_a_kernel_that_cannot_read_ahead_maps_all_the_same(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Linux before 5.14."""
-    monkeypatch.setattr(packed_cache, "MADV_POPULATE_READ", 9999)  # no advice that any knows
+def test_a_kernel_that_cannot_read_ahead_still_maps(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as Linux before 5.14."""
+    monkeypatch.setattr(packed_cache, "MADV_POPULATE_READ", 9999)  # advice that no kernel knows
     repack = Repacking(some_weights())
     for _ in range(2):
         packed_cache.load_or_make(checkpoint, LAYOUT, repack, [checkpoint])
@@ -242,7 +242,7 @@ def test_a_power_cut_leaves_a_whole_file_or_none(checkpoint: Path, disk_events: 
     assert disk_events == [("synced", inode), ("renamed", inode, path.name)]
 
 
-def test_too_little_disk_is_seen_before_it_is_filled(
+def test_too_little_disk_space_is_noticed_before_writing(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=10))
@@ -251,7 +251,7 @@ def test_too_little_disk_is_seen_before_it_is_filled(
     assert not list(checkpoint.glob("packed-*"))
 
 
-def test_a_fault_while_repacking_leaves_nothing(checkpoint: Path) -> None:
+def test_an_error_while_repacking_leaves_nothing(checkpoint: Path) -> None:
     def broken() -> Iterator[tuple[str, Packed]]:
         yield "first", {"weight": torch.zeros(9)}
         raise ZeroDivisionError
@@ -268,7 +268,7 @@ def test_a_process_killed_half_way_is_replaced(checkpoint: Path) -> None:
         assert process.stdout is not None and process.stdout.readline() == b"half way\n"
         process.kill()
     assert cache_file(checkpoint).suffix == ".partial"
-    cache_file(checkpoint).write_bytes(bytes(1000))  # of the file; it may not have come so far
+    cache_file(checkpoint).write_bytes(bytes(1000))  # of the file; it may not have got that far
     weights = some_weights()
     repack = Repacking(weights)
     for _ in range(2):
