@@ -1,7 +1,7 @@
-"""Where weights come from: a lock that names them exactly, a download that can be stopped anywhere, verification.
+"""Where weights come from: a lock that names them exactly, a download that resumes after interruption, verification.
 
 In call order: location → inspection (→ ledger, digest) → download → hub (→ address) or local_folder, each a
-`source`. `lock` is the form.
+`source`. `lock` is the lock file's format.
 """
 
 from starling.weights.download import pull

@@ -1,45 +1,45 @@
-"""The address of a hub or a mirror: checked before anything is asked of it, and shown without what may open it."""
+"""The address of a hub or a mirror: checked before any request to it, and shown without secrets."""
 
 import re
 from urllib.parse import urlsplit
 
-import httpx2  # what huggingface_hub speaks HTTP with, and installs
+import httpx2  # huggingface_hub's HTTP client, which it installs
 
 from starling.errors import WeightsError
 
-ENDS = r'\s"<>'  # where an address ends in a text; one that is `checked` holds none of them
+ENDS = r'\s"<>'  # characters that end an address in a text; a `checked` address has none of them
 
 
 def checked(address: str) -> str:
-    """`address`, its scheme in lower case, without slashes at its end.
+    """`address` with its scheme in lower case and without trailing slashes.
 
-    Raises WeightsError when it is none of http or https. What may be a password's is not in its message.
+    Raises WeightsError if it is not a valid http or https address. The message leaves out whatever may be a password.
     """
     scheme, _, rest = address.partition("://")
     scheme = scheme.lower()
     if scheme not in ("http", "https"):
         known = rest and re.fullmatch("[a-z][a-z0-9+.-]*", scheme)
         raise WeightsError(
-            f"The source of weights begins with {f'{scheme}://' if known else 'no scheme'}. "
+            f"The source of weights {f'begins with {scheme}://' if known else 'has no scheme'}. "
             "Give an address that begins with http:// or https://, or a folder."
         )
     address = f"{scheme}://{rest}"
-    if not _can_be_asked(address):
+    if not _is_valid(address):
         shown = f"{scheme}://…" if set(rest) & set("@?#") else address
         raise WeightsError(
-            f"{shown!r} is no source of weights: it has no host, or a port or a character that no address has. "
-            "Give http://HOST:PORT/PATH; in a user or password, write what is neither letter nor digit as %XX."
+            f"{shown!r} is not a source of weights: it has no host, or an invalid port or character. "
+            "Give http://HOST:PORT/PATH; in a user name or password, percent-encode (%XX) all but letters and digits."
         )
     return address.rstrip("/")
 
 
 def without_secrets(text: str) -> str:
-    """Addresses in `text` lose what may sign or open them: the user part, the query and the fragment."""
+    """`text` with its addresses stripped of what may hold secrets: the user part, the query and the fragment."""
     return re.sub(rf"(?i)(https?://)(?:[^{ENDS}/?#]*@)?([^{ENDS}?#]*)[^{ENDS}]*", r"\1\2", text)
 
 
-def _can_be_asked(address: str) -> bool:
-    """Whether both parsers that read it take it, and everything before an @ for user and password."""
+def _is_valid(address: str) -> bool:
+    """Whether both parsers that will read it accept it, and take everything before an @ as user and password."""
     if re.search(f"[{ENDS}]", address):
         return False
     try:

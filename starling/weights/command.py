@@ -17,10 +17,10 @@ def add_weights_command(subparsers: "argparse._SubParsersAction[argparse.Argumen
     weights = subparsers.add_parser("weights", help="fetch and verify the model's weights")
     actions = weights.add_subparsers(dest="action", required=True, metavar="pull|verify|status|pin")
     for name, text in (
-        ("pull", "download what is missing or wrong; goes on where an earlier pull stopped"),
+        ("pull", "download what is missing or wrong; resumes where an earlier pull stopped"),
         ("verify", "hash every file and compare it with the lock"),
-        ("status", "what is known of every file, without hashing"),
-        ("pin", "write the sizes and digests that the lock does not know yet into it, for review"),
+        ("status", "show what is known about every file, without hashing"),
+        ("pin", "add sizes and digests that the lock does not have yet, for review"),
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("--lock", type=Path, default=LOCK_PATH, help="the lock (default: %(default)s)")
@@ -37,14 +37,14 @@ def add_weights_command(subparsers: "argparse._SubParsersAction[argparse.Argumen
                 type=_seconds,
                 default=Patience().stall_s,
                 metavar="SECONDS",
-                help="give a silent connection up after this long; five in a row end the pull (default: %(default)g)",
+                help="drop a silent connection after this long; five in a row end the pull (default: %(default)g)",
             )
-            action.set_defaults(kept=" What has arrived is kept; the next pull goes on from there.")
+            action.set_defaults(kept=" What has arrived is kept; the next pull resumes from there.")
     weights.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: as asked. 1: files are missing or wrong, which is printed. Raises WeightsError and OSError."""
+    """0: success. 1: files are missing or wrong, as printed. Raises WeightsError and OSError."""
     lock = Lock.read(args.lock)
     folder = args.folder or args.lock.with_suffix("")
     return {"pull": _pull, "verify": _verify, "status": _status, "pin": _pin}[args.action](args, lock, folder)
@@ -66,15 +66,15 @@ def _status(args: argparse.Namespace, lock: Lock, folder: Path) -> int:
 
 
 def _show(lock: Lock, folder: Path, reports: list[FileReport]) -> int:
-    """Print every file's state, and what to do about it. 1 when something is missing or wrong."""
+    """Print every file's state, and what to do about it. Returns 1 if something is missing or wrong."""
     print(f"In {folder}:")
     for report in reports:
         print(f"  {report}")
     if any(report.is_fault for report in reports):
-        print("\nNot usable as it is: `python -m starling weights pull` fetches what is missing or wrong.")
+        print("\nNot usable yet: `python -m starling weights pull` fetches what is missing or wrong.")
         return 1
     if found := [report for report in reports if report.first_use]:
-        print("\nThe lock knows no digest of these; they were trusted at first use. Compare them with another source,")
+        print("\nThe lock has no digest for these; they were trusted on first use. Compare them with another source,")
         print("then commit them: `python -m starling weights pin` writes them into the lock.")
         for report in found:
             print(f"  {report.sha256}  {report.name}")
@@ -90,15 +90,15 @@ def _pin(args: argparse.Namespace, lock: Lock, folder: Path) -> int:
     found = {r.name: ((folder / r.name).stat().st_size, r.sha256) for r in reports if r.sha256 is not None}
     filled = lock.filled(found)
     if filled == lock:
-        print(f"{args.lock} knows every size and digest already.")
+        print(f"{args.lock} already has every size and digest.")
         return 0
-    beside = args.lock.with_name(f"{args.lock.name}.{os.getpid()}")
-    beside.write_text(filled.to_json(), encoding="utf-8")
-    beside.replace(args.lock)
+    temporary = args.lock.with_name(f"{args.lock.name}.{os.getpid()}")
+    temporary.write_text(filled.to_json(), encoding="utf-8")
+    temporary.replace(args.lock)
     for before, after in zip(lock.files, filled.files, strict=True):
         if before != after:
             print(f"  {after.name}: {after.size} bytes, sha256 {after.sha256}")
-    print(f"Written into {args.lock}; what it knew before is unchanged. Review the difference and commit it.")
+    print(f"Updated {args.lock}; what it had before is unchanged. Review the difference and commit it.")
     return 0
 
 
@@ -106,4 +106,4 @@ def _seconds(text: str) -> float:
     with suppress(ValueError):
         if 0 < (value := float(text)) < float("inf"):
             return value
-    raise argparse.ArgumentTypeError(f"{text!r} is no time; give seconds above 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a valid timeout; give seconds above 0")

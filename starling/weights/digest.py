@@ -8,12 +8,12 @@ CHUNK_BYTES = 4 << 20
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """Hex SHA-256 of a file; `advance` is told how many bytes each read brought."""
+    """Hex SHA-256 of a file; `advance` is called with the number of bytes of each read."""
     return _digest(path, hashlib.sha256(), advance)
 
 
 def git_blob_sha1_of(path: Path) -> str:
-    """Hex id that git gives the file's content. The hub names files outside LFS by it."""
+    """Hex id that git gives the file's content (a blob id). The hub sends it for files outside LFS."""
     header = f"blob {path.stat().st_size}\0".encode()
     return _digest(path, hashlib.sha1(header, usedforsecurity=False), None)
 

@@ -1,7 +1,7 @@
-"""Bring a folder to what the lock says, from the hub, a mirror or a local folder.
+"""Make a folder match the lock, from the hub, a mirror or a local folder.
 
 A file is fetched under another name, flushed to disk, checked, and only then renamed into place, so whatever has its
-final name is whole. A pull that is stopped at any point leaves nothing to clean up; the next one goes on from there.
+final name is complete. A pull can be stopped at any point and leaves nothing to clean up; the next one resumes there.
 """
 
 import logging
@@ -30,7 +30,7 @@ PULL_LOCK_NAME = ".pull.lock"
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A file to fetch, what the source says of it, and where its bytes gather."""
+    """A file to fetch, what the source says about it, and where its bytes are collected."""
 
     file: LockedFile
     offer: Offer
@@ -42,10 +42,10 @@ class _Wanted:
 
 
 def pull(lock: Lock, folder: Path, where: str | None = None, patience: Patience | None = None) -> list[FileReport]:
-    """Make `folder` what `lock` says; every file's report is VERIFIED. `where`: see `open_source`.
+    """Make `folder` match `lock`; every report returned is VERIFIED. `where`: see `open_source`.
 
     Two pulls of one folder take turns, and the second finds the work done.
-    Raises WeightsError that lists every fault; files that were right before stay as they are.
+    Raises a WeightsError that lists every fault; files that were right before stay as they are.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,19 +68,19 @@ def pull(lock: Lock, folder: Path, where: str | None = None, patience: Patience 
 def open_source(where: str | None, lock: Lock, patience: Patience) -> Source:
     """`where`: URL of a mirror, path of a local folder, or None for the hub itself (or HF_ENDPOINT).
 
-    Raises WeightsError when it is neither, when HF_ENDPOINT is no URL, or when HF_HUB_OFFLINE forbids the network.
+    Raises WeightsError when it is neither, when HF_ENDPOINT is not a URL, or when HF_HUB_OFFLINE forbids the network.
     """
     if where is not None and "://" not in where:
         if not Path(where).is_dir():
-            shown = where.rpartition("@")[2]  # a password may stand before it, where the scheme was left out
-            raise WeightsError(f"{shown!r} is no source of weights: it is neither a folder nor an http(s) URL.")
+            shown = where.rpartition("@")[2]  # a password may precede it if the scheme was left out
+            raise WeightsError(f"{shown!r} is not a source of weights: it is neither a folder nor an http(s) URL.")
         return LocalFolder(Path(where))
-    # Imported here: these and huggingface_hub take 0.3 s, which a start with weights need not spend.
+    # Imported here: these and huggingface_hub take 0.3 s, which a start that has its weights need not spend.
     from starling.weights.address import checked
 
     if endpoint := os.environ.get("HF_ENDPOINT"):
         try:
-            checked(endpoint)  # importing huggingface_hub fails on what is no address, whatever mirror is named
+            checked(endpoint)  # importing huggingface_hub fails on an invalid one, even if a mirror is named
         except WeightsError as error:
             raise WeightsError(f"HF_ENDPOINT cannot be used. {error}") from None
     from starling.weights.hub import Hub
@@ -97,7 +97,7 @@ def _fetch(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source
     need_bytes = sum(one.offer.size - one.had_bytes for one in wanted)
     free_bytes = free_disk_bytes(folder)
     if need_bytes > free_bytes:
-        return [f"the disk has {free_bytes} bytes free, {need_bytes} more are needed; make room or name another folder"]
+        return [f"the disk has {free_bytes} bytes free but {need_bytes} are needed; make room or name another folder"]
     (folder / PARTIAL_FOLDER).mkdir(exist_ok=True)
     for one in sorted(wanted, key=lambda one: one.offer.size):
         try:
@@ -105,13 +105,13 @@ def _fetch(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source
         except FileFaultError as error:
             found.append(str(error))
         except SourceLostError as error:
-            found.append(f"{error}. What has arrived is kept; the next pull goes on from there")
+            found.append(f"{error}. What has arrived is kept; the next pull resumes from there")
             break
     return found
 
 
 def _ask(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source) -> tuple[list[_Wanted], list[str]]:
-    """What the source says of `files`, and what is wrong with it, before any of them is fetched."""
+    """What the source says about `files`, and what is wrong with that, before any of them is fetched."""
     wanted, found = [], []
     for file in files:
         try:
@@ -134,12 +134,12 @@ def _ask(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source) 
 
 
 def _adopt(lock: Lock, folder: Path, wanted: _Wanted) -> bool:
-    """Whether the file was there already, though only the source's checksum could tell that it is right."""
+    """Whether the file is there already and the source's checksum shows that it is right; if so, record it."""
     path = folder / wanted.file.name
     if not path.is_file() or not (wanted.offer.sha256 or wanted.offer.git_blob_sha1):
         return False
     stat = path.stat()
-    if stat.st_size != wanted.offer.size or _doubt(lock, folder, wanted, path, sha256 := sha256_of(path)):
+    if stat.st_size != wanted.offer.size or _mismatch(lock, folder, wanted, path, sha256 := sha256_of(path)):
         return False
     ledger.record(folder, lock, wanted.file, sha256, stat)
     return True
@@ -156,19 +156,19 @@ def _fetch_file(lock: Lock, folder: Path, wanted: _Wanted, source: Source) -> No
             source.fetch(name, partial, size, progress.advance)
     with Progress(f"Hashing {name}", size) as progress:
         sha256 = sha256_of(partial, progress.advance)
-    doubt = _doubt(lock, folder, wanted, partial, sha256)
-    if doubt:
+    fault = _mismatch(lock, folder, wanted, partial, sha256)
+    if fault:
         partial.unlink()
         if resumed:
-            logger.warning("%s: %s; part of it was from an earlier pull, so it is fetched again", name, doubt)
+            logger.warning("%s: %s; part of it was from an earlier pull, so it is fetched again", name, fault)
             return _fetch_file(lock, folder, wanted, source)
-        raise FileFaultError(f"{name}: {doubt}; what came was thrown away")
+        raise FileFaultError(f"{name}: {fault}; what arrived was discarded")
     _promote(partial, folder / name)
     ledger.record(folder, lock, wanted.file, sha256, (folder / name).stat())
     return None
 
 
-def _doubt(lock: Lock, folder: Path, wanted: _Wanted, path: Path, sha256: str) -> str | None:
+def _mismatch(lock: Lock, folder: Path, wanted: _Wanted, path: Path, sha256: str) -> str | None:
     """Why `path`, whose digest is `sha256`, is not the wanted file; None when it is."""
     expected = Ledger.read(folder).expected(lock, wanted.file) or wanted.offer.sha256
     if expected is not None:
@@ -176,29 +176,29 @@ def _doubt(lock: Lock, folder: Path, wanted: _Wanted, path: Path, sha256: str) -
     if wanted.offer.git_blob_sha1 is not None:
         found = git_blob_sha1_of(path)
         if found != wanted.offer.git_blob_sha1:
-            return f"git's id of it is {found}, the source said {wanted.offer.git_blob_sha1}"
+            return f"its git blob id is {found}, the source says {wanted.offer.git_blob_sha1}"
     return None
 
 
 def _promote(partial: Path, path: Path) -> None:
-    """Give a whole, checked file its name, so that a power cut leaves the old state or the new one."""
+    """Give a complete, checked file its name, so that a power cut leaves the old state or the new one."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
-    # Whole seconds survive archives and image layers, and with them the ledger's record of this file.
+    # Whole seconds survive archives and image layers, so the ledger's record of this file stays valid there.
     whole_s = int(partial.stat().st_mtime)
-    with suppress(PermissionError):  # who writes to a share need not own what is made there
+    with suppress(PermissionError):  # on a network share, the writer may not own the file
         os.utime(partial, (whole_s, whole_s))
     partial.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with suppress(OSError):  # shares flush no folder (EINVAL); a name that a power cut takes is fetched again
+        with suppress(OSError):  # shares cannot flush folders (EINVAL); a file whose name is lost is fetched again
             os.fsync(folder)
     finally:
         os.close(folder)
 
 
 def _clear(folder: Path) -> None:
-    """Remove what stopped pulls left behind."""
+    """Remove what interrupted pulls left behind."""
     shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
     for left in folder.glob(f"{ledger.LEDGER_NAME}.*"):
         left.unlink(missing_ok=True)
@@ -207,4 +207,4 @@ def _clear(folder: Path) -> None:
 def _raise_if(found: Sequence[str], folder: Path) -> None:
     if found:
         lines = "".join(f"\n  - {fault}" for fault in found)
-        raise WeightsError(f"The weights in {folder} could not be made whole:{lines}")
+        raise WeightsError(f"The weights in {folder} could not be made to match the lock:{lines}")

@@ -1,4 +1,4 @@
-"""Is a folder what the lock says? Sizes first, then digests; every fault is reported."""
+"""Does a folder match the lock? Sizes first, then digests; every fault is reported."""
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ PARTIAL_FOLDER = ".partial"
 
 
 def partial_path(folder: Path, lock: Lock, name: str) -> Path:
-    """Where a file's bytes gather until it is whole. Bytes of two revisions never mix."""
+    """Where a file's bytes are collected until it is complete. Bytes of two revisions never mix."""
     return folder / PARTIAL_FOLDER / f"{name}.{lock.revision}"
 
 
 class State(Enum):
-    """What is known of one file."""
+    """What is known about one file."""
 
     VERIFIED = "verified"
     UNCHECKED = "not hashed yet"
@@ -56,10 +56,10 @@ def inspect(folder: Path, lock: Lock) -> list[FileReport]:
 
 
 def verify(folder: Path, lock: Lock, *, afresh: bool = False, first_use: bool = True) -> list[FileReport]:
-    """Hash what the ledger does not remember, or everything when `afresh`, and record what is right or wrong.
+    """Hash what the ledger does not remember, or everything if `afresh`, and record what is right or wrong.
 
-    A digest that neither the lock nor the ledger knows is recorded and from then on expected. Such a file stays
-    UNCHECKED where another is wrong, since this may be another model's folder, and with `first_use` False.
+    A digest that neither the lock nor the ledger has is recorded, and expected from then on. Such a file stays
+    UNCHECKED if `first_use` is False, or if another is wrong, since this may be another model's folder.
     """
     known = Ledger.read(folder)
     files = {file.name: file for file in lock.files}
@@ -85,12 +85,12 @@ def _judge(lock: Lock, file: LockedFile, known: Ledger, sha256: str) -> FileRepo
     """Compare a digest with the one that the lock or the ledger expects."""
     expected = known.expected(lock, file)
     if expected is not None and sha256 != expected:
-        source = "the lock says" if file.sha256 else "at first use it was"
+        source = "the lock says" if file.sha256 else "on first use it was"
         return FileReport(file.name, State.WRONG_DIGEST, f"sha256 is {sha256}, {source} {expected}", sha256)
     entry = known.files.get(file.name)
     if expected is None and entry is not None and entry.sha256 == sha256:
         return FileReport(file.name, State.WRONG_DIGEST, f"it was fetched for {entry.origin}", sha256)
-    detail = "" if file.sha256 else "as at first use; the lock knows no digest"
+    detail = "" if file.sha256 else "as on first use; the lock has no digest"
     return FileReport(file.name, State.VERIFIED, detail, sha256, first_use=file.sha256 is None)
 
 
@@ -100,13 +100,13 @@ def _inspect_file(folder: Path, lock: Lock, file: LockedFile, known: Ledger) -> 
         if not path.is_file():
             partial = partial_path(folder, lock, file.name)
             had = partial.stat().st_size if partial.is_file() else 0
-            kept = f"{had} bytes of a stopped pull are kept" if had else ""
+            kept = f"{had} bytes of an interrupted pull are kept" if had else ""
             return FileReport(file.name, State.MISSING, kept)
         size = path.stat().st_size
         if file.size is not None and size != file.size:
             return FileReport(file.name, State.WRONG_SIZE, f"{size} bytes, the lock says {file.size}")
         sha256 = known.remembered(path)
-    except OSError as error:  # in a folder that this user may not enter, say
+    except OSError as error:  # in a folder that this user may not enter, for example
         return FileReport(file.name, State.UNREADABLE, error.strerror or str(error))
     if sha256 is None:
         return FileReport(file.name, State.UNCHECKED)
@@ -131,7 +131,7 @@ def _hash_file(folder: Path, lock: Lock, file: LockedFile) -> FileReport:
 
 
 def _extra_files(folder: Path, lock: Lock) -> list[FileReport]:
-    """Tensors that the loader would read though the lock does not name them."""
+    """Tensor files that the loader would read although the lock does not name them."""
     named = {file.name for file in lock.files}
     extra = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in named)
     return [FileReport(name, State.EXTRA, "it would be loaded; move it away") for name in extra]

@@ -1,7 +1,7 @@
-"""The ledger: which digests were computed for which files of a folder, kept beside them.
+"""The ledger: the digests that were computed for a folder's files, kept beside them.
 
-It saves hashing 4 GB at every start: an entry holds while the file's size and time of change stay, and nobody has found
-another digest. It also holds the digests that the lock does not know yet, as they were found at first use.
+It saves hashing 4 GB at every start: an entry is valid while the file keeps its size and modification time, and no
+other digest has been found. It also holds the digests that the lock does not have yet, as found on first use.
 """
 
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 LEDGER_NAME = ".verified.json"
 SECOND_NS = 10**9
-NEVER_NS = -1  # in place of the time of a file whose digest must be computed again
+NEVER_NS = -1  # instead of the time of a file that must be hashed again
 
 
 class Entry(BaseModel):
@@ -39,20 +39,20 @@ class Ledger(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> "Ledger":
-        """The folder's ledger; an empty one when there is none, or when it cannot be read (said in the log)."""
+        """The folder's ledger; an empty one when there is none, or when it cannot be read (which is logged)."""
         try:
             return cls.model_validate_json((folder / LEDGER_NAME).read_bytes())
         except FileNotFoundError:
             return cls()
         except (OSError, ValidationError) as error:
-            logger.warning("%s is unreadable and counts as empty: %s", folder / LEDGER_NAME, type(error).__name__)
+            logger.warning("%s is unreadable and is treated as empty: %s", folder / LEDGER_NAME, type(error).__name__)
             return cls()
 
     def remembered(self, path: Path) -> str | None:
         """The sha256 of `path` if it was hashed before and has not changed since.
 
-        An image's layers keep whole seconds of a file's time (containerd's archive/tar.go), so a time that was cut to
-        them is the same time: else every start of a pulled image would hash again.
+        Image layers keep a file's time in whole seconds (containerd's archive/tar.go), so a time truncated to them
+        counts as the same: otherwise every start of a pulled image would hash again.
         """
         entry = self.files.get(path.name)
         if entry is None:
@@ -62,7 +62,7 @@ class Ledger(BaseModel):
         return entry.sha256 if stat.st_size == entry.size and stat.st_mtime_ns in same_times else None
 
     def expected(self, lock: Lock, file: LockedFile) -> str | None:
-        """The sha256 that `file` must have: the lock's, or the one found at first use; None before that."""
+        """The sha256 that `file` must have: the lock's, or the one found on first use; None before that."""
         entry = self.files.get(file.name)
         if file.sha256 is None and entry is not None and entry.origin == origin_of(lock):
             return entry.sha256
@@ -74,28 +74,28 @@ def origin_of(lock: Lock) -> str:
 
 
 def record(folder: Path, lock: Lock, file: LockedFile, sha256: str, stat: os.stat_result) -> None:
-    """Write down that `file` had this digest in `folder` when its stat was `stat`, taken before it was hashed.
+    """Record that `file` had this digest in `folder` when its stat was `stat`, taken before it was hashed.
 
-    First use of a digest that the lock does not know is said in the log, and so is a folder that cannot be written.
+    The log reports the first use of a digest that the lock does not have, and a folder that cannot be written.
     """
     known = Ledger.read(folder)
     if known.expected(lock, file) is None:
-        logger.warning("%s: the lock knows no digest; sha256 %s is trusted on first use", file.name, sha256)
+        logger.warning("%s: the lock has no digest; sha256 %s is trusted on first use", file.name, sha256)
     entry = Entry(origin=origin_of(lock), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256)
     _write(folder, {**known.files, file.name: entry})
 
 
 def distrust(folder: Path, name: str) -> None:
-    """Remember no longer that `name` is right, though its size and time are (as after a fault of the disk)."""
+    """No longer treat `name` as right, though its size and time still match (as after a disk fault)."""
     files = Ledger.read(folder).files
     if name in files:
         _write(folder, {**files, name: files[name].model_copy(update={"mtime_ns": NEVER_NS})})
 
 
 def _write(folder: Path, files: dict[str, Entry]) -> None:
-    beside = folder / f"{LEDGER_NAME}.{os.getpid()}"
+    temporary = folder / f"{LEDGER_NAME}.{os.getpid()}"
     try:
-        beside.write_text(Ledger(files=files).model_dump_json(indent=2), encoding="utf-8")
-        beside.replace(folder / LEDGER_NAME)
+        temporary.write_text(Ledger(files=files).model_dump_json(indent=2), encoding="utf-8")
+        temporary.replace(folder / LEDGER_NAME)
     except OSError as error:
-        logger.info("%s takes no record of its digests (%s): they are computed again at the next start", folder, error)
+        logger.info("%s cannot store its digests (%s): they will be computed again at the next start", folder, error)

@@ -18,7 +18,7 @@ class LocalFolder:
         try:
             return Offer(size=(self.folder / name).stat().st_size)
         except OSError as error:
-            raise FileFaultError(f"{name}: {self.folder} does not hold it ({error.strerror})") from error
+            raise FileFaultError(f"{name}: cannot be found in {self.folder} ({error.strerror})") from error
 
     def fetch(self, name: str, partial: Path, size: int, advance: Callable[[int], None]) -> None:
         try:

@@ -16,20 +16,20 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2] / "weights"
 LOCK_PATH = ROOT / "starling-lm-7b-alpha-awq.lock"
-OTHERWISE = (
+ALTERNATIVE = (
     "name the folder of an AWQ checkpoint in STARLING_WEIGHTS. To try it without them, run scripts/demo in a checkout."
 )
 REMEDY = (
     "Fetch them with `python -m starling weights pull`, let the start do it with STARLING_ALLOW_DOWNLOAD=1, or "
-    f"{OTHERWISE}"
+    f"{ALTERNATIVE}"
 )
 EXPLICIT_REMEDY = (
-    "Name the folder of an AWQ checkpoint there, or unset it: then those are served that "
+    "Name the folder of an AWQ checkpoint there, or unset it to serve the weights that "
     "`python -m starling weights pull` fetches. To try it without them, run scripts/demo in a checkout."
 )
 
 
-STAND_IN_MARKER = "demo.json"  # a file that says: this is the demo's small model, not Starling
+STAND_IN_MARKER = "demo.json"  # its presence says: this is the demo's small model, not Starling
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Located:
 
     @property
     def stand_in(self) -> bool:
-        """Whether this is the demo's model; who serves it says so."""
+        """Whether this is the demo's model; whatever serves it says so."""
         return (self.folder / STAND_IN_MARKER).exists()
 
 
@@ -57,15 +57,15 @@ def locate(
 ) -> Located:
     """The first that applies: `explicit` (not checked against the lock), `folder` (checked), a download into it.
 
-    `folder` defaults to the one beside the lock that has its name; `where` names a mirror, see `open_source`.
-    Raises WeightsError that says what is missing and how to get it.
+    `folder` defaults to the one beside the lock with the same name; `where` names a mirror, see `open_source`.
+    Raises a WeightsError that says what is missing and how to get it.
     """
     if explicit is not None:
         return _explicit(explicit)
     lock = Lock.read(lock_path)
     folder = folder or lock_path.with_suffix("")
     reports = inspect(folder, lock)
-    if not faults(reports):  # sizes are right: the digests are worth their time
+    if not faults(reports):  # sizes are right: digests are worth their time
         reports = verify(folder, lock)
     if not faults(reports):
         return _located(folder, "baked", reports)
@@ -77,7 +77,7 @@ def locate(
     try:
         return _located(folder, "downloaded", pull(lock, folder, where, patience))
     except WeightsError as error:
-        raise WeightsError(f"{error}\nOr {OTHERWISE}") from error
+        raise WeightsError(f"{error}\nOr {ALTERNATIVE}") from error
 
 
 def locate_weights(settings: Settings) -> Located:
@@ -88,20 +88,20 @@ def locate_weights(settings: Settings) -> Located:
 def _explicit(folder: Path) -> Located:
     try:
         if not folder.is_dir():
-            raise WeightsError(f"STARLING_WEIGHTS names {str(folder)!r}, which is no folder. {EXPLICIT_REMEDY}")
+            raise WeightsError(f"STARLING_WEIGHTS names {str(folder)!r}, which is not a folder. {EXPLICIT_REMEDY}")
         missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-        if not any(path.suffix == ".safetensors" for path in folder.iterdir()):  # glob would find none in silence
-            missing.append("*.safetensors (no other form is read: pickles can run code)")
-    except OSError as error:  # of a folder that this user may not enter, say
+        if not any(path.suffix == ".safetensors" for path in folder.iterdir()):  # glob would silently find none
+            missing.append("*.safetensors (no other format is read: pickles can run code)")
+    except OSError as error:  # a folder that this user may not enter, for example
         fault = f"STARLING_WEIGHTS names {str(folder)!r}, which cannot be read: {error.strerror}."
         raise WeightsError(f"{fault} {EXPLICIT_REMEDY}") from error
     if missing:
         raise WeightsError(f"STARLING_WEIGHTS names {folder}, which lacks {', '.join(missing)}. {EXPLICIT_REMEDY}")
-    logger.info("Weights: %s, as STARLING_WEIGHTS says; not checked against the lock", folder)
+    logger.info("Weights: %s, from STARLING_WEIGHTS; not checked against the lock", folder)
     return Located(folder, "explicit")
 
 
 def _located(folder: Path, origin: Literal["baked", "downloaded"], reports: list[FileReport]) -> Located:
     digests = [report.sha256 for report in reports if report.name.endswith(".safetensors")]
-    logger.info("Weights: %s (%s), as the lock says", folder, origin)
+    logger.info("Weights: %s (%s), matching the lock", folder, origin)
     return Located(folder, origin, digests[0] if len(digests) == 1 else None)

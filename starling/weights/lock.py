@@ -1,4 +1,4 @@
-"""The lock: which files of which revision are the weights, and how each of them is recognised."""
+"""The lock: which files of which revision are the weights, and how to recognise each of them."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -18,14 +18,14 @@ from pydantic import (
 from starling.errors import WeightsError
 
 UNKNOWN = "unknown"
-# Formats that hold data only. PyTorch's own (.bin, .pt, .pth, .ckpt) are pickles and can run code when they are read.
+# Formats that hold data only. PyTorch's own (.bin, .pt, .pth, .ckpt) are pickles and can run code when they are loaded.
 SAFE_SUFFIXES = (".safetensors", ".json")
 
 
 def _safe_name(name: str) -> str:
     path = PurePosixPath(name)
     if path.name != name or name.startswith(".") or "\\" in name:
-        raise ValueError(f"{name!r} is no plain file name; folders and hidden files are refused")
+        raise ValueError(f"{name!r} is not a plain file name; folders and hidden files are refused")
     if path.suffix not in SAFE_SUFFIXES:
         raise ValueError(f"{name!r} is refused: only {' and '.join(SAFE_SUFFIXES)} files, which hold no code, are read")
     return name
@@ -33,7 +33,7 @@ def _safe_name(name: str) -> str:
 
 def _known(value: Any) -> Any:
     if value is None:
-        raise ValueError(f'is null; what is not known yet is written as "{UNKNOWN}"')
+        raise ValueError(f'is null; write "{UNKNOWN}" for what is not known yet')
     return None if value == UNKNOWN else value
 
 
@@ -41,7 +41,7 @@ def _shown(value: Any) -> Any:
     return UNKNOWN if value is None else value
 
 
-# None stands for "unknown": the first download finds it out, for review.
+# None stands for "unknown": the first download determines it, for review.
 _Size = Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_known), PlainSerializer(_shown)]
 _Sha256 = Annotated[
     Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None, BeforeValidator(_known), PlainSerializer(_shown)
@@ -69,7 +69,7 @@ class Lock(BaseModel):
     files: Annotated[tuple[LockedFile, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _whole(self) -> "Lock":
+    def _consistent(self) -> "Lock":
         names = [file.name for file in self.files]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"files are named twice: {', '.join(twice)}")
@@ -79,7 +79,7 @@ class Lock(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> "Lock":
-        """Raises WeightsError that lists every fault of the form."""
+        """Raises a WeightsError that lists every fault."""
         try:
             text = path.read_text(encoding="utf-8")
             json.loads(text, object_pairs_hook=_refuse_repeated_keys)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-QUIET_BELOW_BYTES = 16 << 20  # what is done at once needs no bar
+QUIET_BELOW_BYTES = 16 << 20  # what takes a moment needs no bar
 LOG_EVERY_S = 10.0
 
 

@@ -9,25 +9,25 @@ from starling.errors import WeightsError
 
 
 class FileFaultError(WeightsError):
-    """One file cannot be had from this source; others may."""
+    """This source cannot provide one file, but may provide others."""
 
 
 class SourceLostError(WeightsError):
-    """The source does not answer; asking it for other files is no use."""
+    """The source does not answer; asking it for other files is pointless."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a source is waited for."""
+    """How long to wait for a source."""
 
-    stall_s: float = 30.0  # a connection that brings next to nothing for so long is given up
+    stall_s: float = 30.0  # a connection that delivers next to nothing for this long is dropped
     attempts: int = 5  # failures in a row, without progress between them
     first_wait_s: float = 1.0  # doubled after every failure
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a source says of a file before it sends any of it."""
+    """What a source says about a file before sending any of it."""
 
     size: int  # bytes
     sha256: str | None = None
@@ -40,4 +40,4 @@ class Source(Protocol):
     def offer(self, name: str) -> Offer: ...
 
     def fetch(self, name: str, partial: Path, size: int, advance: Callable[[int], None]) -> None:
-        """Bring `partial` to `size` bytes, going on from what it holds. What arrived before an error stays in it."""
+        """Extend `partial` to `size` bytes, resuming from what it holds. What arrived before an error stays in it."""

@@ -192,7 +192,7 @@ def test_in_the_foreground_what_cannot_begin_is_told_in_one_line() -> None:
     command = [sys.executable, "-m", "starling.local_server"]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("STARLING_WEIGHTS names '/absent', which is no folder.")
+    assert done.stderr.startswith("STARLING_WEIGHTS names '/absent', which is not a folder.")
     assert len(done.stderr.splitlines()) == 1
 
 

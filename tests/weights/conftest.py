@@ -14,11 +14,11 @@ from tests.weights.hub_server import HubServer
 REVISION = "f0a87c473f82b2e369a4106ef658dc663ebcba2e"
 REPOSITORY = "someone/some-model"
 BRISK = Patience(attempts=3, first_wait_s=0.01)
-IMPATIENT = Patience(stall_s=1, attempts=1)  # where a stall is what is tested
+IMPATIENT = Patience(stall_s=1, attempts=1)  # for tests of stalls
 
 
 def lock_for(files: dict[str, bytes], unknown: tuple[str, ...] = ()) -> Lock:
-    """`unknown`: names whose size and digest the lock does not know."""
+    """`unknown`: names whose size and digest are not in the lock."""
     return Lock(
         repository=REPOSITORY,
         revision=REVISION,
@@ -38,7 +38,7 @@ def lock_for(files: dict[str, bytes], unknown: tuple[str, ...] = ()) -> Lock:
 def seed() -> int:
     """Fresh in every run; a failing test shows it."""
     value = int(os.environ.get("STARLING_TEST_SEED") or random.SystemRandom().randrange(2**32))
-    print(f"seed {value}: set STARLING_TEST_SEED to it to run the same again")
+    print(f"seed {value}: set STARLING_TEST_SEED to it to repeat this run")
     return value
 
 

@@ -1,7 +1,7 @@
-"""Run as a program: pull in a child that kills itself with SIGKILL before its n-th touch of a file, for every n.
+"""Run as a program: pull in a child that kills itself with SIGKILL before its n-th file operation, for every n.
 
-After every death nothing wrong may have a file's name, and a second pull must finish the work.
-Arguments: lock, a folder to work in, where to pull from, a folder with the right files.
+After every death no wrong content may have a file's final name, and a second pull must finish the work.
+Arguments: the lock, a folder to work in, where to pull from, a folder with the right files.
 """
 
 import os
@@ -13,20 +13,20 @@ from typing import Any
 from starling.errors import WeightsError
 from starling.weights import Lock, Patience, inspect, locate, pull
 
-# Raised by CPython before it calls the system: https://docs.python.org/3/library/audit_events.html
+# Audit events, which CPython raises before the system call: https://docs.python.org/3/library/audit_events.html
 TOUCHES = {"open", "os.mkdir", "os.rename", "os.utime", "os.truncate", "os.remove", "os.rmdir", "fcntl.flock"}
 PATIENCE = Patience(stall_s=5, attempts=2, first_wait_s=0.01)
 
 
 def pull_until(step: int, lock: Lock, folder: Path, where: str) -> bool:
-    """Pull in a child that dies before its touch number `step`; whether it came so far."""
+    """Pull in a child that dies before touch number `step`. Returns whether it got that far."""
     child = os.fork()
     if child == 0:
         touched = 0
 
         def die(event: str, args: tuple[Any, ...]) -> None:
             nonlocal touched
-            # flock is given a descriptor, the others a path; what the libraries open elsewhere does not count.
+            # flock gets a descriptor, the others a path; what the libraries open elsewhere does not count.
             if event in TOUCHES and (event == "fcntl.flock" or str(folder) in str(args[0])):
                 touched += 1
                 if touched == step:
@@ -44,7 +44,7 @@ def pull_until(step: int, lock: Lock, folder: Path, where: str) -> bool:
 
 
 def check(lock_path: Path, folder: Path, right: dict[str, bytes]) -> None:
-    """Nothing half-written has a file's name, and setup takes the folder only if it is whole."""
+    """Nothing half-written has a file's final name, and setup accepts the folder only if it is complete."""
     present = {path.name: path.read_bytes() for path in folder.glob("*") if path.suffix in {".json", ".safetensors"}}
     present.pop(".verified.json", None)
     for name, body in present.items():

@@ -1,4 +1,4 @@
-"""A local server that speaks the little of the hub's protocol that is used, and misbehaves on demand."""
+"""A local server that speaks the parts of the hub's protocol that are used, and misbehaves on demand."""
 
 import gzip
 import hashlib
@@ -20,19 +20,19 @@ class Faults:
     """What the server does wrong with one file. Counts are used up, one for each answer to a GET."""
 
     cut_after: list[int] = field(default_factory=list)  # body bytes of each answer before the connection breaks
-    end_after: int | None = None  # every answer claims to be whole, and ends after so many body bytes
+    end_after: int | None = None  # every answer claims to be complete, and ends after so many body bytes
     stall_after: int | None = None  # every answer falls silent after so many body bytes
     trickle_after: int | None = None  # every answer goes on a byte at a time after so many body bytes
     flip_byte: int | None = None  # this byte of the file is sent inverted
     longer_by: int = 0  # bytes after the file's end
-    statuses: list[int] = field(default_factory=list)  # answered to GET instead of the file
+    statuses: list[int] = field(default_factory=list)  # sent in answer to GET instead of the file
     status_headers: dict[str, str] = field(default_factory=lambda: {"Retry-After": "0"})  # sent with them
-    ranges: str = "kept"  # or "ignored", "refused", or "moved": sent from the file's beginning, which the answer says
+    ranges: str = "kept"  # or "ignored", "refused", or "moved" (starts at the file's beginning, and says so)
     size: int | None = None  # claimed by HEAD
     etag: str | None = None
     commit: str | None = None
     redirects: bool = True  # to a signed address, as the hub does for large files
-    circles: bool = False  # redirects that lead to redirects
+    circles: bool = False  # redirects without end
     compresses: bool = False  # for whoever accepts it
     pause_s: float = 0.0  # after every piece
 
@@ -55,7 +55,7 @@ class HubServer:
         return self.faults.setdefault(name, Faults())
 
     def etag(self, name: str) -> str:
-        """As the hub: SHA-256 for files in LFS, git's id for the others."""
+        """As on the hub: SHA-256 for files in LFS, git's id for the others."""
         body = self.files[name]
         if name.endswith(".safetensors"):
             return hashlib.sha256(body).hexdigest()
@@ -85,7 +85,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that give up or are killed are what is tested; anything else is a fault of this server."""
+        """Clients that give up or are killed belong to the tests; anything else is a bug in this server."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             traceback.print_exc()
 

@@ -37,7 +37,7 @@ def test_status_pull_verify_damage_repair(lock_path, hub, folder, files, capsys)
     assert weights("verify", "--lock", lock_path) == 0
     times = (folder / MODEL).stat()
     (folder / MODEL).write_bytes(bytes(len(files[MODEL])))
-    os.utime(folder / MODEL, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a disk that lost a bit
+    os.utime(folder / MODEL, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if the disk had lost a bit
     assert weights("verify", "--lock", lock_path) == 1
     assert f"{MODEL}: wrong digest" in capsys.readouterr().out
     assert weights("status", "--lock", lock_path) == 0
@@ -46,7 +46,7 @@ def test_status_pull_verify_damage_repair(lock_path, hub, folder, files, capsys)
     assert_whole(folder, files)
 
 
-def test_the_weights_lie_where_folder_says(lock_path, hub, folder, tmp_path, files):
+def test_folder_says_where_the_weights_are(lock_path, hub, folder, tmp_path, files):
     for action in (("pull", "--from", hub.url), ("status",), ("verify",), ("pin",)):
         assert weights(*action, "--lock", lock_path, "--folder", tmp_path / "elsewhere") == 0
     assert_whole(tmp_path / "elsewhere", files)
@@ -63,11 +63,11 @@ def test_files_that_were_copied_there_are_hashed_when_it_matters(lock_path, fold
     assert Lock.read(lock_path) == lock_for(files)
 
 
-def test_a_silent_connection_is_given_up_after_the_timeout(lock_path, hub, capsys, monkeypatch):
+def test_a_silent_connection_is_dropped_after_the_timeout(lock_path, hub, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts
     hub.faults_of(MODEL).stall_after = 0
     assert weights("pull", "--lock", lock_path, "--from", hub.url, "--timeout", "0.2") == 1
-    assert "nothing came for 0.2 s; given up after 5 attempts" in capsys.readouterr().err
+    assert "nothing arrived for 0.2 s; gave up after 5 attempts" in capsys.readouterr().err
 
 
 def test_nothing_of_another_model_is_trusted(lock_path, folder, files, capsys):
@@ -86,10 +86,10 @@ def test_pin_fills_in_what_is_unknown_and_nothing_else(lock_path, hub, files, ca
     assert weights("pin", "--lock", lock_path) == 0
     assert Lock.read(lock_path) == lock_for(files)
     assert weights("pin", "--lock", lock_path) == 0
-    assert "knows every size and digest already" in capsys.readouterr().out
+    assert "already has every size and digest" in capsys.readouterr().out
 
 
-def test_a_lock_that_cannot_be_written_is_told(lock_path, hub, capsys):
+def test_a_lock_that_cannot_be_written_is_reported(lock_path, hub, capsys):
     weights("pull", "--lock", lock_path, "--from", hub.url)
     Path(f"{lock_path}.{os.getpid()}").mkdir()  # where the new lock would be written
     assert weights("pin", "--lock", lock_path) == 1
@@ -149,7 +149,7 @@ def test_the_token_goes_to_hf_endpoint_and_not_where_it_redirects_to(lock_path, 
 
 
 @pytest.mark.parametrize("endpoint", ["http://[bad", "http://host:port", "http://me:se[cret@host", "host"])
-def test_an_hf_endpoint_that_is_no_address_is_told_in_one_line(lock_path, endpoint):
+def test_an_invalid_hf_endpoint_is_reported_in_one_line(lock_path, endpoint):
     """In its own process: importing huggingface_hub fails on some of these."""
     command = [sys.executable, "-m", "starling", "weights", "pull", "--lock", str(lock_path)]
     environ = {**os.environ, "HF_ENDPOINT": endpoint}
@@ -157,7 +157,7 @@ def test_an_hf_endpoint_that_is_no_address_is_told_in_one_line(lock_path, endpoi
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("HF_ENDPOINT cannot be used. ") and "Give " in line
-    assert ("begins with no scheme" if endpoint == "host" else "http://…" if "@" in endpoint else endpoint) in line
+    assert ("has no scheme" if endpoint == "host" else "http://…" if "@" in endpoint else endpoint) in line
     assert "cret" not in line
 
 

@@ -49,29 +49,29 @@ def test_brings_only_what_is_missing_or_wrong(hub, lock, folder, files):
     assert {name for _, name, _ in hub.requests} == {"config.json", "tokenizer.json"}
 
 
-def test_goes_on_after_cuts(hub, lock, folder, files, seed, monkeypatch):
+def test_resumes_after_cuts(hub, lock, folder, files, seed, monkeypatch):
     monkeypatch.setattr(hub_module, "LEAST_PROGRESS_BYTES", 1000)  # every cut leaves more than this
     rng = random.Random(seed)
     hub.faults_of(MODEL).cut_after = [rng.randrange(20_000, 60_000) for _ in range(6)]
     pull(lock, folder, hub.url, BRISK)
     assert_whole(folder, files)
     starts = [asked for method, name, asked in hub.requests if (method, name) == ("GET", MODEL) and asked]
-    assert starts, "no Range was asked for: the download began anew"
+    assert starts, "no Range was asked for: the download started over"
     assert hub.served_bytes[MODEL] < 2 * len(files[MODEL])
 
 
 @pytest.mark.parametrize("ranges", ["ignored", "refused", "moved"])
-def test_starts_over_when_the_server_keeps_no_ranges(hub, lock, folder, files, ranges):
+def test_starts_over_when_the_server_does_not_honour_ranges(hub, lock, folder, files, ranges):
     hub.faults_of(MODEL).cut_after = [100_000]
     hub.faults_of(MODEL).ranges = ranges
     pull(lock, folder, hub.url, BRISK)
     assert_whole(folder, files)
 
 
-def test_goes_on_in_a_later_pull(hub, lock, folder, files):
+def test_resumes_in_a_later_pull(hub, lock, folder, files):
     faults = hub.faults_of(MODEL)
     faults.stall_after = 300_000
-    with pytest.raises(WeightsError, match=r"model\.safetensors.*nothing came for 1 s; given up after 1 attempts"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors.*nothing arrived for 1 s; gave up after 1 attempts"):
         pull(lock, folder, hub.url, IMPATIENT)
     assert states(folder, lock)[MODEL] is State.MISSING
     faults.stall_after = None
@@ -84,7 +84,7 @@ def test_goes_on_in_a_later_pull(hub, lock, folder, files):
 @pytest.mark.parametrize("after", [0, 200_000])
 def test_gives_up_on_a_server_that_trickles(hub, lock, folder, after):
     hub.faults_of(MODEL).trickle_after = after
-    with pytest.raises(WeightsError, match=r"only \d+ bytes came in 1 s"):
+    with pytest.raises(WeightsError, match=r"only \d+ bytes arrived in 1 s"):
         pull(lock, folder, hub.url, IMPATIENT)
 
 
@@ -102,7 +102,7 @@ def test_a_body_that_is_too_long_is_refused(hub, lock, folder, files):
     assert states(folder, lock)[MODEL] is State.MISSING
 
 
-def test_corruption_is_found_and_thrown_away(hub, lock, folder, files, seed):
+def test_corruption_is_found_and_discarded(hub, lock, folder, files, seed):
     faults = hub.faults_of(MODEL)
     faults.flip_byte = random.Random(seed).randrange(len(files[MODEL]))
     with pytest.raises(WeightsError, match=r"model\.safetensors: sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}"):
@@ -113,8 +113,8 @@ def test_corruption_is_found_and_thrown_away(hub, lock, folder, files, seed):
     assert_whole(folder, files)
 
 
-def test_the_log_counts_what_has_come(hub, lock, folder, files, monkeypatch, caplog):
-    """Also where a server begins anew, and where an earlier pull left something."""
+def test_the_log_counts_what_has_arrived(hub, lock, folder, files, monkeypatch, caplog):
+    """Also when a server starts over, and when an earlier pull left something."""
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
     caplog.set_level(logging.INFO, logger="starling")
     hub.faults_of(MODEL).cut_after, hub.faults_of(MODEL).ranges = [100_000], "ignored"
@@ -127,8 +127,8 @@ def test_the_log_counts_what_has_come(hub, lock, folder, files, monkeypatch, cap
             assert told[-1] == f"{label}: {len(body)} of {len(body)} bytes (100 %)"
 
 
-def test_a_pulled_file_is_remembered_whatever_an_archive_makes_of_its_time(hub, lock, folder):
-    """Of an image's layer or another archive: some cut it to seconds, some round it."""
+def test_a_pulled_file_is_remembered_whatever_an_archive_does_to_its_time(hub, lock, folder):
+    """Image layers and other archives: some truncate it to seconds, some round it."""
     pull(lock, folder, hub.url, BRISK)
     for path in folder.glob("*.*"):
         second = -(-path.stat().st_mtime_ns // 10**9) * 10**9
@@ -137,7 +137,7 @@ def test_a_pulled_file_is_remembered_whatever_an_archive_makes_of_its_time(hub, 
 
 
 def test_a_power_cut_leaves_whole_files_or_none(hub, lock, folder, files, disk_events):
-    """What a file holds is on the disk before its name is, and its name before the pull goes on."""
+    """A file's content is on the disk before its name is, and its name before the pull continues."""
     pull(lock, folder, hub.url, BRISK)
     home = folder.stat().st_ino
     for name in files:
@@ -148,7 +148,7 @@ def test_a_power_cut_leaves_whole_files_or_none(hub, lock, folder, files, disk_e
     assert any(event[0] == "renamed" and event[2] == ".verified.json" for event in disk_events)
 
 
-def test_a_damaged_rest_of_an_earlier_pull_is_fetched_again(hub, lock, folder, files):
+def test_a_damaged_partial_file_of_an_earlier_pull_is_fetched_again(hub, lock, folder, files):
     faults = hub.faults_of(MODEL)
     faults.flip_byte, faults.stall_after = 10, 200_000
     with pytest.raises(WeightsError):
@@ -158,8 +158,8 @@ def test_a_damaged_rest_of_an_earlier_pull_is_fetched_again(hub, lock, folder, f
     assert_whole(folder, files)
 
 
-def test_a_rest_that_is_longer_than_the_file_is_dropped(hub, folder, files):
-    """Also where nobody knows a digest that would tell."""
+def test_a_partial_file_that_is_longer_than_the_file_is_dropped(hub, folder, files):
+    """Even if no known digest would reveal it."""
     lock = lock_for(files, unknown=(MODEL,))
     hub.faults_of(MODEL).etag = "5f3-1a2b"
     (folder / ".partial").mkdir(parents=True)
@@ -168,12 +168,12 @@ def test_a_rest_that_is_longer_than_the_file_is_dropped(hub, folder, files):
     assert_whole(folder, files)
 
 
-def test_the_rest_of_another_revision_is_not_gone_on_with(hub, folder, files):
-    """Though nobody knows a digest that would tell."""
+def test_the_partial_file_of_another_revision_is_not_resumed(hub, folder, files):
+    """Even though no known digest would reveal it."""
     hub.faults_of(MODEL).etag = "5f3-1a2b"
     hub.faults_of(MODEL).cut_after = [100_000]
     lock = lock_for(files, unknown=(MODEL,))
-    with pytest.raises(WeightsError, match="given up after 1 attempts"):
+    with pytest.raises(WeightsError, match="gave up after 1 attempts"):
         pull(lock, folder, hub.url, Patience(attempts=1))
     other = lock.model_copy(update={"revision": "1" * 40})
     new = dict(files, **{MODEL: files[MODEL][::-1]})
@@ -182,7 +182,7 @@ def test_the_rest_of_another_revision_is_not_gone_on_with(hub, folder, files):
     assert_whole(folder, new)
 
 
-def test_passing_failures_are_waited_for(hub, lock, folder, files):
+def test_transient_failures_are_waited_out(hub, lock, folder, files):
     hub.faults_of(MODEL).statuses = [503, 429]
     pull(lock, folder, hub.url, BRISK)
     assert_whole(folder, files)
@@ -210,7 +210,7 @@ def test_waits_double_and_a_lost_source_is_asked_for_no_other_file(hub, lock, fo
     monkeypatch.setattr(hub_module.time, "sleep", waits_s.append)
     for name in files:
         hub.faults_of(name).statuses = [503] * 9
-    with pytest.raises(WeightsError, match="given up after 5 attempts"):
+    with pytest.raises(WeightsError, match="gave up after 5 attempts"):
         pull(lock, folder, hub.url, Patience())
     assert waits_s == [1, 2, 4, 8]
 
@@ -262,16 +262,16 @@ def test_what_was_right_stays_when_a_pull_fails(hub, lock, folder, files):
     assert (folder / MODEL).read_bytes() == files[MODEL]
 
 
-def test_a_full_disk_is_said_before_the_download(hub, lock, folder, files, monkeypatch):
+def test_a_full_disk_is_reported_before_the_download(hub, lock, folder, files, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5, 5))
     need = sum(map(len, files.values()))
-    with pytest.raises(WeightsError, match=f"the disk has 5 bytes free, {need} more are needed"):
+    with pytest.raises(WeightsError, match=f"the disk has 5 bytes free but {need} are needed"):
         pull(lock, folder, hub.url, BRISK)
     assert not any(method == "GET" for method, _, _ in hub.requests)
 
 
-def test_a_disk_that_just_takes_what_is_still_to_come_is_enough(hub, lock, folder, files, monkeypatch):
+def test_a_disk_with_just_enough_space_for_the_rest_is_enough(hub, lock, folder, files, monkeypatch):
     (folder / ".partial").mkdir(parents=True)
     (folder / ".partial" / f"{MODEL}.{lock.revision}").write_bytes(files[MODEL][:100_000])
     usage = namedtuple("usage", "total used free")
@@ -281,8 +281,8 @@ def test_a_disk_that_just_takes_what_is_still_to_come_is_enough(hub, lock, folde
     assert_whole(folder, files)
 
 
-def test_a_share_that_lacks_what_disks_have_takes_the_weights(hub, lock, folder, files, monkeypatch):
-    """No locks, no flushing of folders, no times but the owner's, no word on what is free."""
+def test_a_network_share_that_lacks_what_disks_have_can_hold_the_weights(hub, lock, folder, files, monkeypatch):
+    """No locks, no flushing of folders, times set by the owner only, no report of free space."""
 
     def flock(file: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -323,9 +323,9 @@ def test_tensors_that_the_lock_does_not_name_are_a_fault(hub, lock, folder):
 
 
 def test_nobody_at_the_address(lock, folder):
-    with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9: .*given up after 3 attempts") as caught:
+    with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9: .*gave up after 3 attempts") as caught:
         pull(lock, folder, "http://user:password@127.0.0.1:9", BRISK)
-    assert str(caught.value).count("given up") == 1, "the other files were not asked for"
+    assert str(caught.value).count("gave up") == 1, "the other files were asked for too"
 
 
 @pytest.mark.parametrize(
@@ -333,24 +333,24 @@ def test_nobody_at_the_address(lock, folder):
     [
         ("ftp://user:s3cret@mirror.example", "begins with ftp://"),
         ("s3://KEY:s3cret@bucket/folder", "begins with s3://"),
-        ("user:s3cret@http://mirror.example", "begins with no scheme"),
-        ("user:s3cret@mirror.example/folder", "'mirror.example/folder' is no source of weights"),
-        ("http://user:s3cret and more@mirror.example", "'http://…' is no source of weights"),
-        ("https://user:s3cret/and@mirror.example", "'https://…' is no source of weights"),
-        ("https://user:1/s3cret@mirror.example", "'https://…' is no source of weights"),
-        ("https://user:1?s3cret@mirror.example", "'https://…' is no source of weights"),
-        ("https://?token=s3cret", "'https://…' is no source of weights"),
-        ("https://#s3cret", "'https://…' is no source of weights"),
-        ("http://[bad", r"'http://\[bad' is no source of weights"),
-        ("http://host:port", "'http://host:port' is no source of weights"),
-        ("http://host:65536", "'http://host:65536' is no source of weights"),
-        ("HTTP://", "'http://' is no source of weights"),
-        ("http://:80/folder", "'http://:80/folder' is no source of weights"),
-        ("http://a host", "'http://a host' is no source of weights"),
-        ("http://host\x01", r"'http://host\\x01' is no source of weights"),
+        ("user:s3cret@http://mirror.example", "has no scheme"),
+        ("user:s3cret@mirror.example/folder", "'mirror.example/folder' is not a source of weights"),
+        ("http://user:s3cret and more@mirror.example", "'http://…' is not a source of weights"),
+        ("https://user:s3cret/and@mirror.example", "'https://…' is not a source of weights"),
+        ("https://user:1/s3cret@mirror.example", "'https://…' is not a source of weights"),
+        ("https://user:1?s3cret@mirror.example", "'https://…' is not a source of weights"),
+        ("https://?token=s3cret", "'https://…' is not a source of weights"),
+        ("https://#s3cret", "'https://…' is not a source of weights"),
+        ("http://[bad", r"'http://\[bad' is not a source of weights"),
+        ("http://host:port", "'http://host:port' is not a source of weights"),
+        ("http://host:65536", "'http://host:65536' is not a source of weights"),
+        ("HTTP://", "'http://' is not a source of weights"),
+        ("http://:80/folder", "'http://:80/folder' is not a source of weights"),
+        ("http://a host", "'http://a host' is not a source of weights"),
+        ("http://host\x01", r"'http://host\\x01' is not a source of weights"),
     ],
 )
-def test_an_address_that_cannot_be_asked_is_refused_and_its_secrets_are_not_told(lock, folder, address, told, caplog):
+def test_an_invalid_address_is_refused_without_showing_its_secrets(lock, folder, address, told, caplog):
     caplog.set_level(logging.DEBUG)
     with pytest.raises(WeightsError, match=told) as caught:
         pull(lock, folder, address)
@@ -358,14 +358,14 @@ def test_an_address_that_cannot_be_asked_is_refused_and_its_secrets_are_not_told
 
 
 @pytest.mark.parametrize("user", ["user:s3cret", "user:s3'cret", "user:%20s3cret", "s3cret", "user:@s3cret"])
-def test_the_user_part_of_an_address_is_told_nowhere(lock, folder, caplog, user):
+def test_the_user_part_of_an_address_is_shown_nowhere(lock, folder, caplog, user):
     caplog.set_level(logging.DEBUG, logger="starling")
-    with pytest.raises(WeightsError, match=r"https://127\.0\.0\.1:9/folder: .*given up after 3 attempts") as caught:
+    with pytest.raises(WeightsError, match=r"https://127\.0\.0\.1:9/folder: .*gave up after 3 attempts") as caught:
         pull(lock, folder, f"HTTPS://{user}@127.0.0.1:9/folder/", BRISK)
     assert "s3" not in caplog.text + "".join(traceback.format_exception(caught.value))
 
 
-def test_addresses_in_a_text_lose_what_opens_them():
+def test_addresses_in_a_text_lose_their_secrets():
     text = """at 'HTTP://user:s3'cret@mirror.example/a?sig=s3cret@x#s3cret' and <https://cdn.example:8080/b@c>."""
     assert without_secrets(text) == "at 'HTTP://mirror.example/a and <https://cdn.example:8080/b@c>."
 
@@ -387,7 +387,7 @@ def test_a_folder_stands_in_for_the_hub(tmp_path, lock, folder, files):
 
 
 def test_a_folder_that_changes_meanwhile(tmp_path, folder, files, monkeypatch):
-    """Also where nobody knows a digest that would tell."""
+    """Even if no known digest would reveal it."""
     source, disk_usage = tmp_path / "source", shutil.disk_usage
     source.mkdir()
     (source / MODEL).write_bytes(files[MODEL])
@@ -415,7 +415,7 @@ def test_a_folder_that_is_short_wrong_or_absent(tmp_path, lock, folder, files):
         pull(lock, folder, str(tmp_path / "nowhere"), BRISK)
 
 
-def test_first_use_is_recorded_said_and_then_expected(hub, folder, files, caplog):
+def test_first_use_is_recorded_logged_and_then_expected(hub, folder, files, caplog):
     lock = lock_for(files, unknown=("config.json", "tokenizer.json"))
     with caplog.at_level(logging.WARNING):
         reports = {report.name: report for report in pull(lock, folder, hub.url, BRISK)}
@@ -427,13 +427,13 @@ def test_first_use_is_recorded_said_and_then_expected(hub, folder, files, caplog
     body[0] ^= 1
     (folder / "config.json").write_bytes(body)
     (report,) = [report for report in verify(folder, lock) if report.is_fault]
-    assert "at first use it was" in report.detail
+    assert "on first use it was" in report.detail
     hub.files["config.json"] = bytes(body)  # a server that changed its mind at the same revision
     with pytest.raises(WeightsError, match=r"config\.json: sha256 is .*, expected"):
         pull(lock, folder, hub.url, BRISK)
 
 
-@pytest.mark.parametrize(("name", "told"), [("config.json", "git's id of it is"), (MODEL, "sha256 is .*, expected")])
+@pytest.mark.parametrize(("name", "told"), [("config.json", "its git blob id is"), (MODEL, "sha256 is .*, expected")])
 def test_first_use_of_a_corrupt_file_is_caught_by_the_hubs_own_checksum(hub, folder, files, name, told):
     lock = lock_for(files, unknown=(name,))
     hub.faults_of(name).flip_byte = 0
@@ -479,7 +479,7 @@ def test_files_of_another_revision_are_not_taken_for_this_one(hub, folder, files
     assert_whole(folder, new)
 
 
-def test_the_token_goes_to_the_hub_only_and_secrets_to_no_log(hub, lock, folder, monkeypatch, caplog):
+def test_the_token_goes_only_to_the_hub_and_no_secret_to_the_log(hub, lock, folder, monkeypatch, caplog):
     monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
     hub.faults_of(MODEL).statuses = [503]
     hub.faults_of("config.json").statuses = [400]
@@ -492,7 +492,7 @@ def test_the_token_goes_to_the_hub_only_and_secrets_to_no_log(hub, lock, folder,
 
 
 def test_a_plain_web_server_is_enough(hub, lock, folder, files):
-    """It need not redirect, its ETag may mean nothing to us, and it may compress for who accepts that."""
+    """It need not redirect, its ETag may mean nothing to us, and it may compress for clients that accept that."""
     for name in files:
         hub.faults_of(name).redirects = False
         hub.faults_of(name).etag = "5f3-1a2b"

@@ -55,12 +55,12 @@ def test_any_changed_byte_is_found(filled, lock, files, seed):
     path = filled / name
     times = path.stat()
     path.write_bytes(body)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))  # some kernels' clocks stand still for milliseconds
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))  # some kernels' clocks have ticks of milliseconds
     assert [report.name for report in verify(filled, lock) if report.is_fault] == [name]
 
 
 def test_a_time_that_an_image_s_layer_cut_to_seconds_is_the_same(filled, lock):
-    """In a pulled image, files have whole seconds: .verified.json that was baked in with them must still hold."""
+    """In a pulled image, file times are whole seconds: a .verified.json baked in with the files must stay valid."""
     verify(filled, lock)
     for path in filled.glob("*.*"):
         time = path.stat().st_mtime_ns // 10**9 * 10**9
@@ -80,8 +80,8 @@ def test_afresh_finds_what_keeps_its_size_and_time(filled, lock, files):
 
 @pytest.mark.parametrize("unknown", [(), (MODEL,)])
 def test_what_was_found_wrong_is_wrong_until_it_is_right(filled, files, unknown):
-    """A disk that lost a bit keeps size and time: else a quick look would go on to call it verified, and no pull would
-    mend it."""
+    """A disk that loses a bit keeps size and time: otherwise a quick look would still call the file verified, and no
+    pull would repair it."""
     lock = lock_for(files, unknown)
     verify(filled, lock)
     path = filled / MODEL
@@ -109,7 +109,7 @@ def test_what_changes_while_it_is_hashed_is_not_remembered(filled, lock, files, 
 
 
 def test_a_file_of_another_size_is_not_the_one_that_was_hashed(filled, files):
-    """Though its time is the same, and the lock knows no size."""
+    """Even if its time is the same and the lock has no size."""
     lock = lock_for(files, unknown=(MODEL,))
     verify(filled, lock)
     path = filled / MODEL
@@ -119,7 +119,7 @@ def test_a_file_of_another_size_is_not_the_one_that_was_hashed(filled, files):
     assert [report.name for report in verify(filled, lock) if report.is_fault] == [MODEL]
 
 
-def test_what_was_put_in_the_place_of_another_revisions_file_is_trusted(filled, files):
+def test_a_replacement_for_another_revisions_file_is_trusted(filled, files):
     lock = lock_for(files, unknown=("config.json",))
     verify(filled, lock)
     other = lock.model_copy(update={"revision": "1" * 40})
@@ -128,7 +128,7 @@ def test_what_was_put_in_the_place_of_another_revisions_file_is_trusted(filled, 
     assert not faults(verify(filled, other))
 
 
-def test_a_changed_lock_overrides_the_memory(filled, lock, files):
+def test_a_changed_lock_overrides_the_ledger(filled, lock, files):
     verify(filled, lock)
     other = lock_for({**files, MODEL: bytes(len(files[MODEL]))})
     assert [report.name for report in inspect(filled, other) if report.is_fault] == [MODEL]
@@ -143,7 +143,7 @@ def test_a_damaged_ledger_counts_as_none(filled, lock, damage):
 
 
 def test_a_file_that_cannot_be_read_is_a_fault_among_the_others(filled, lock, files, monkeypatch):
-    """Root may read everything, so the refusal itself is made up."""
+    """Root may read everything, so the refusal is simulated."""
 
     def refuse(path, advance):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
@@ -156,7 +156,7 @@ def test_a_file_that_cannot_be_read_is_a_fault_among_the_others(filled, lock, fi
 
 
 def test_a_folder_that_may_not_be_entered_is_a_fault_of_every_file(filled, lock, monkeypatch):
-    """As where root pulled the weights and another user serves them. Root may enter all: Path itself refuses here."""
+    """As when root pulled the weights and another user serves them. Root may enter all, so Path itself refuses here."""
 
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
@@ -165,7 +165,7 @@ def test_a_folder_that_may_not_be_entered_is_a_fault_of_every_file(filled, lock,
     assert faults(inspect(filled, lock)) == [f"{file.name}: unreadable (Permission denied)" for file in lock.files]
 
 
-def test_a_folder_that_cannot_be_written_is_verified_all_the_same(filled, lock, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_still_verified(filled, lock, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError("read-only")
 

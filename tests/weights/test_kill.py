@@ -76,7 +76,7 @@ def test_killed_again_and_again_while_bytes_arrive(hub, lock, lock_path, folder,
     assert process.returncode == 0, err
     assert_whole(folder, files)
     starts = [asked for method, name, asked in hub.requests if (method, name) == ("GET", MODEL) and asked]
-    assert starts, "every pull began anew"
+    assert starts, "every pull started over"
 
 
 def test_two_together_fetch_once(hub, lock_path, folder, files):
@@ -88,13 +88,13 @@ def test_two_together_fetch_once(hub, lock_path, folder, files):
     assert hub.served_bytes[MODEL] == len(files[MODEL])
 
 
-def test_one_that_waits_goes_on_when_the_other_is_killed(hub, lock_path, folder, files):
-    hub.faults_of(MODEL).pause_s = 0.2  # so that the first is still at it when the second has started
+def test_one_that_waits_continues_when_the_other_is_killed(hub, lock_path, folder, files):
+    hub.faults_of(MODEL).pause_s = 0.2  # so that the first is still running when the second has started
     with pulling(lock_path, hub.url) as first:
         wait_until(lambda: hub.served_bytes[MODEL] > 150_000, first)
         with pulling(lock_path, hub.url) as second:
             assert second.stderr is not None
-            assert "Another pull is at work" in second.stderr.readline()
+            assert "Another pull is running" in second.stderr.readline()
             first.send_signal(signal.SIGKILL)
             hub.faults_of(MODEL).pause_s = 0
             _, err = second.communicate()
@@ -114,4 +114,4 @@ def test_ctrl_c_keeps_what_arrived(hub, lock, lock_path, folder):
     assert "Traceback" not in err
     (report,) = [report for report in inspect(folder, lock) if report.is_fault]
     assert report.name == MODEL
-    assert "bytes of a stopped pull are kept" in report.detail
+    assert "bytes of an interrupted pull are kept" in report.detail

@@ -1,4 +1,4 @@
-"""The order in which weights are looked for, and what is said when there are none."""
+"""The order in which weights are looked for, and the error when there are none."""
 
 import logging
 
@@ -31,7 +31,7 @@ def test_an_explicit_folder_comes_first_and_is_not_checked(tmp_path, lock_path, 
 
 def test_an_explicit_folder_that_is_wrong_is_an_error_not_a_fallback(tmp_path, lock_path, lock, folder, hub):
     pull(lock, folder, hub.url, BRISK)
-    with pytest.raises(WeightsError, match="which is no folder"):
+    with pytest.raises(WeightsError, match="which is not a folder"):
         locate(tmp_path / "absent", lock_path=lock_path)
     pickles = tmp_path / "pickles"
     pickles.mkdir()
@@ -41,8 +41,8 @@ def test_an_explicit_folder_that_is_wrong_is_an_error_not_a_fallback(tmp_path, l
 
 
 @pytest.mark.parametrize("asked", ["is_dir", "is_file", "iterdir"])
-def test_an_explicit_folder_that_may_not_be_entered_is_told_as_that(tmp_path, monkeypatch, asked):
-    """Root may enter every folder: here Path itself refuses, at each of what is asked of it."""
+def test_an_explicit_folder_that_may_not_be_entered_is_reported_as_such(tmp_path, monkeypatch, asked):
+    """Root may enter every folder, so Path itself refuses here, whichever question it is asked."""
 
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
@@ -96,10 +96,10 @@ def test_a_download_when_allowed_and_only_then(lock_path, folder, files, hub):
 
 
 def test_the_settings_say_where_weights_come_from(tmp_path, lock_path, folder, files, hub, monkeypatch):
-    monkeypatch.setitem(locate.__kwdefaults__, "lock_path", lock_path)  # in place of the real weights' lock
+    monkeypatch.setitem(locate.__kwdefaults__, "lock_path", lock_path)  # instead of the real weights' lock
     with pytest.raises(WeightsError, match="no download is allowed"):
         locate_weights(Settings(weights_source=hub.url))
-    with pytest.raises(WeightsError, match="which is no folder"):
+    with pytest.raises(WeightsError, match="which is not a folder"):
         locate_weights(Settings(weights=tmp_path / "absent", weights_source=hub.url, allow_download=True))
     assert locate_weights(Settings(weights_source=hub.url, allow_download=True)).origin == "downloaded"
     assert_whole(folder, files)
