@@ -1,4 +1,4 @@
-"""The command line: `python -m starling …`."""
+"""Starling's command line: fetch and verify weights, quantize, evaluate, prepare a machine or an image."""
 
 import argparse
 import logging
@@ -14,9 +14,9 @@ from starling.weights.command import add_weights_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: the command's own, 1 for a fault, which is printed, 130 for Ctrl-C."""
+    """Returns the exit code: the command's own; 1 after an error, which is printed; 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m starling", description=__doc__)
-    parser.set_defaults(kept="")  # what a command says of its work when it is stopped
+    parser.set_defaults(kept="")  # what a stopped command adds: how its work can be continued
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_weights_command(subparsers)
     add_quantize_command(subparsers)
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_prepare_command(subparsers)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs addresses, which may be signed
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs URLs, which may be signed
     try:
         code: int = args.run(args)
     except (StarlingError, OSError) as error:

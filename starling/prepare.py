@@ -1,8 +1,8 @@
-"""`python -m starling prepare`: now what a first start would do, for an image's build or a machine's set-up.
+"""`python -m starling prepare`: do now what a first start would do, when building an image or setting up a machine.
 
-The CUDA kernels are compiled for every kind of GPU that they know, which needs none; or the CPU kernels for every
-instruction set, and where the weights are there, they are repacked: for a CPU, since a GPU packs them at every start.
-Later starts find both.
+The CUDA kernels are compiled for every GPU architecture that they support, which needs no GPU; or the CPU kernels for
+every instruction set. Weights that are present are repacked, for a CPU only: a GPU repacks them at every start. Later
+starts find both.
 """
 
 import argparse
@@ -21,8 +21,8 @@ def add_prepare_command(subparsers: "argparse._SubParsersAction[argparse.Argumen
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: done, or done as far as there are weights, and a use for them. Raises StarlingError and OSError."""
-    import torch  # seconds that no other command should wait for
+    """Returns 0, also where there are no weights yet or none to repack. Raises StarlingError and OSError."""
+    import torch  # takes seconds, which no other command should wait for
 
     from starling.model.mistral import Mistral
     from starling.model.ops import choose_ops
@@ -35,18 +35,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"CUDA kernels: compiled for {', '.join(f'sm_{arch}' for arch in nvrtc.ARCHS)}.")
     if settings.device == "cuda":
         return 0  # without asking for a GPU: the machine that builds an image may have none
-    with suppress(NoCompilerError):  # of which choose_ops warns
-        compile_ahead()  # also for what an image's later machines may have
+    with suppress(NoCompilerError):  # choose_ops warns of it
+        compile_ahead()  # for every instruction set: an image may run on other machines
     ops = choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
     print(f"Operations: {ops.name} on {ops.device}.")
     if ops.layout is None:
-        return 0  # a GPU packs the weights as it reads them, and keeps nothing for a later start
+        return 0  # a GPU repacks the weights as it reads them, and keeps nothing for a later start
     try:
         folder = locate_weights(settings).folder
     except WeightsError:
         if settings.weights is not None or settings.allow_download:
             raise
-        print("No weights are here yet; they are repacked at the first start that finds them.")
+        print("There are no weights yet; the first start that finds them will repack them.")
         return 0
     Mistral.load(folder, ops)
     print(f"Weights: {folder}, repacked.")

@@ -1,13 +1,13 @@
 """The second engine: transformers' generate, loaded by accelerate. One request at a time; others wait in order.
 
-It has the face of `Engine`, so everything above (prompts, stops, streaming, cancelling) is the same code. On CUDA the
-model is `AutoAWQForCausalLM.from_quantized`; AutoAWQ has no CPU path left, so there it is transformers' own Mistral or
-Llama over the exact dequantized weights.
+It has the interface of `Engine`, so everything above (prompts, stops, streaming, cancelling) is the same code. On CUDA
+the model is `AutoAWQForCausalLM.from_quantized`; AutoAWQ no longer has a CPU path, so there it is transformers' own
+Mistral or Llama over the exact dequantized weights.
 
 Sampling goes through transformers' own processors, in the order of `starling/engine/sampling.py`. A seed means the
-same in both engines: the draw is made from the same uniform number, so equal logits give equal tokens. What cannot be
-mapped: `top_k` keeps every token that ties with the k-th; `top_p` and `min_p` are computed in float32 where the engine
-uses float64, so a token on the very edge may fall on the other side; and no prompt is ever found in a cache.
+same in both engines: the draw is made from the same uniform number, so equal logits give equal tokens. What still
+differs: `top_k` keeps every token that ties with the k-th; `top_p` and `min_p` are computed in float32 where the engine
+uses float64, so a token right at the threshold may fall on the other side; and there is no prefix cache.
 """
 
 import atexit
@@ -37,7 +37,7 @@ from starling.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Of the free memory, float32 weights may take this share; the rest is for the cache and for what a step computes.
+# The share of free memory that float32 weights may take; the rest is for the KV cache and the activations of a step.
 WEIGHTS_SHARE = 0.8
 
 
@@ -59,7 +59,7 @@ class _Task:
 
 
 class ReferenceEngine:
-    """Serves token ids, one request after the other. `model` is loaded, on its device, and owned by this engine."""
+    """Serves token ids, one request at a time. `model` is loaded, on its device, and owned by this engine."""
 
     def __init__(self, model: PreTrainedModel, context_limit: int, hang_after_s: float) -> None:
         self._model = model
@@ -68,20 +68,20 @@ class ReferenceEngine:
         self._hang_after_s = hang_after_s
         self._waiting: deque[_Task] = deque()
         self._running: _Task | None = None
-        self._change = threading.Condition()  # guards the three fields around it
+        self._change = threading.Condition()  # guards _waiting, _running and _closed
         self._closed = False
         self._watch = StepWatch(hang_after_s)
         self._counters = Counters()
         self._thread = threading.Thread(target=self._serve, name="reference-engine", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # as Engine: a thread that still computes takes the process with it
+        atexit.register(self.close)  # as in Engine: a thread that still computes would crash the exiting process
 
     @classmethod
     def from_folder(cls, folder: Path, settings: Settings) -> "ReferenceEngine":
-        """Load the AWQ checkpoint in `folder`. Raises StarlingError when it cannot be served."""
+        """Load the AWQ checkpoint in `folder`. Raises StarlingError if it cannot be served."""
         config = ModelConfig.from_folder(folder)
         if settings.device == "cuda" and not torch.cuda.is_available():
-            raise DeviceError("STARLING_DEVICE is cuda, and torch finds no CUDA device. Use cpu.")
+            raise DeviceError("STARLING_DEVICE is cuda, but torch finds no CUDA device. Use cpu.")
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         on_cuda = settings.device != "cpu" and torch.cuda.is_available()
@@ -91,14 +91,14 @@ class ReferenceEngine:
     # -- from any thread -----------------------------------------------------------------------------------------
 
     def check(self, prompt: list[int], max_tokens: int) -> None:
-        """Raises RequestError for what can never run, EngineStoppedError while a step hangs."""
+        """Raises RequestError for a request that can never run, EngineStoppedError while a step hangs."""
         check_request(prompt, max_tokens, self._context_limit, self._vocab_size)
         self._watch.refuse_if_hung()
 
     def submit(
         self, prompt: list[int], params: SamplingParams, constraint: TokenConstraint | None = None
     ) -> TokenStream:
-        """Queue a request. Raises what `check` does, and EngineStoppedError when nothing runs any more."""
+        """Queue a request. Raises what `check` does, and EngineStoppedError once the engine has stopped."""
         self.check(prompt, params.max_tokens)
         task = _Task(prompt, params, constraint)
         task.stream = TokenStream(lambda: self._cancel(task))
@@ -111,14 +111,14 @@ class ReferenceEngine:
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> torch.Tensor:
-        """float32 [V] for what follows `tokens`, as the model gives them. Only while no request runs."""
+        """The model's own logits for the token after `tokens`, float32 [V]. Only while no request runs."""
         ids = torch.tensor([tokens], device=self._model.device)
         last: torch.Tensor = self._model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
         return last.float()
 
     @property
     def healthy(self) -> bool:
-        """The thread lives, and no step has been running for longer than `hang_after_s`."""
+        """The thread is alive, and no step has been running for longer than `hang_after_s`."""
         return self._thread.is_alive() and not self._closed and not self._watch.hangs
 
     @property
@@ -176,9 +176,9 @@ class ReferenceEngine:
         params = task.params
         prompt = torch.tensor([task.prompt], device=self._model.device)
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
-            do_sample=False,  # the last processor has drawn already
+            do_sample=False,  # the last processor has already drawn the token
             max_new_tokens=params.max_tokens,
-            eos_token_id=None,  # the streamer knows the end
+            eos_token_id=None,  # the streamer detects the end
             pad_token_id=0,
         )
         self._watch.begin()
@@ -195,7 +195,7 @@ class ReferenceEngine:
         except (EngineError, RequestError) as error:
             task.deliver(Delivery([], "error", error))
         except DeviceError:
-            raise  # no later request can do better
+            raise  # every later request would fail too
         except Exception as fault:
             logger.error("a request failed", exc_info=True)
             message = f"The request failed: {type(fault).__name__}. The server goes on; try again."
@@ -208,7 +208,7 @@ class ReferenceEngine:
         task.deliver(Delivery([], "cancelled"))
 
     def _count(self, prompt_tokens: int, decode_tokens: int) -> None:
-        """A step has ended, and the next begins."""
+        """A step has ended, and the next one begins."""
         self._counters.steps += decode_tokens
         self._counters.prefill_tokens += prompt_tokens
         self._counters.decode_tokens += decode_tokens
@@ -218,7 +218,7 @@ class ReferenceEngine:
 def load_autoawq(folder: Path) -> PreTrainedModel:
     """AutoAWQ's model on the first GPU, not fused: its fused layers need kernels that no current torch can load."""
     try:
-        with warnings.catch_warnings(record=True):  # it announces its own end of life at import
+        with warnings.catch_warnings(record=True):  # it warns of its own deprecation on import
             from awq import AutoAWQForCausalLM
     except ImportError as error:
         raise NotInstalledError(error, before="AutoAWQ's ") from error
@@ -242,12 +242,12 @@ def _load_on_cpu(folder: Path) -> PreTrainedModel:
 
 
 class _Streamer(BaseStreamer):
-    """Takes tokens as generate makes them and delivers them; knows the end as the engine does."""
+    """Delivers tokens as generate produces them, and decides on the end as the engine does."""
 
     def __init__(self, task: _Task, count: Callable[[int, int], None]) -> None:
         self._task = task
         self._count = count
-        self._generated = -1  # generate puts the prompt first
+        self._generated = -1  # the first put is the prompt
 
     def put(self, value: torch.Tensor) -> None:
         self._generated += 1
@@ -274,7 +274,7 @@ class _Streamer(BaseStreamer):
 
 
 class _Stopped(StoppingCriteria):
-    """The request is answered, cancelled, or the engine closes."""
+    """Stops generate once the request is finished or cancelled, or the engine closes."""
 
     def __init__(self, task: _Task) -> None:
         self._task = task

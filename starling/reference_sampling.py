@@ -16,7 +16,7 @@ from starling.engine.sequence import SamplingParams, TokenConstraint
 
 
 def processors(prompt_length: int, params: SamplingParams, constraint: TokenConstraint | None) -> LogitsProcessorList:
-    """What stands between the model's logits and the choice of the likeliest token that is left."""
+    """What the model's logits pass through before generate chooses the likeliest remaining token."""
     chain = LogitsProcessorList()
     if params.repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
@@ -30,7 +30,7 @@ def processors(prompt_length: int, params: SamplingParams, constraint: TokenCons
     if params.temperature:
         chain.append(
             Temperature(max(float(params.temperature), torch.finfo(torch.float32).tiny))
-        )  # smaller, it counts as 0
+        )  # smaller ones count as 0
         if params.min_p > 0:
             chain.append(MinPLogitsWarper(params.min_p))
         if params.top_k > 0:
@@ -42,7 +42,7 @@ def processors(prompt_length: int, params: SamplingParams, constraint: TokenCons
 
 
 class CountPenalties(LogitsProcessor):
-    """The OpenAI API's presence and frequency penalties, of generated tokens; transformers has none."""
+    """The OpenAI API's presence and frequency penalties, over generated tokens; transformers has neither."""
 
     def __init__(self, prompt_length: int, params: SamplingParams) -> None:
         self._prompt_length = prompt_length
@@ -55,7 +55,7 @@ class CountPenalties(LogitsProcessor):
 
 
 class Temperature(TemperatureLogitsWarper):
-    """Divides distances to the largest logit, so that the smallest temperature leaves one finite."""
+    """Divides the distances to the largest logit, so that even the smallest temperature leaves one logit finite."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         warmed: torch.Tensor = super().__call__(input_ids, scores - scores.max())
@@ -63,7 +63,7 @@ class Temperature(TemperatureLogitsWarper):
 
 
 class Grammar(LogitsProcessor):
-    """Leaves only the tokens that the grammar allows next, and before min_tokens not the end, if others are left."""
+    """Leaves only tokens that the grammar allows next; before min_tokens, no stop ids unless nothing else is left."""
 
     def __init__(self, prompt_length: int, params: SamplingParams, constraint: TokenConstraint) -> None:
         self._first_end = prompt_length + params.min_tokens

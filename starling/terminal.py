@@ -1,8 +1,8 @@
-"""A terminal's face: one answer, or a small chat, streamed from the server. Its output is the text; the rest is said
-on standard error.
+"""A terminal client: one answer, or a simple chat, streamed from the server. The answer goes to standard output, its
+metrics and errors to standard error.
 
 python -m starling.terminal --url http://127.0.0.1:5000 "What is the capital of France?"
-python -m starling.terminal --weights weights/demo          # starts a server for itself; no prompt: a chat
+python -m starling.terminal --weights weights/demo          # starts its own server; no prompt: a chat
 python -m starling.terminal --weights weights/demo < FILE   # the file is the prompt
 python -m starling.terminal --weights weights/demo -i max_tokens=2000 -i system_prompt="Answer in French." "Hello"
 """
@@ -27,24 +27,24 @@ from starling.weights import locate_weights
 
 Turn = dict[str, str]
 NUMBERS = {name for name, field in Request.model_fields.items() if field.annotation in (int, float, int | None)}
-HINT = "Ctrl-C stops an answer; Ctrl-C or Ctrl-D at the prompt leaves."
+HINT = "Ctrl-C stops an answer; at the prompt, Ctrl-C or Ctrl-D quits."
 
 
 def show(client: Client, **inputs: object) -> str:
-    """Stream one answer to the output, then tell its metrics. Ctrl-C cancels it. Returns the text that was made."""
-    said: list[str] = []
+    """Stream one answer to the output, then show its metrics. Ctrl-C cancels it. Returns the generated text."""
+    chunks: list[str] = []
     try:
         with client.stream(**inputs) as answer:
             for chunk in answer:
-                said.append(chunk)
+                chunks.append(chunk)
                 print(chunk, end="", flush=True)
-            stopped = answer.status == "canceled"  # by someone else; such an answer has no metrics
+            stopped = answer.status == "canceled"  # by another client; such an answer has no metrics
             end = "[stopped]" if stopped else summary(answer)
     except KeyboardInterrupt:
         end = "[stopped]"
     print(flush=True)
     print(f"\n{end}", file=sys.stderr, flush=True)
-    return "".join(said)
+    return "".join(chunks)
 
 
 def summary(answer: Answer) -> str:
@@ -59,7 +59,7 @@ def summary(answer: Answer) -> str:
 
 
 def chat(client: Client, **inputs: object) -> None:
-    """Turn after turn, until the input ends."""
+    """One turn after another, until the input ends."""
     print(HINT)
     messages: list[Turn] = []
     while True:
@@ -78,21 +78,21 @@ def chat(client: Client, **inputs: object) -> None:
 
 
 def take_turn(client: Client, messages: list[Turn], prompt: str, **inputs: object) -> list[Turn]:
-    """Show the answer to a chat's next prompt. Returns the turns to go on with; without an answer, those before it."""
+    """Show the answer to a chat's next prompt. Returns the turns to continue with, this one added if answered."""
     try:
         text = show(client, prompt=prompt, messages=messages, **inputs)
     except AnswerError as error:
         if not messages or NoRoomError.__name__ not in str(error):
             raise
         print("[the chat has grown too long: its older half is left out]")
-        # Half, since what is left is computed again: turn by turn that would be so at each prompt from here on.
+        # Half at once: what is kept must be prefilled again, and dropping single turns would cost that at every prompt.
         return take_turn(client, messages[max(2, len(messages) // 4 * 2) :], prompt, **inputs)
     turn = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
     return messages + turn if text else messages
 
 
 def start(server: LocalServer) -> None:
-    """Start a server, telling how long it takes."""
+    """Start the server, showing how long it takes."""
     begun_s = time.monotonic()
     interactive = sys.stderr.isatty()
 
@@ -105,22 +105,22 @@ def start(server: LocalServer) -> None:
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """A signal's handler: end as after an error, so that the server ends too."""
+    """Signal handler: exit through an exception, so that the clean-up stops the server too."""
     sys.exit(128 + number)
 
 
 def discard_output() -> None:
-    """What is still to be written would fail at exit once more."""
+    """Redirect stdout to /dev/null: flushing what is still buffered would fail again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def named_input(text: str) -> tuple[str, object]:
-    """NAME=VALUE → name and value: a number where the server wants one, else text. Request judges both."""
+    """NAME=VALUE → name and value: a number where the server wants one, else text. Request validates both."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} has no =: write NAME=VALUE")
     if name in ("prompt", "messages"):
-        raise argparse.ArgumentTypeError(f"{name} cannot be given so: it is what you type")
+        raise argparse.ArgumentTypeError(f"{name} cannot be set with -i: it is what you type")
     with contextlib.suppress(ValueError):
         return name, json.loads(value) if name in NUMBERS else value
     return name, value
@@ -128,22 +128,20 @@ def named_input(text: str) -> tuple[str, object]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m starling.terminal", description="Ask the model, or chat with it.")
-    parser.add_argument("prompt", nargs="*", help="in quotes; without one: a chat, or what is piped in")
-    parser.add_argument("--code", action="store_true", help="use the model's condition for programming")
+    parser.add_argument("prompt", nargs="*", help="in quotes; without one: what is piped in, or else a chat")
+    parser.add_argument("--code", action="store_true", help="use the model's mode for programming")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the server's)")
     parser.add_argument(
         "-i", "--input", action="append", default=[], type=named_input, metavar="NAME=VALUE", dest="inputs",
-        help="any other input of the server's, as max_tokens=2000 or system_prompt='Be brief.'; may be repeated",
+        help="any other input, such as max_tokens=2000 or system_prompt='Be brief.'; may be repeated",
     )  # fmt: skip
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--url", help="a running server")
-    where.add_argument(
-        "--weights", type=Path, help="a checkpoint folder: start a server for it, and stop it at the end"
-    )
-    parser.add_argument("--engine", choices=("engine", "reference"), help="with --weights; default: STARLING_ENGINE")
+    where.add_argument("--url", help="the address of a running server")
+    where.add_argument("--weights", type=Path, help="a checkpoint folder: start a server for it, stop it at the end")
+    parser.add_argument("--engine", choices=("engine", "reference"), help="for --weights (default: STARLING_ENGINE)")
     options = parser.parse_args(arguments)
     if options.engine and options.url:
-        parser.error("--engine goes with --weights: a running server has its engine already")
+        parser.error("--engine goes with --weights: a running server already has its engine")
     if len(options.prompt) > 1:
         parser.error("the prompt is one argument: put it in quotes")
     return options
@@ -153,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a character that the terminal cannot show, or a byte that is none
+            stream.reconfigure(errors="replace")  # characters the terminal cannot show, bytes it cannot read
     prompt: str | None = options.prompt[0] if options.prompt else None
     inputs: dict[str, object] = {"mode": "code" if options.code else "chat"}
     if options.temperature is not None:
@@ -162,15 +160,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if prompt is None and not sys.stdin.isatty():
             prompt = sys.stdin.read().strip()
-        Request.parse(prompt="Hello" if prompt is None else prompt, **inputs)  # before a server is started for it
+        Request.parse(prompt="Hello" if prompt is None else prompt, **inputs)  # validated before a server is started
         with contextlib.ExitStack() as cleanup:
             url = options.url
             if url is None:
                 environ = {"STARLING_WEIGHTS": str(options.weights.resolve())}
                 environ |= {"STARLING_ENGINE": options.engine} if options.engine else {}
-                locate_weights(Settings.from_env({**os.environ, **environ}))  # a server would say it among its log
+                locate_weights(Settings.from_env({**os.environ, **environ}))  # its error here, not in a server's log
                 server = LocalServer(environ=environ)
-                for number in (signal.SIGTERM, signal.SIGHUP):  # a window that is closed sends SIGHUP
+                for number in (signal.SIGTERM, signal.SIGHUP):  # closing the window sends SIGHUP
                     cleanup.callback(signal.signal, number, signal.signal(number, leave))
                 cleanup.callback(server.stop)
                 start(server)
@@ -182,10 +180,10 @@ def main(arguments: list[str] | None = None) -> int:
                 chat(client, **inputs)
             else:
                 show(client, prompt=prompt, **inputs)
-    except BrokenPipeError:  # who reads the output has seen enough
+    except BrokenPipeError:  # the reader, `head` say, has closed the output
         discard_output()
         return 128 + signal.SIGPIPE
-    except OSError as error:  # the disk that it goes to is full, say
+    except OSError as error:  # a full disk under the output, say
         discard_output()
         print(f"\n{error}", file=sys.stderr)
         return 1

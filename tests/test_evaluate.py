@@ -229,7 +229,7 @@ def test_the_engine_that_is_asked_for_answers(tmp_path: Path, monkeypatch: pytes
     ("asked", "out", "fault"),
     [
         ("{}\n", "answers.jsonl", "line 1: not an object with a question_id"),
-        ('{"question_id": 83, "turns": "What?"}\n', "answers.jsonl", "question 83 has no list of texts"),
+        ('{"question_id": 83, "turns": "What?"}\n', "answers.jsonl", "question 83: its turns are not a list of texts"),
         ('{"question_id": 83, "turns": ["What?"]}\n', "question.jsonl", "holds the questions: name another"),
         ('{"question_id": 83, "turns": ["What?"]}\n', "absent/answers.jsonl", "cannot be written: No such file"),
     ],

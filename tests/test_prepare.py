@@ -60,7 +60,7 @@ def test_weights_may_come_later_but_those_that_are_named_or_fetched(
         monkeypatch.setenv(name, value)
     assert main(["prepare"]) == code
     screen = capsys.readouterr()
-    assert (screen.err.endswith("There are none.\n"), "No weights are here yet" in screen.out) == (code == 1, code == 0)
+    assert (screen.err.endswith("There are none.\n"), "There are no weights" in screen.out) == (code == 1, code == 0)
 
 
 @pytest.mark.parametrize(

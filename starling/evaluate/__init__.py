@@ -1,6 +1,6 @@
-"""Numbers on quality. Nothing that serves needs it.
+"""Measures of quality. Not needed for serving.
 
 command.py  the command line
-text.py     perplexity, and the distance of a quantized checkpoint to its source
+text.py     perplexity, and the distance of a quantized checkpoint from its source
 answers.py  answers to multi-turn questions, for MT-bench's judge
 """

@@ -1,4 +1,4 @@
-"""Answers to multi-turn questions through the service, in the form that MT-bench's judge reads."""
+"""Answers to multi-turn questions through the service, in the format that MT-bench's judge reads."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from starling.errors import StarlingError
 from starling.request import Request
 from starling.service import Service
 
-# FastChat's `gen_model_answer.py`: temperatures by category, so that answers compare with published ones.
+# FastChat's `gen_model_answer.py`: temperatures by category, so that answers are comparable with published ones.
 TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -29,9 +29,9 @@ OTHER_TEMPERATURE = 0.7
 
 
 def unanswered(questions: Path, out: Path) -> list[dict[str, Any]]:
-    """The questions of an MT-bench file ({"question_id", "category", "turns"}) that `out` holds no answer to.
+    """The questions of an MT-bench file ({"question_id", "category", "turns"}) that `out` does not answer yet.
 
-    So an interrupted run goes on. Raises StarlingError.
+    This is how an interrupted run resumes. Raises StarlingError.
     """
     wanted = read_lines(questions)
     if out.exists() and out.samefile(questions):
@@ -39,7 +39,7 @@ def unanswered(questions: Path, out: Path) -> list[dict[str, Any]]:
     for question in wanted:
         turns = question.get("turns")
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-            raise StarlingError(f"{questions}: question {question['question_id']} has no list of texts as its turns.")
+            raise StarlingError(f"{questions}: question {question['question_id']}: its turns are not a list of texts.")
     known = {answer["question_id"] for answer in read_lines(out)} if out.exists() else set()
     return [question for question in wanted if question["question_id"] not in known]
 
@@ -47,7 +47,7 @@ def unanswered(questions: Path, out: Path) -> list[dict[str, Any]]:
 def answer_questions(
     service: Service, model_id: str, questions: list[dict[str, Any]], out: TextIO, max_tokens: int = 1024, seed: int = 0
 ) -> None:
-    """Ask every question turn by turn; a line per question is written, in the form that FastChat's judge reads."""
+    """Ask every question turn by turn, and write a line per question in the format that FastChat's judge reads."""
     for question in tqdm(questions, desc="Answering", unit="question"):
         temperature = TEMPERATURES.get(question.get("category", ""), OTHER_TEMPERATURE)
         answer = {
@@ -62,7 +62,7 @@ def answer_questions(
 
 
 def appending(out: Path) -> TextIO:
-    """Raises StarlingError when `out` cannot be written."""
+    """Open `out` for appending. Raises StarlingError if it cannot be written."""
     try:
         return out.open("a", encoding="utf-8")
     except OSError as error:
@@ -82,8 +82,8 @@ def _converse(service: Service, turns: list[str], temperature: float, max_tokens
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A JSON Lines file. Raises StarlingError naming the line that is none."""
-    # Not str.splitlines, which would also cut at U+2028 and its like: JSON may hold them as they are.
+    """The objects of a JSON Lines file. Raises StarlingError naming the first bad line."""
+    # Not str.splitlines, which would also split at U+2028 and the like: JSON may hold them unescaped.
     lines = io.StringIO(text_file.read(path))
     found = []
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""`python -m starling evaluate text|answers`. What they run is imported when they run: transformers takes seconds."""
+"""`python -m starling evaluate text|answers`. Imports wait for the run: that of transformers takes seconds."""
 
 import argparse
 import logging
@@ -11,20 +11,28 @@ from starling.errors import NotInstalledError
 
 
 def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    evaluate = subparsers.add_parser("evaluate", help="perplexity, distance to the unquantized model, answers to judge")
+    evaluate = subparsers.add_parser(
+        "evaluate", help="perplexity, distance from the unquantized model, answers for a judge"
+    )
     actions = evaluate.add_subparsers(dest="action", required=True, metavar="text|answers")
     text = actions.add_parser("text", help="perplexity; with --source also KL divergence and top-1 agreement")
     text.add_argument("weights", type=Path, metavar="WEIGHTS", help="a checkpoint folder, AWQ or full precision")
     text.add_argument("text", type=Path, metavar="TEXT", help="a text file in UTF-8")
-    text.add_argument("--source", type=Path, help="the full-precision checkpoint that WEIGHTS were made from")
+    text.add_argument("--source", type=Path, help="the full-precision checkpoint that WEIGHTS was made from")
     text.add_argument("--window", type=int, default=512, help="tokens of context (default: %(default)s)")
-    text.add_argument("--max-tokens", type=int, help="use no more of the text than this")
+    text.add_argument("--max-tokens", type=int, help="use at most this many tokens of the text")
     text.set_defaults(run=_evaluate_text)
-    answers = actions.add_parser("answers", help="answer multi-turn questions through the service, in MT-bench's form")
+    answers = actions.add_parser(
+        "answers", help="answer multi-turn questions through the service, in MT-bench's format"
+    )
     answers.add_argument("weights", type=Path, metavar="WEIGHTS", help="an AWQ checkpoint folder")
-    answers.add_argument("questions", type=Path, metavar="QUESTIONS", help="MT-bench's question.jsonl, or its like")
-    answers.add_argument("out", type=Path, metavar="OUT", help="answers are appended; those already there are kept")
-    answers.add_argument("--engine", choices=("engine", "reference"), help="default: as STARLING_ENGINE says")
+    answers.add_argument(
+        "questions", type=Path, metavar="QUESTIONS", help="MT-bench's question.jsonl, or a file like it"
+    )
+    answers.add_argument(
+        "out", type=Path, metavar="OUT", help="answers are appended here; questions that have one are skipped"
+    )
+    answers.add_argument("--engine", choices=("engine", "reference"), help="default: STARLING_ENGINE")
     answers.add_argument("--model-id", help="what the judge calls the model (default: the name of WEIGHTS)")
     answers.add_argument("--max-tokens", type=int, default=1024, help="per answer (default: %(default)s)")
     answers.set_defaults(run=_evaluate_answers)
@@ -39,7 +47,7 @@ def _evaluate_text(args: argparse.Namespace) -> int:
     print(f"tokens             {quality.tokens}")
     print(f"perplexity         {quality.perplexity:.4f}")
     if quality.source_perplexity is not None:
-        print(f"source's           {quality.source_perplexity:.4f}")
+        print(f"source perplexity  {quality.source_perplexity:.4f}")
         print(f"mean KL            {quality.kl_divergence:.5f} nats per token")
         print(f"top-1 agreement    {quality.top1_agreement:.2%}")
     return 0
@@ -52,13 +60,13 @@ def _evaluate_answers(args: argparse.Namespace) -> int:
 
     settings = Settings.from_env(os.environ)
     settings = settings.model_copy(update={"engine": args.engine} if args.engine else {})
-    questions = unanswered(args.questions, args.out)  # files first: to load the model takes longer
+    questions = unanswered(args.questions, args.out)  # files first: loading the model takes longer
     if not questions:
         print(f"{args.out} answers every question already.")
         return 0
     model_id = args.model_id or args.weights.resolve().name
-    logging.getLogger("starling.service").setLevel(logging.WARNING)  # its lines for operators would cut the bar up
+    logging.getLogger("starling.service").setLevel(logging.WARNING)  # its log lines would break up the progress bar
     with appending(args.out) as out, closing(Service.from_folder(args.weights, settings)) as service:
         answer_questions(service, model_id, questions, out, args.max_tokens)
-    print(f"{len(questions)} questions answered, in {args.out}")
+    print(f"Answered {len(questions)} questions, in {args.out}")
     return 0

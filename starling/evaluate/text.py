@@ -1,7 +1,7 @@
 """How well a checkpoint predicts a text, and how far a quantized one is from its source.
 
 The text runs through transformers' own model in float32, its weights read and dequantized as the forward pass reaches
-them; so two checkpoints of 7B stay resident with 12 GB at most, 8 of them their own files, mapped.
+them; so two 7B checkpoints take at most 12 GB of resident memory, 8 GB of it their own mapped files.
 """
 
 import math
@@ -18,18 +18,18 @@ from starling.errors import StarlingError
 from starling.tokenizer import Tokenizer
 
 WINDOWS_AT_ONCE = 16  # windows of text in one pass over the weights
-LOGIT_ROWS = 1024  # logits of that many positions are held at a time: 2 x 0.13 GB for 32,002 tokens
+LOGIT_ROWS = 1024  # positions whose logits are held at a time: 2 x 0.13 GB for a vocabulary of 32,002
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over `tokens` predicted tokens; what compares is None without a source."""
+    """Means over `tokens` predicted tokens; comparisons are None without a source."""
 
     tokens: int
     perplexity: float
     source_perplexity: float | None = None
-    kl_divergence: float | None = None  # nats per token, of the source's distribution to the checkpoint's
-    top1_agreement: float | None = None  # share of positions at which both find the same token likeliest
+    kl_divergence: float | None = None  # nats per token, KL(source || checkpoint)
+    top1_agreement: float | None = None  # share of positions where both rank the same token first
 
 
 def evaluate_text(
@@ -37,14 +37,14 @@ def evaluate_text(
 ) -> Quality:
     """How well the checkpoint in `folder` predicts `text`, and how its predictions differ from those of `source`.
 
-    The text is cut into windows of `window` tokens that start with the beginning-of-text token and know nothing of each
+    The text is cut into windows of `window` tokens that each start with the BOS token and are independent of each
     other; every token but that one is predicted. Raises StarlingError.
     """
     folders = [folder] if source is None else [folder, source]
     weights = [DenseWeights(each) for each in folders]
     config = weights[0].config
     if any(each.config.vocab_size != config.vocab_size for each in weights):
-        raise StarlingError(f"{folder} and {source} have different vocabularies, and cannot be compared.")
+        raise StarlingError(f"{folder} and {source} have different vocabularies and cannot be compared.")
     if not 2 <= window <= config.max_position_embeddings:
         raise StarlingError(f"The window is {window} tokens; give 2 to {config.max_position_embeddings}.")
     if max_tokens is not None and max_tokens < 1:
@@ -63,7 +63,7 @@ def evaluate_text(
 
 
 def _windows(ids: list[int], bos: int, window: int) -> list[list[int]]:
-    """Full windows; the remainder of the text is left out, but for a text shorter than one window."""
+    """Full windows, without the remainder of the text; a text shorter than one window is used whole."""
     step = window - 1
     whole = [[bos, *ids[i : i + step]] for i in range(0, len(ids) - step + 1, step)]
     windows = whole or [[bos, *ids]]
@@ -79,7 +79,7 @@ def _batches(windows: list[list[int]]) -> Iterator[torch.Tensor]:
 
 @torch.inference_mode()
 def _sums(models: list[PreTrainedModel], windows: torch.Tensor) -> torch.Tensor:
-    """float64 [4]: over all positions of `windows` [N, L], losses of both models, divergence, agreement."""
+    """float64 [4]: both models' losses, divergence and agreement, summed over all positions of `windows` [N, L]."""
     hidden = [_hidden(model, windows[:, :-1]) for model in models]  # each [N * (L - 1), H]
     targets = windows[:, 1:].flatten()
     sums = torch.zeros(4, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""A full-precision Mistral or Llama checkpoint → AWQ files, by AutoAWQ's own algorithm. Nothing that serves needs it.
+"""A full-precision Mistral or Llama checkpoint → AWQ files, by AutoAWQ's own algorithm. Not needed for serving.
 
 command.py        the command line
-calibration.py    texts → the blocks of tokens that the search looks at
-partial_folder.py what is done so far, layer by layer, and the checkpoint that it becomes
+calibration.py    text → the blocks of tokens that the search runs on
+partial_folder.py the progress on disk, layer by layer, and the checkpoint it ends as
 layerwise.py      AutoAWQ's search, one layer in memory at a time
 """

@@ -1,4 +1,4 @@
-"""The texts that AWQ looks at to see which inputs matter, as blocks of tokens."""
+"""The calibration text, from which AWQ learns which inputs matter, as blocks of tokens."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ from starling.errors import StarlingError
 from starling.tokenizer import Tokenizer
 
 # Prose, dialogue in Starling's format, code, numbers and other languages; written for this project. Enough for a small
-# model; for a real one give a file of your own with text of the kind that it will see, 65,000 tokens or more.
+# model; for a real one, give a file of your own with text like what it will see, 65,000 tokens or more.
 BUILT_IN = Path(__file__).with_name("calibration.txt")
 
 
 def calibration_blocks(text: str, tokenizer: Tokenizer, bos: int, samples: int, length: int) -> list[list[int]]:
-    """At most `samples` blocks of `length` tokens, each opened by `bos`. Raises StarlingError without a whole block."""
+    """At most `samples` blocks of `length` tokens, each starting with `bos`. Raises StarlingError if none is full."""
     if samples < 1 or length < 2:
         raise StarlingError(f"--samples is {samples} and --length {length}: give at least 1 block of 2 tokens.")
     ids = tokenizer.encode(text)

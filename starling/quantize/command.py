@@ -11,10 +11,10 @@ from starling.quantize.calibration import BUILT_IN
 
 def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `quantize` to the command line; `args.run(args)` returns the exit code."""
-    text = "make AWQ files of a full-precision Mistral or Llama checkpoint; run again after an interruption, it goes on"
+    text = "quantize a full-precision Mistral or Llama checkpoint to AWQ; run again after an interruption, it resumes"
     parser = subparsers.add_parser("quantize", help=text, description=text)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint's folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the new folder; it appears when it is complete")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; it appears once it is complete")
     parser.add_argument(
         "--group-size", type=int, choices=sorted(GROUP_SIZES), default=128, help="weights per scale (default: 128)"
     )
@@ -23,15 +23,15 @@ def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.Argume
         type=Path,
         metavar="FILE",
         default=BUILT_IN,
-        help="text of the kind that the model will see; 65,000 tokens are used by default (default: a short one)",
+        help="text like what the model will see, 65,000 tokens for the default sizes (default: a short built-in text)",
     )
-    parser.add_argument("--samples", type=int, default=128, help="blocks of text at most (default: 128)")
+    parser.add_argument("--samples", type=int, default=128, help="blocks of text to use at most (default: 128)")
     parser.add_argument("--length", type=int, default=512, help="tokens per block (default: 512)")
-    parser.set_defaults(run=run, kept=" The same command goes on from the last finished layer.")
+    parser.set_defaults(run=run, kept=" The same command resumes after the last finished layer.")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: done. Raises StarlingError and OSError."""
+    """Returns 0. Raises StarlingError and OSError."""
     try:
         from starling.quantize.layerwise import quantize  # transformers and AutoAWQ: seconds to import
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Searches the demo model's channel scales again: what `starling/demo.py` applies before it rounds.
+"""Regenerates the demo model's channel scales, which `starling/demo.py` applies before it rounds.
 
     python -m starling.quantize.demo_scales
 
-Needs requirements-reference.txt, and minutes. Interrupted, the same command goes on.
+Needs requirements-reference.txt, and takes minutes. After an interruption, the same command resumes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ SAMPLES, LENGTH = 128, 256  # the whole of the built-in text, in blocks of 256 t
 
 
 def search(work: Path, out: Path) -> None:
-    """Write the scales to `out`; `work` gets the full-precision model and AutoAWQ's own files, to compare with.
+    """Write the scales to `out`; `work` gets the full-precision model and AutoAWQ's own files, for comparison.
 
     Raises StarlingError.
     """
@@ -28,7 +28,7 @@ def search(work: Path, out: Path) -> None:
         raise NotInstalledError(error) from error
     source = demo.prepare(work / "demo-full", full_precision=True)
     quantized = work / "demo-awq"
-    if demo.is_demo(quantized):  # of a search before
+    if demo.is_demo(quantized):  # from an earlier search
         shutil.rmtree(quantized)
     scales = quantize(source, quantized, BUILT_IN.read_text(encoding="utf-8"), demo.GROUP_SIZE, SAMPLES, LENGTH)
     tensor_file.write({name: found.half() for name, found in scales.items()}, out, demo.scales_metadata())
@@ -36,14 +36,14 @@ def search(work: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m starling.quantize.demo_scales", description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path("weights"), help="for the models (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=demo.SCALES, help="default: %(default)s")
+    parser.add_argument("--work", type=Path, default=Path("weights"), help="the models' folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=demo.SCALES, help="file to write (default: %(default)s)")
     options = parser.parse_args()
     try:
         search(options.work, options.out)
     except StarlingError as error:
         sys.exit(str(error))
-    print(f"{options.out}. Raise VERSION in {demo.__file__}, so that demo models made before are made again.")
+    print(f"{options.out}. Raise VERSION in {demo.__file__}, so that existing demo models are rebuilt.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""AutoAWQ's search (Lin et al. 2023), one layer in memory at a time, so that a 7B model needs no 30 GB."""
+"""AutoAWQ's search (Lin et al. 2023), one layer in memory at a time, so that a 7B model does not need 30 GB."""
 
 import functools
 import hashlib
@@ -17,35 +17,35 @@ from starling.quantize.calibration import calibration_blocks
 from starling.quantize.partial_folder import PartialFolder, fingerprint
 from starling.tokenizer import Tokenizer
 
-with warnings.catch_warnings(record=True):  # AutoAWQ announces its own end of life at import
+with warnings.catch_warnings(record=True):  # AutoAWQ warns of its own deprecation on import
     from awq.models._config import AwqConfig
     from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
     from awq.quantize import quantizer as autoawq
     from awq.utils.utils import get_best_device
 
-# Samples that run through a layer side by side; bounds the memory of its intermediate values.
-SIDE_BY_SIDE = 8
+# Samples that run through a layer at once; bounds the memory of its activations.
+PARALLEL_SAMPLES = 8
 
 
 class LayerwiseQuantizer(autoawq.AwqQuantizer):  # type: ignore[misc]
-    """AwqQuantizer whose layers are read when their turn comes and stored when they are done.
+    """An AwqQuantizer that loads each layer when its turn comes and stores it when it is done.
 
-    A layer's input is what the full-precision layers before it give, so a resumed run only computes those again.
+    A layer's input is the output of the full-precision layers before it, so a resumed run only recomputes those.
     """
 
-    modules: Any  # the layers that AutoAWQ's loop is to go through
+    modules: Any  # the layers that AutoAWQ's loop goes through
 
     def __init__(self, *args: Any, weights: DenseWeights, partial: PartialFolder, **kwargs: Any) -> None:
         self._weights = weights
         self._partial = partial
-        self._channel_scales: dict[str, torch.Tensor] = {}  # found so far in the layer at hand
+        self._channel_scales: dict[str, torch.Tensor] = {}  # found so far in the current layer
         super().__init__(*args, **kwargs)
 
     def init_quant(self, n_samples: int = 128, max_seq_len: int = 512) -> Any:
         load_module(self.model, "model.embed_tokens.", self._weights)
         load_module(self.model, "model.layers.0.", self._weights)
         modules, kwargs, inputs = super().init_quant(n_samples, max_seq_len)
-        if kwargs.get("attention_mask") is not None:  # past a sliding window; no block is padded, so all have the same
+        if kwargs.get("attention_mask") is not None:  # past a sliding window; without padding, all blocks share one
             kwargs["attention_mask"] = kwargs["attention_mask"][:1]
         return modules, kwargs, inputs
 
@@ -66,7 +66,7 @@ class LayerwiseQuantizer(autoawq.AwqQuantizer):  # type: ignore[misc]
             layers[index].to("meta")
 
     def _search_best_scale(self, *args: Any, **kwargs: Any) -> Any:
-        """AutoAWQ's search, whose outcome is kept: what divides the outputs of a module."""
+        """AutoAWQ's search; keeps its result, the factors that divide a module's outputs."""
         name, linears, scales = super()._search_best_scale(*args, **kwargs)
         self._channel_scales[name] = scales
         return name, linears, scales
@@ -76,8 +76,8 @@ class LayerwiseQuantizer(autoawq.AwqQuantizer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """AutoAWQ's search, with a real copy of the weights that it tries scales on.
 
-        It keeps `tensor.cpu()` of each weight to restore it. On a CPU that is the weight itself, which the first try
-        then changes for good: the model that comes out is ruined, without an error.
+        It saves `tensor.cpu()` of each weight, to restore it after each try. On a CPU that is the weight itself, which
+        the first try changes for good: the resulting model is ruined, without an error.
         """
         kept = {name: tensor.clone() for name, tensor in module2inspect.state_dict().items()}
         module2inspect.state_dict = lambda: kept  # type: ignore[method-assign,assignment]
@@ -96,10 +96,10 @@ class LayerwiseQuantizer(autoawq.AwqQuantizer):  # type: ignore[misc]
         max_shrink: float = 0.5,
         n_sample_token: int = 512,
     ) -> torch.Tensor:
-        """AutoAWQ's search for the range to clip each group to, through the inputs' second moments.
+        """AutoAWQ's search for the range to clip each group to, computed from the inputs' second moments.
 
-        It minimises the mean over tokens of (x · d)², d the change of a group's weights. That is dᵀ E[x xᵀ] d: a
-        product of small matrices per group, where AutoAWQ sums over all tokens once per candidate.
+        It minimises the mean over tokens of (x · d)², where d is the change of a group's weights. That is dᵀ E[x xᵀ] d:
+        a product of small matrices per group, where AutoAWQ sums over all tokens for every candidate.
         w: [out, in], input_feat: [..., in] → [out, groups, 1]
         """
         size = self.group_size if self.group_size > 0 else w.shape[1]
@@ -122,10 +122,10 @@ class LayerwiseQuantizer(autoawq.AwqQuantizer):  # type: ignore[misc]
 
 
 def quantize(source: Path, out: Path, text: str, group_size: int, samples: int, length: int) -> dict[str, torch.Tensor]:
-    """Quantize the checkpoint in `source` into the new folder `out`; run again after an interruption, it goes on.
+    """Quantize the checkpoint in `source` into the new folder `out`; run again after an interruption, it resumes.
 
-    Returns the channel scales that the search chose: by a module's name, what its outputs were divided by and the
-    columns of the linears that read them multiplied with. Uses the first GPU if there is one. Raises StarlingError.
+    Returns the channel scales that the search chose, by module name: a module's outputs were divided by them, and the
+    columns of the linears that read those outputs multiplied. Uses the first GPU if there is one. Raises StarlingError.
     """
     weights = DenseWeights(source, torch.float16 if torch.cuda.is_available() else torch.float32)
     if weights.quantized:
@@ -152,7 +152,7 @@ def quantize(source: Path, out: Path, text: str, group_size: int, samples: int, 
         tokenizer=None,
         quant_config={"zero_point": True, "q_group_size": group_size, "w_bit": 4, "version": "GEMM"},
         calib_data=blocks,
-        n_parallel_calib_samples=SIDE_BY_SIDE,
+        n_parallel_calib_samples=PARALLEL_SAMPLES,
         max_calib_samples=len(blocks),
         max_calib_seq_len=length,
         quantizer_cls=functools.partial(LayerwiseQuantizer, weights=weights, partial=partial),

@@ -1,4 +1,4 @@
-"""What a quantization has done so far, on disk. Killed at any moment, it goes on where it was."""
+"""A quantization's progress on disk. Killed at any moment, it resumes where it was."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from starling.model.checkpoint import open_checkpoint
 from starling.model.config import ModelConfig
 
 PLAN_FILE = "plan.json"
-CHANNEL_SCALES = "channel_scales."  # begins the names of what a layer's file holds beside the checkpoint's tensors
+CHANNEL_SCALES = "channel_scales."  # prefix in a layer's file: not tensors of the checkpoint
 # Copied from the source if they are there.
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -27,11 +27,11 @@ COMPANIONS = (
 class PartialFolder:
     """`.OUT.partial` beside OUT: a file per finished layer, and the plan that they belong to.
 
-    A folder of another plan (another source, group size, text or version) is begun anew.
+    A folder with another plan (another source, group size, text or version) is emptied first.
     """
 
     def __init__(self, out: Path, plan: Mapping[str, Any]) -> None:
-        """Raises StarlingError when OUT holds something already."""
+        """Raises StarlingError if OUT already holds something."""
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise StarlingError(f"{out} holds something already. Name another folder, or remove it.")
         self._out = out = out.resolve()  # "." has no name, and cannot be removed
@@ -47,12 +47,12 @@ class PartialFolder:
         return self._layer_file(index).exists()
 
     def save_layer(self, index: int, tensors: dict[str, torch.Tensor], channel_scales: dict[str, torch.Tensor]) -> None:
-        """`channel_scales` are no part of the checkpoint; `finish` hands them back."""
+        """`channel_scales` are not part of the checkpoint; `finish` returns them."""
         scales = {CHANNEL_SCALES + name: found for name, found in channel_scales.items()}
         tensor_file.write(tensors | scales, self._layer_file(index))
 
     def finish(self, source: Path, config: dict[str, Any], others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Write the checkpoint (all layers and `others`), check it as it will be read, and give it its name.
+        """Write the checkpoint (all layers and `others`), check it with the engine's own reader, and rename it to OUT.
 
         Returns the channel scales of all layers.
         """
@@ -82,7 +82,7 @@ class PartialFolder:
 
 
 def fingerprint(source: Path) -> str:
-    """Of a checkpoint's config and of its files' names, sizes and times: enough to see that it was changed."""
+    """A digest of a checkpoint's config and its files' names, sizes and times: enough to detect a change."""
     digest = hashlib.sha256((source / "config.json").read_bytes())
     for path in sorted(source.glob("*.safetensors")):
         stat = path.stat()

@@ -39,7 +39,7 @@ def test_what_is_asked_for_reaches_the_search(
     [
         (StarlingError("no such thing"), 1, "no such thing"),
         (OSError(28, "No space left on device"), 1, "No space left"),
-        (KeyboardInterrupt(), 130, "goes on from the last finished layer"),
+        (KeyboardInterrupt(), 130, "resumes after the last finished layer"),
     ],
 )
 def test_a_fault_is_told_in_a_line(
