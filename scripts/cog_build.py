@@ -1,10 +1,10 @@
-"""What `cog build` does with a cog.yaml, as a Dockerfile for builders that are not Cog.
+"""What `cog build` does with a cog.yaml, as a Dockerfile for builders other than Cog.
 
     python scripts/cog_build.py cog-cpu.yaml --base my-python > Dockerfile
 
 It follows the order of Cog 0.23: base, environment, system packages, requirements, cog itself, build.run, working
-directory, port, predictor, source, schema. It differs where Cog needs a network that a test has not: pip instead of
-uv, and tini is expected in the base. tests/test_image.py checks what is rendered; scripts/image builds it.
+directory, port, predictor, source, schema. It differs where Cog needs network access that a test lacks: pip instead
+of uv, and tini is expected in the base. tests/test_image.py checks the rendered text; scripts/image builds it.
 """
 
 import argparse
@@ -47,9 +47,9 @@ class CogYamlError(Exception):
 
 @dataclass(frozen=True)
 class CogYaml:
-    """A cog.yaml that was checked."""
+    """A validated cog.yaml."""
 
-    name: str  # the file's
+    name: str  # of the file
     build: dict[str, Any]
     predict: str
     environment: list[str] = field(default_factory=list)
@@ -62,7 +62,7 @@ class CogYaml:
         build = raw.get("build", {})
         for found, allowed in ((raw, TOP_KEYS), (build, BUILD_KEYS)):
             if unknown := set(found) - allowed:
-                raise CogYamlError(f"{path.name}: Cog knows no {', '.join(sorted(unknown))}")
+                raise CogYamlError(f"{path.name}: Cog has no key {', '.join(sorted(unknown))}")
         if not re.fullmatch(r"3\.1[1-3]", str(build.get("python_version"))):
             raise CogYamlError(
                 f"{path.name}: python_version is {build.get('python_version')!r}; write '3.11' to '3.13'"
@@ -73,25 +73,25 @@ class CogYaml:
                 raise CogYamlError(f"{path.name}: environment cannot hold {entry!r}")
         traces = raw.get("observability", {}).get("traces", {})
         if (sampler := traces.get("sampler", "always_off")) not in SAMPLERS:
-            raise CogYamlError(f"{path.name}: no sampler is called {sampler!r}")
+            raise CogYamlError(f"{path.name}: there is no sampler {sampler!r}")
         return cls(path.name, build, raw["predict"], raw.get("environment", []), traces)
 
     @property
     def base_image(self) -> str:
-        """Where Cog has no prepared base of its own."""
+        """What Cog builds on where it has no prebuilt base of its own."""
         if self.build.get("gpu"):
             return f"nvidia/cuda:{self.build['cuda']}-cudnn-devel-ubuntu22.04"
         return f"python:{self.build['python_version']}-slim"
 
 
 def requirements(config: CogYaml, root: Path = ROOT) -> str:
-    """The lines that Cog installs: the project's, without the packages that it manages."""
+    """The requirements that Cog installs: the project's, without the packages that Cog manages itself."""
     lines = (root / config.build["python_requirements"]).read_text(encoding="utf-8").splitlines(keepends=True)
     return "".join(line for line in lines if re.split(r"[=<>\[ ]", line.strip())[0] not in MANAGED)
 
 
 def dockerfile(config: CogYaml, root: Path = ROOT, base: str | None = None, pip_options: str = "") -> str:
-    """The Dockerfile, one step a line. `pip_options` are added to every pip install."""
+    """The Dockerfile, one step per line. `pip_options` are added to every pip install."""
     build, traces = config.build, config.traces
     lines = [f"FROM {base or config.base_image}", "ENV PYTHONUNBUFFERED=1", 'ENTRYPOINT ["tini", "--"]']
     lines += [f"ENV {entry}" for entry in config.environment]
@@ -117,9 +117,9 @@ def dockerfile(config: CogYaml, root: Path = ROOT, base: str | None = None, pip_
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--base", help="the image to begin with, instead of Cog's")
+    parser.add_argument("--base", help="the base image, instead of Cog's")
     parser.add_argument("--pip-options", default="", help="added to every pip install")
-    parser.add_argument("--requirements", action="store_true", help="print what pip installs instead")
+    parser.add_argument("--requirements", action="store_true", help="print the requirements instead")
     options = parser.parse_args()
     config = CogYaml.read(options.file)
     if options.requirements:

@@ -1,6 +1,6 @@
-"""The scripts in a checkout whose path holds a space, their programs replaced by stand-ins.
+"""The scripts in a checkout whose path contains a space, with stand-ins for the programs they run.
 
-On machines that it cannot serve, scripts/install says so before anything is made.
+On a machine that it does not support, scripts/install says so before it makes anything.
 """
 
 import os
@@ -26,7 +26,7 @@ def checkout(tmp_path: Path) -> Path:
 def run(
     checkout: Path, command: list[str], stand_ins: dict[str, str], **variables: str
 ) -> "subprocess.CompletedProcess[str]":
-    """A script for a user whose programs are `stand_ins`, name → shell script, before those of this machine."""
+    """Run a script with `stand_ins`, name → shell script, ahead of this machine's programs on PATH."""
     programs = checkout.parent / "bin"
     programs.mkdir(exist_ok=True)
     for name, script in stand_ins.items():
@@ -52,22 +52,22 @@ def venv(checkout: Path, python: str) -> None:
 
 
 def installed(checkout: Path, python: str) -> None:
-    """A `venv` in which everything is installed already."""
+    """A `venv` in which everything is already installed."""
     venv(checkout, python)
     (checkout / "scripts/install").write_text("#!/bin/sh\n")
 
 
 def install(checkout: Path, stand_ins: dict[str, str]) -> str:
-    """What is said where nothing can be installed."""
+    """What scripts/install says where it cannot install anything."""
     done = run(checkout, ["install"], stand_ins)
     assert done.returncode == 1, done.stderr
     assert not (checkout / ".venv" / "installed-serve").exists()
     return done.stderr
 
 
-def test_another_system_is_named(checkout: Path) -> None:
+def test_an_unsupported_system_is_named(checkout: Path) -> None:
     said = install(checkout, {"uname": "echo Darwin", "sha256sum": "exit 127"})
-    assert said == "[install] needs Linux, and this is Darwin: use a Linux container or virtual machine.\n"
+    assert said == "[install] needs Linux, but this is Darwin: use a Linux container or virtual machine.\n"
 
 
 def test_a_python_that_is_too_old_is_named(checkout: Path) -> None:
@@ -75,19 +75,19 @@ def test_a_python_that_is_too_old_is_named(checkout: Path) -> None:
     assert said.startswith("[install] python3 is not Python 3.11 to 3.14")
 
 
-def test_a_venv_of_such_a_python_is_not_filled(checkout: Path) -> None:
+def test_a_venv_of_such_a_python_is_left_alone(checkout: Path) -> None:
     venv(checkout, '[ "$2" = pip ]')
     said = install(checkout, {})
-    assert said == "[install] .venv holds another Python than 3.11 to 3.14; remove it, and run this again.\n"
+    assert said == "[install] .venv is not Python 3.11 to 3.14; remove it and run this again.\n"
 
 
-def test_a_python_without_venv_is_told_the_package(checkout: Path) -> None:
+def test_without_the_venv_module_the_package_is_named(checkout: Path) -> None:
     said = install(checkout, {"python3": 'case "$2" in venv) exit 1;; esac'})
-    assert said.endswith("[install] no .venv could be made; on Debian or Ubuntu: apt-get install python3-venv\n")
+    assert said.endswith("[install] cannot make .venv; on Debian or Ubuntu: apt-get install python3-venv\n")
 
 
 @pytest.mark.parametrize(("what", "files"), [("serve", "cpu demo"), ("dev", "cpu dev demo")])
-def test_what_is_asked_is_installed_and_compiled_once(checkout: Path, what: str, files: str) -> None:
+def test_what_is_asked_for_is_installed_and_compiled_once(checkout: Path, what: str, files: str) -> None:
     stand_ins = {
         "made": f'echo "$@" >> "{checkout}/said"',
         "python3": f'case "$2" in venv) mkdir -p .venv/bin && cp "{checkout.parent}/bin/made" .venv/bin/python;; esac',
@@ -96,13 +96,13 @@ def test_what_is_asked_is_installed_and_compiled_once(checkout: Path, what: str,
     assert done.returncode == 0, done.stderr
     said = (checkout / "said").read_text()
     assert re.findall(r"-r requirements-(.*)\.txt", said) == files.split()
-    assert said.count("import") == 1 + 1, "Python's version is asked for, then kernels are compiled"
+    assert said.count("import") == 1 + 1, "Python's version is checked, then kernels are compiled"
     for held in (what, "serve"):
         again = run(checkout, ["install", held], {})
         assert again.stderr == "" and (checkout / "said").read_text() == said
 
 
-# A compiler that looks for what it is to read, and makes programs that say what they are told.
+# A compiler that checks that its inputs exist, and makes programs that print their arguments.
 COMPILER = """
 case $1 in -print-file-name=*) exit ;; esac
 while [ $# -gt 0 ]; do
@@ -128,22 +128,22 @@ def test_the_sanitizers_programs_are_built_and_run(checkout: Path) -> None:
     assert done.stdout.splitlines() == [f"ran {name}" for name in sets] * 2
 
 
-def test_the_image_s_script_removes_no_folder_that_it_did_not_make(checkout: Path) -> None:
+def test_the_image_script_removes_no_folder_that_it_did_not_make(checkout: Path) -> None:
     installed(checkout, "exit 1")
     work = checkout.parent / "work"
     (work / "rootfs").mkdir(parents=True)
     (work / "mine").write_text("")
-    refused = run(checkout, ["image"], {"buildah": ":"}, WORK="work")  # from where it was typed
+    refused = run(checkout, ["image"], {"buildah": ":"}, WORK="work")  # relative to the caller's folder
     assert refused.returncode == 1 and "needs Python 3.11" in refused.stderr
     assert {path.name for path in work.iterdir()} == {"mine", "rootfs", "starling-image"}
 
 
 @pytest.mark.parametrize("failing", ["", "test_b", "bench.gpu", "test_b*|*bench.gpu"])
-def test_a_gpu_test_that_fails_stops_nothing_and_is_remembered(checkout: Path, failing: str) -> None:
+def test_a_failing_gpu_test_stops_nothing_and_is_remembered(checkout: Path, failing: str) -> None:
     (checkout / "tests").mkdir()
     for name in "abc":
         (checkout / f"tests/test_{name}.py").write_text("@pytest.mark.gpu")
-    shutil.copy(__file__, checkout / "tests")  # speaks of the mark, and holds no such test: pytest calls that a failure
+    shutil.copy(__file__, checkout / "tests")  # mentions the mark but has no such test, which pytest calls a failure
     installed(checkout, f'echo "$@" >> said; case "$*" in *{failing or "nothing"}*) exit 1;; esac')
     done = run(checkout, ["gpu", "--option"], {})
     assert done.returncode == (1 if failing else 0)
@@ -152,7 +152,7 @@ def test_a_gpu_test_that_fails_stops_nothing_and_is_remembered(checkout: Path, f
     assert len(said) == 1 + 3 + 1 and said[-1] == "-m bench.gpu --option"
 
 
-def test_paths_of_weights_are_meant_from_where_they_were_typed(checkout: Path) -> None:
+def test_paths_of_weights_are_relative_to_the_caller(checkout: Path) -> None:
     installed(checkout, 'echo "$STARLING_WEIGHTS|$STARLING_WEIGHTS_SOURCE"')
     here = checkout.parent
     (here / "mirror").mkdir()
@@ -164,8 +164,8 @@ def test_paths_of_weights_are_meant_from_where_they_were_typed(checkout: Path) -
 
 
 @pytest.mark.parametrize("name", ["check", "demo", "gpu", "image", "install", "serve", "test"])
-def test_a_script_finds_its_checkout_whatever_the_shell_searches(checkout: Path, name: str) -> None:
-    """`cd` looks in CDPATH's folders first for a path without a dot before it."""
+def test_a_script_finds_its_checkout_despite_cdpath(checkout: Path, name: str) -> None:
+    """`cd` searches CDPATH first for a path that does not start with a dot."""
     other = checkout.parent / "other/scripts"
     other.mkdir(parents=True)
     (other / "install").write_text("#!/bin/sh\necho another checkout\n")
@@ -179,7 +179,7 @@ def test_a_script_finds_its_checkout_whatever_the_shell_searches(checkout: Path,
     assert done.returncode == 1
 
 
-def test_no_script_runs_a_program_of_venv_that_holds_its_path() -> None:
-    """pip writes the path of .venv into the first line of each; a checkout that was moved would not find it."""
+def test_no_script_runs_a_program_that_contains_the_path_of_venv() -> None:
+    """pip writes the path of .venv into the first line of each program, which breaks once the checkout is moved."""
     for script in (path for path in (ROOT / "scripts").iterdir() if path.is_file()):
         assert set(re.findall(r"\.venv/bin/\w+", script.read_text())) <= {".venv/bin/python"}, script.name
