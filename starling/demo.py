@@ -251,9 +251,9 @@ def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m starling.demo", description="Make the checkpoint folder of the small demo model."
+        prog="python -m starling.demo", description="Make the small demo model's checkpoint folder."
     )
-    parser.add_argument("folder", type=Path, help="where to make it; left alone if it is already there")
+    parser.add_argument("folder", type=Path, help="the checkpoint folder; left alone if it is already there")
     parser.add_argument("--full-precision", action="store_true", help="float16 instead of AWQ: a source to quantize")
     options = parser.parse_args()
     try:

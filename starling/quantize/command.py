@@ -11,7 +11,7 @@ from starling.quantize.calibration import BUILT_IN
 
 def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `quantize` to the command line; `args.run(args)` returns the exit code."""
-    text = "quantize a full-precision Mistral or Llama checkpoint to AWQ; run again after an interruption, it resumes"
+    text = "quantize a full-precision Mistral or Llama checkpoint to AWQ; the same command resumes an interrupted run"
     parser = subparsers.add_parser("quantize", help=text, description=text)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint's folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; it appears once it is complete")

@@ -43,7 +43,7 @@ def main() -> None:
         search(options.work, options.out)
     except StarlingError as error:
         sys.exit(str(error))
-    print(f"{options.out}. Raise VERSION in {demo.__file__}, so that existing demo models are rebuilt.")
+    print(f"Wrote {options.out}. Raise VERSION in {demo.__file__}, so that existing demo models are rebuilt.")
 
 
 if __name__ == "__main__":
