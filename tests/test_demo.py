@@ -1,4 +1,4 @@
-"""The demo model: a real answer out of real AWQ files, made once whoever asks."""
+"""The demo model: a real answer from real AWQ files, which are made only once, even by concurrent callers."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def folder(demo_folder: Path) -> Path:
 
 
 def write_stand_in(folder: Path) -> None:
-    """Files of the demo's names with nothing in them, in place of seconds of rounding."""
+    """Empty files with the demo's names, instead of seconds of quantizing."""
     for name in demo.FILES:
         (folder / name).touch()
     (folder / demo.MARKER).write_text(json.dumps({"version": demo.VERSION}))
@@ -108,8 +108,8 @@ def test_scaling_changes_nothing_that_a_layer_computes() -> None:
     assert all(not torch.equal(weights[name], before[name]) for name in shapes if name != "self_attn.o_proj")
 
 
-def test_scaled_it_is_closer_to_the_full_model_than_rounded_alone(folder: Path, tmp_path: Path) -> None:
-    """By the divergence of what is predicted when either's first layers stand in the full model."""
+def test_scaled_then_rounded_is_closer_to_the_full_model_than_rounded_alone(folder: Path, tmp_path: Path) -> None:
+    """By the divergence of the predictions with the first layers of each put into the full model."""
     full = DenseWeights(demo.prepare(tmp_path / "full", full_precision=True))
     scaled, model = DenseWeights(folder), loaded_model(full)
     text = "The river was wide, and the bridge had been built long before anybody now alive was born. "
@@ -160,14 +160,14 @@ def test_the_folder_says_that_it_is_the_demo(folder: Path, tmp_path: Path) -> No
         assert file.metadata() == {"format": "pt"}
 
 
-def test_a_second_time_does_nothing_and_an_older_version_is_made_again(
+def test_a_second_call_does_nothing_and_an_older_version_is_rebuilt(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
     def write(gguf_file: Path, partial: Path, full_precision: bool) -> None:
         calls.append(gguf_file)
-        assert (older / "leftover").exists(), "the old one stays until the new one is whole"
+        assert (older / "leftover").exists(), "the old one stays until the new one is complete"
         write_stand_in(partial)
 
     monkeypatch.setattr(demo, "_write_checkpoint", write)
@@ -184,7 +184,7 @@ def test_a_second_time_does_nothing_and_an_older_version_is_made_again(
 
 
 @pytest.mark.parametrize("name", demo.FILES)
-def test_a_folder_that_lost_a_file_is_made_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_lost_a_file_is_rebuilt(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_write_checkpoint", lambda source, partial, full_precision: write_stand_in(partial))
     write_stand_in(tmp_path)
     (tmp_path / name).unlink()
@@ -193,10 +193,10 @@ def test_a_folder_that_lost_a_file_is_made_again(name: str, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("marker", ["", "{", "[]", "{}"])
-def test_a_folder_with_a_damaged_marker_is_made_again(
+def test_a_folder_with_a_damaged_marker_is_rebuilt(
     marker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a power cut may leave it."""
+    """As a power failure may leave it."""
     monkeypatch.setattr(demo, "_write_checkpoint", lambda source, partial, full_precision: write_stand_in(partial))
     write_stand_in(tmp_path)
     whole = (tmp_path / demo.MARKER).read_text()
@@ -205,7 +205,7 @@ def test_a_folder_with_a_damaged_marker_is_made_again(
     assert (tmp_path / demo.MARKER).read_text() == whole
 
 
-def test_a_making_that_was_killed_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_kill_it_starts_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "weights" / "demo"
 
     def die(source: Path, partial: Path, full_precision: bool) -> None:
@@ -215,13 +215,13 @@ def test_a_making_that_was_killed_is_begun_anew(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(demo, "_write_checkpoint", die)
     with pytest.raises(KeyboardInterrupt):
         demo.prepare(folder)
-    folder.mkdir()  # empty, it is in nobody's way
+    folder.mkdir()  # an empty folder is no obstacle
     monkeypatch.setattr(demo, "_write_checkpoint", lambda source, partial, full_precision: write_stand_in(partial))
     demo.prepare(folder)
     assert {path.name for path in folder.iterdir()} == {demo.MARKER, *demo.FILES}
 
 
-def test_the_model_that_is_not_rounded_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_precision_rebuilds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(source: Path, partial: Path, full_precision: bool) -> None:
         write_stand_in(partial)
         (partial / demo.MARKER).write_text(json.dumps({"version": demo.VERSION, "full_precision": full_precision}))
@@ -232,13 +232,13 @@ def test_the_model_that_is_not_rounded_is_another(tmp_path: Path, monkeypatch: p
         assert json.loads(marker.read_text())["full_precision"] == full_precision
 
 
-def test_a_package_that_holds_other_weights_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_with_other_weights_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "GGUF_SHA256", "0" * 64)
     with pytest.raises(WeightsError, match=f"expected {'0' * 64}.*--force-reinstall"):
         demo.prepare(tmp_path / "demo")
 
 
-def test_the_package_is_the_one_that_is_installed() -> None:
+def test_the_package_is_the_pinned_one() -> None:
     assert demo.PACKAGE in (Path(__file__).parent.parent / "requirements-demo.txt").read_text().splitlines()
 
 
@@ -252,14 +252,14 @@ def test_something_else_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
-def test_the_command_tells_a_fault_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reports_an_error_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["starling.demo", str(tmp_path)])
     with pytest.raises(SystemExit, match="not the demo model"):
         demo.main()
 
 
-def test_a_disk_that_takes_no_more_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(gguf_file: Path, partial: Path, full_precision: bool) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -292,8 +292,8 @@ def test_two_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return found
 
     def write(gguf_file: Path, partial: Path, full_precision: bool) -> None:
-        for _ in range(3):  # its own two, and the other's before it waits
-            looks.acquire(timeout=20)  # it comes at once; without the lock, never
+        for _ in range(3):  # its own two looks, and the other's before that waits
+            looks.acquire(timeout=20)  # with the lock, at once; without it, never
         made.append(partial)
         write_stand_in(partial)
 
@@ -301,12 +301,12 @@ def test_two_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(demo, "_write_checkpoint", write)
     folder = tmp_path / "demo"
     with ThreadPoolExecutor(2) as pool:
-        assert [asked.result() for asked in [pool.submit(demo.prepare, folder) for _ in range(2)]] == [folder, folder]
+        assert [future.result() for future in [pool.submit(demo.prepare, folder) for _ in range(2)]] == [folder, folder]
     assert len(made) == 1
     assert demo.is_demo(folder)
 
 
-def test_the_command_says_where_it_is(
+def test_the_command_prints_the_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["starling.demo", str(folder)])

@@ -1,4 +1,4 @@
-"""Figures on quality, against the same sums made by hand; and answers in the form that MT-bench's judge reads."""
+"""Figures on quality, against the same sums by hand; and answers in the format that MT-bench's judge reads."""
 
 import io
 import json
@@ -27,7 +27,7 @@ TEXT = "The fox crossed the river at night, and nobody saw where it went. " * 6
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Two random checkpoints with one tokenizer of bytes, tied and untied."""
+    """Two random checkpoints, untied and tied, with the same byte-level tokenizer."""
     ids = {piece: i for i, piece in enumerate(["<unk>", "<s>", "<|end_of_turn|>", *byte_alphabet()])}
     tokenizer = tokenizer_json.byte_level(ids, [], {"<s>": 1, "<|end_of_turn|>": 2})
     for name, tied in (("a", False), ("b", True)):
@@ -36,7 +36,7 @@ def folders(tmp_path: Path) -> list[Path]:
     return [tmp_path / "a", tmp_path / "b"]
 
 
-def test_the_sums_are_those_made_by_hand(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sums_equal_those_by_hand(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("starling.evaluate.text.WINDOWS_AT_ONCE", 3)
     monkeypatch.setattr("starling.evaluate.text.LOGIT_ROWS", 50)
     quality = evaluate_text(folders[0], TEXT, folders[1], window=40)
@@ -59,7 +59,7 @@ def test_the_sums_are_those_made_by_hand(folders: list[Path], monkeypatch: pytes
 
 
 def test_a_checkpoint_agrees_with_itself(folders: list[Path]) -> None:
-    quality = evaluate_text(folders[0], "short", folders[0], window=1024)  # as many as there are positions
+    quality = evaluate_text(folders[0], "short", folders[0], window=1024)  # as many tokens as the model has positions
     assert quality.tokens == 5
     assert (quality.kl_divergence, quality.top1_agreement) == (0, 1)
     assert quality.perplexity == quality.source_perplexity
@@ -74,7 +74,7 @@ def test_other_vocabularies_are_not_compared(folders: list[Path]) -> None:
 
 @pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_matrices_of_another_shape_are_told(folders: list[Path], tied: bool, key: str) -> None:
+def test_matrices_of_another_shape_are_reported(folders: list[Path], tied: bool, key: str) -> None:
     config = json.loads((folders[tied] / "config.json").read_text())
     (folders[tied] / "config.json").write_text(json.dumps(config | {key: config[key] + 128}))
     for model in (loaded_model, streamed_model):
@@ -103,7 +103,7 @@ def test_the_command_prints_them(folders: list[Path], tmp_path: Path, capsys: py
         assert fault in capsys.readouterr().err
 
 
-def test_an_evaluation_that_is_interrupted_says_so(
+def test_an_interrupted_evaluation_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def end(*_: object) -> None:
@@ -118,7 +118,7 @@ def test_an_evaluation_that_is_interrupted_says_so(
 def test_without_transformers_it_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "starling.evaluate.text")  # to be imported anew
+    monkeypatch.delitem(sys.modules, "starling.evaluate.text")  # so that it is imported again
     monkeypatch.setitem(sys.modules, "transformers", None)  # type: ignore[arg-type]
     assert main(["evaluate", "text", str(tmp_path), str(tmp_path / "text.txt")]) == 1
     assert capsys.readouterr().err == f"transformers is not installed. {INSTALL_REFERENCE}\n"
@@ -126,12 +126,12 @@ def test_without_transformers_it_says_how_to_get_it(
 
 @pytest.fixture(autouse=True)
 def usual_log() -> Iterator[None]:
-    """The command quiets the service for its process, which is the tests' here."""
+    """The command silences the service's log for its whole process, which here is that of the tests."""
     yield
     logging.getLogger("starling.service").setLevel(logging.NOTSET)
 
 
-def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(
+def test_answers_are_in_the_judges_format_and_a_second_run_resumes(
     demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions, out = tmp_path / "question.jsonl", tmp_path / "answers.jsonl"
@@ -158,11 +158,11 @@ def test_answers_are_in_the_judges_form_and_a_second_run_goes_on(
 
 
 class Noting:
-    """In place of the service: says which question it is, and keeps how it was asked."""
+    """A fake service: answers with the question's number, and records the requests."""
 
     def __init__(self, out: Path) -> None:
         self.requests: list[Request] = []
-        self.kept: list[int] = []  # answers in the file, at each turn
+        self.kept: list[int] = []  # answers in the file at each turn
         self._out = out
 
     def answer(self, request: Request) -> SimpleNamespace:
@@ -188,7 +188,7 @@ def test_questions_without_an_answer_are_asked_as_mt_bench_asks_them(tmp_path: P
     assert [answer["choices"][0]["turns"] for answer in answers] == [["1", "2"], ["3", "4"], ["5", "6"]]
     assert [request.temperature for request in service.requests] == [0, 0, 0.1, 0.1, 0.7, 0.7]
     first, second = service.requests[:2]
-    assert (first.prompt, first.max_tokens, first.top_p, first.seed) == ("81?", 77, 1, 0)  # a judge's draws are of all
+    assert (first.prompt, first.max_tokens, first.top_p, first.seed) == ("81?", 77, 1, 0)  # top_p 1: nothing filtered
     turns = [{"role": "user", "content": "81?"}, {"role": "assistant", "content": "1"}]
     assert second == Request.parse(prompt="So?", messages=turns, temperature=0, max_tokens=77, top_p=1, seed=0), (
         "with the turns before it"
@@ -203,14 +203,14 @@ def test_an_answer_with_a_line_separator_is_read_again(tmp_path: Path, capsys: p
     assert "answers every question already" in capsys.readouterr().out
 
 
-def test_questions_that_are_missing_are_told_beside_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_question_file_is_reported_beside_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions, out = tmp_path / "question.jsonl", tmp_path / "answers.jsonl"
     out.touch()
     assert main(["evaluate", "answers", str(tmp_path), str(questions), str(out)]) == 1
     assert f"{questions} cannot be read" in capsys.readouterr().err
 
 
-def test_the_engine_that_is_asked_for_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_requested_engine_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
 
     def load(folder: Path, settings: Settings) -> None:
@@ -234,7 +234,7 @@ def test_the_engine_that_is_asked_for_answers(tmp_path: Path, monkeypatch: pytes
         ('{"question_id": 83, "turns": ["What?"]}\n', "absent/answers.jsonl", "cannot be written: No such file"),
     ],
 )
-def test_a_fault_in_the_files_is_told_before_the_model_is_loaded(
+def test_errors_in_the_files_are_reported_before_the_model_is_loaded(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -249,7 +249,7 @@ def test_a_fault_in_the_files_is_told_before_the_model_is_loaded(
     assert fault in capsys.readouterr().err
 
 
-def test_a_disk_that_takes_no_more_answers_is_told_in_a_line(
+def test_a_full_disk_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fill(*_: object) -> None:
@@ -258,6 +258,6 @@ def test_a_disk_that_takes_no_more_answers_is_told_in_a_line(
     (tmp_path / "question.jsonl").write_text('{"question_id": 1, "turns": ["Hi"]}')
     monkeypatch.setattr("starling.evaluate.answers.answer_questions", fill)
     asked = ["evaluate", "answers", str(tmp_path), str(tmp_path / "question.jsonl"), str(tmp_path / "out")]
-    monkeypatch.setattr("starling.service.Service.from_folder", lambda *_: io.StringIO())  # it can be closed
+    monkeypatch.setattr("starling.service.Service.from_folder", lambda *_: io.StringIO())  # anything with close()
     assert main(asked) == 1
     assert "No space left on device" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m starling prepare` on a CPU: what later starts look for, on whatever machine, is there."""
+"""`python -m starling prepare` on a CPU: it leaves what later starts on any machine look for."""
 
 import shutil
 import subprocess
@@ -21,12 +21,12 @@ def test_kernels_of_every_instruction_set_are_compiled_and_weights_repacked(
     parts = ["context", "isa", *compiler._instruction_sets()]
     compiled = dict(zip(parts, compiler.library_paths(*parts), strict=True))
 
-    def copy(compiler: object, part: str, path: Path) -> None:  # in place of half a minute
+    def copy(compiler: object, part: str, path: Path) -> None:  # instead of half a minute of compiling
         shutil.copy(compiled[part], path)
 
     monkeypatch.setattr(compiler, "_compile", copy)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where this user may have some
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # this user's own may hold compiled kernels
     monkeypatch.setenv("STARLING_DEVICE", "cpu")
     monkeypatch.setenv("STARLING_WEIGHTS", str(weights))
     assert main(["prepare"]) == 0
@@ -37,7 +37,7 @@ def test_kernels_of_every_instruction_set_are_compiled_and_weights_repacked(
 
 def test_without_a_compiler_weights_are_repacked_for_plain_torch(demo_folder: Path, tmp_path: Path) -> None:
     weights = unpacked(demo_folder, tmp_path)
-    folders = dict.fromkeys(("HOME", "TMPDIR"), str(tmp_path))  # none of them holds what this user has compiled
+    folders = dict.fromkeys(("HOME", "TMPDIR"), str(tmp_path))  # so that this user's compiled kernels are not found
     environment = {"PATH": "", "STARLING_DEVICE": "cpu", "STARLING_WEIGHTS": str(weights), **folders}
     command = [sys.executable, "-m", "starling", "prepare"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -48,7 +48,7 @@ def test_without_a_compiler_weights_are_repacked_for_plain_torch(demo_folder: Pa
 @pytest.mark.parametrize(
     ("environment", "code"), [({}, 0), ({"STARLING_WEIGHTS": "/absent"}, 1), ({"STARLING_ALLOW_DOWNLOAD": "1"}, 1)]
 )
-def test_weights_may_come_later_but_those_that_are_named_or_fetched(
+def test_missing_weights_are_an_error_only_if_named_or_to_be_downloaded(
     environment: dict[str, str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def nowhere(settings: Settings) -> None:
@@ -70,7 +70,7 @@ def test_weights_may_come_later_but_those_that_are_named_or_fetched(
         (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device\n"),
     ],
 )
-def test_what_ends_it_is_told_in_a_line(
+def test_an_abort_is_reported_in_one_line(
     fault: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def compile_ahead() -> None:
@@ -82,10 +82,10 @@ def test_what_ends_it_is_told_in_a_line(
     assert capsys.readouterr().err == said
 
 
-def test_operations_that_keep_no_repacked_weights_read_none(
+def test_devices_that_keep_no_repacked_weights_read_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A GPU's, where "auto" has found one; the oracle's stand for them here."""
+    """As a GPU that "auto" has found; here the oracle stands in for it."""
     monkeypatch.setattr("starling.model.ops.choose_ops", lambda *_: ReferenceOps())
     monkeypatch.setattr("starling.model.ops.cpu.compiler.compile_ahead", lambda: None)
     monkeypatch.setattr("starling.prepare.locate_weights", lambda settings: pytest.fail("weights were looked for"))

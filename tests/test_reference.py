@@ -1,4 +1,4 @@
-"""The second engine against ours: the same tokens, the same promises about stops, seeds, streaming and cancelling."""
+"""The second engine against ours: the same tokens, the same guarantees for stops, seeds, streaming and cancelling."""
 
 import itertools
 import json
@@ -65,9 +65,9 @@ SAMPLED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("architecture", ["MistralForCausalLM", "LlamaForCausalLM"])
 def test_both_engines_choose_the_same_tokens(tmp_path: Path, architecture: str) -> None:
-    """Greedy and sampled, with penalties and filters, past a sliding window, which a Llama must not have.
+    """Greedy and sampled, with penalties and filters, past a sliding window, which a Llama must ignore.
 
-    Where two answers part, each engine has to have chosen by its own logits, and those have to be equal but for
+    Where two answers diverge, each engine must have chosen by its own logits, and those must be equal except for
     float32's last digits.
     """
     seed = torch.seed() % 2**32
@@ -114,7 +114,7 @@ def test_transformers_processors_draw_what_our_sampler_draws(
     ours = ReferenceOps().sample(
         logits, column(temperature), torch.tensor([top_k]), column(top_p), column(min_p), column(uniform(seed, 7))
     )
-    # Or the token lies on the edge of a filter or of the draw, within float32's precision.
+    # Or the token is at the threshold of a filter or of the draw, within float32's precision.
     p = (logits[0].double() / temperature).softmax(dim=-1)
     assert drawn.tolist() == ours.tolist() or (p[drawn] - p[ours]).abs() < 1e-5 or on_an_edge(p, top_p, min_p)
 
@@ -156,7 +156,7 @@ def test_an_answer_follows_its_grammar(service: Service) -> None:
         ask(service, prompt="x", json_schema='{"$ref": "#"}')
 
 
-def test_cancelling_frees_the_engine_for_those_who_wait(service: Service) -> None:
+def test_cancelling_frees_the_engine_for_waiting_requests(service: Service) -> None:
     first = service.generate(Request.parse(prompt="Count.", min_tokens=2000, max_tokens=2000))
     second = service.generate(Request.parse(prompt="Count.", min_tokens=2000, max_tokens=2000))
     next(first)
@@ -168,7 +168,7 @@ def test_cancelling_frees_the_engine_for_those_who_wait(service: Service) -> Non
     assert ask(service, prompt="Hi", max_tokens=1).output_token_count == 1
 
 
-def test_what_cannot_run_is_refused(service: Service) -> None:
+def test_a_request_that_cannot_run_is_refused(service: Service) -> None:
     with pytest.raises(RequestError, match="8192"):
         service.generate(Request.parse(prompt="word " * 9000))
 
@@ -211,7 +211,7 @@ def test_a_request_that_fails_ends_alone(tmp_path: Path) -> None:
     engine.close()
 
 
-def test_a_step_that_hangs_is_unhealthy_and_nothing_more_is_taken_until_it_ends(tmp_path: Path) -> None:
+def test_while_a_step_hangs_it_is_unhealthy_and_refuses_requests(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     engine = ReferenceEngine.from_folder(tmp_path, EXACT.model_copy(update={"hang_after_s": 0.05}))
     ends = threading.Event()

@@ -1,4 +1,4 @@
-"""Texts → the blocks of tokens that AWQ looks at."""
+"""The calibration text → blocks of tokens."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return Tokenizer.from_folder(tmp_path, len(ids))
 
 
-def test_blocks_are_whole_and_each_begins_a_text(tokenizer: Tokenizer) -> None:
+def test_blocks_are_full_and_each_starts_with_bos(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("abcdefgh")
     assert calibration_blocks("abcdefgh", tokenizer, 0, samples=9, length=4) == [[0, *ids[:3]], [0, *ids[3:6]]]
     assert calibration_blocks("abcdefgh", tokenizer, 0, samples=1, length=4) == [[0, *ids[:3]]]
 
 
 @pytest.mark.parametrize(("samples", "length"), [(0, 4), (-1, 4), (9, 1), (9, 0), (9, 10)])
-def test_blocks_that_cannot_be_are_refused(tokenizer: Tokenizer, samples: int, length: int) -> None:
+def test_impossible_blocks_are_refused(tokenizer: Tokenizer, samples: int, length: int) -> None:
     with pytest.raises(StarlingError, match="--length"):
         calibration_blocks("abcdefgh", tokenizer, 0, samples, length)

@@ -1,4 +1,4 @@
-"""The command lines, as a user meets them; the search itself needs AutoAWQ, and is tried in test_layerwise.py."""
+"""The command lines as a user sees them; the search itself needs AutoAWQ and is tested in test_layerwise.py."""
 
 import os
 import subprocess
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def quantizing(monkeypatch: pytest.MonkeyPatch, search: Callable[..., Any] | None) -> None:
-    """As if `search` stood in layerwise.py; None: as if what that imports were not installed."""
+    """Replace layerwise.py's search by `search`; None: as if the packages that it imports were not installed."""
     module = None if search is None else SimpleNamespace(quantize=search)
     monkeypatch.setitem(sys.modules, "starling.quantize.layerwise", module)  # type: ignore[arg-type]
 
 
-def test_what_is_asked_for_reaches_the_search(
+def test_the_arguments_reach_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[object] = []
@@ -42,7 +42,7 @@ def test_what_is_asked_for_reaches_the_search(
         (KeyboardInterrupt(), 130, "resumes after the last finished layer"),
     ],
 )
-def test_a_fault_is_told_in_a_line(
+def test_an_error_is_reported_in_one_line(
     fault: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def search(*arguments: object) -> None:
@@ -53,7 +53,7 @@ def test_a_fault_is_told_in_a_line(
     assert told in capsys.readouterr().err
 
 
-def test_a_calibration_text_that_cannot_be_read(
+def test_an_unreadable_calibration_text_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quantizing(monkeypatch, pytest.fail)
@@ -75,7 +75,7 @@ def test_without_autoawq_it_says_how_to_get_it(
     ("option", "out", "err"),
     [("--help", "usage: ", ""), ("--work=weights", "", f" is not installed. {INSTALL_REFERENCE}\n")],
 )
-def test_the_demos_scales_without_autoawq(tmp_path: Path, option: str, out: str, err: str) -> None:
+def test_the_demo_scales_command_without_autoawq(tmp_path: Path, option: str, out: str, err: str) -> None:
     module = "starling.quantize.demo_scales"
     start = f"import runpy, sys; sys.modules['awq'] = None; runpy.run_module({module!r}, run_name='__main__')"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -83,4 +83,4 @@ def test_the_demos_scales_without_autoawq(tmp_path: Path, option: str, out: str,
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == (1 if err else 0)
     assert done.stdout.startswith(out) and done.stderr.endswith(err) and done.stderr.count("\n") == err.count("\n")
-    assert not list(tmp_path.iterdir()), "nothing was made before"
+    assert not list(tmp_path.iterdir()), "nothing was made first"

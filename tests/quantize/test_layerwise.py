@@ -1,4 +1,4 @@
-"""Quantizing a tiny model for real: AutoAWQ's choices, a kill in the middle, and who can read the files."""
+"""Quantizing a tiny model for real: AutoAWQ's choices, a kill half-way, and what can read the files."""
 
 import json
 import signal
@@ -29,7 +29,7 @@ pytest.importorskip(
 from starling.quantize.layerwise import LayerwiseQuantizer, autoawq, quantize
 
 TEXT = "The fox crossed the river at night, and nobody saw where it went. 12 + 30 = 42.\n" * 12
-SIZES = {"group_size": 32, "samples": 10, "length": 64}  # more samples than run side by side
+SIZES = {"group_size": 32, "samples": 10, "length": 64}  # more samples than run at once
 SOURCES: dict[str, Any] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "mistral, window passed": (MistralForCausalLM, MistralConfig, {"sliding_window": 48}),
@@ -38,7 +38,7 @@ SOURCES: dict[str, Any] = {
 
 @pytest.fixture(scope="module", params=SOURCES)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of four layers in full precision, a few inputs much louder than the others."""
+    """A random four-layer model in full precision, with some inputs much larger than the others."""
     folder = tmp_path_factory.mktemp("source")
     ids = {piece: i for i, piece in enumerate(["<s>", "<|end_of_turn|>", *byte_alphabet()])}
     tokenizer_json.write(tokenizer_json.byte_level(ids, [], {"<s>": 0, "<|end_of_turn|>": 1}), folder)
@@ -77,11 +77,11 @@ def test_clips_are_those_that_autoawq_chooses(group_size: int) -> None:
     theirs = autoawq.AwqQuantizer._compute_best_clip(ours, weights, inputs.clone())
     found = ours._compute_best_clip(weights, inputs.clone())
     assert found.shape == theirs.shape
-    # Two candidates may be equally good to float32's last bit; then either is right.
+    # Two candidates may be equally good up to float32's last bit; then either is right.
     assert (found == theirs).float().mean() > 0.99
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(source: Path, quantized: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_ends_the_same(source: Path, quantized: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
@@ -138,7 +138,7 @@ def test_the_files_load_in_the_engine_in_transformers_and_in_autoawq(
 
 
 def test_the_search_beats_rounding_on_what_it_searched(source: Path, quantized: Path) -> None:
-    """Mean squared change of what the first layer puts out for the calibration text, against plain rounding."""
+    """Mean squared change of the first layer's output on the calibration text, against plain rounding."""
     text = Tokenizer.from_folder(source, 264).encode(TEXT)
     ids = torch.tensor([[0, *text[:255]]])
 
@@ -157,7 +157,7 @@ def test_the_search_beats_rounding_on_what_it_searched(source: Path, quantized: 
 
 
 def test_scales_cancel(source: Path, quantized: Path) -> None:
-    """What a norm is divided by, the columns after it are multiplied by; only rounding is left of the difference."""
+    """The columns after a norm are multiplied by what the norm is divided by; only rounding remains as a difference."""
     before, after = DenseWeights(source), DenseWeights(quantized)
     for layer in range(4):
         prefix = f"model.layers.{layer}"
@@ -173,7 +173,7 @@ def test_scales_cancel(source: Path, quantized: Path) -> None:
                 assert (new - old).norm() < 0.2 * old.norm(), f"{prefix}.{linear}"
 
 
-def test_the_channel_scales_are_those_that_were_applied(
+def test_the_returned_channel_scales_are_those_applied(
     source: Path, searched: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:
     out, scales = searched
@@ -188,7 +188,7 @@ def test_the_channel_scales_are_those_that_were_applied(
     assert not any("channel_scales" in name for name in load_file(out / "model.safetensors"))
 
 
-def test_what_cannot_be_quantized_is_refused(source: Path, quantized: Path, tmp_path: Path) -> None:
+def test_unusable_sources_outputs_and_texts_are_refused(source: Path, quantized: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="quantized already"):
         quantize(quantized, tmp_path / "twice", TEXT, **SIZES)
     with pytest.raises(StarlingError, match="holds something already"):

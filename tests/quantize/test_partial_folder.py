@@ -1,4 +1,4 @@
-"""What is kept of a quantization, and the checkpoint that it becomes."""
+"""A quantization's progress on disk, and the checkpoint that it becomes."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from starling.quantize.partial_folder import PartialFolder, fingerprint
 from tests.model.tiny import write_checkpoint
 
 
-def test_another_plan_begins_anew(tmp_path: Path) -> None:
+def test_another_plan_starts_afresh(tmp_path: Path) -> None:
     PartialFolder(tmp_path / "out", {"group_size": 64}).save_layer(0, {"x": torch.zeros(1)}, {})
     assert PartialFolder(tmp_path / "out", {"group_size": 64}).has_layer(0)
     assert not PartialFolder(tmp_path / "out", {"group_size": 32}).has_layer(0)
 
 
-def test_a_layer_that_was_half_written_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_written_layer_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
@@ -37,7 +37,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
             PartialFolder(out, {})
 
 
-def test_a_source_that_changed_is_another(tmp_path: Path) -> None:
+def test_a_changed_source_has_another_fingerprint(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     found = [fingerprint(tmp_path), fingerprint(tmp_path)]
@@ -55,7 +55,7 @@ def test_a_source_that_changed_is_another(tmp_path: Path) -> None:
     assert len(set(found)) == len(found) - 1
 
 
-def test_what_becomes_of_it_is_whole_and_on_the_disk(tmp_path: Path, disk_events: list[tuple[object, ...]]) -> None:
+def test_the_checkpoint_is_complete_and_synced_to_disk(tmp_path: Path, disk_events: list[tuple[object, ...]]) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     write_checkpoint(source)
     (source / "tokenizer.json").write_text("{}")
@@ -73,7 +73,7 @@ def test_what_becomes_of_it_is_whole_and_on_the_disk(tmp_path: Path, disk_events
     assert ("synced", inode) in disk_events[:named]
 
 
-def test_the_folder_that_one_is_in_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_may_be_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     write_checkpoint(source)
     config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
