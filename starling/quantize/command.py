@@ -16,7 +16,11 @@ def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.Argume
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint's folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; it appears once it is complete")
     parser.add_argument(
-        "--group-size", type=int, choices=sorted(GROUP_SIZES), default=128, help="weights per scale (default: 128)"
+        "--group-size",
+        type=int,
+        choices=sorted(GROUP_SIZES),
+        default=128,
+        help="weights per scale (default: %(default)s)",
     )
     parser.add_argument(
         "--calibration",
@@ -25,9 +29,9 @@ def add_quantize_command(subparsers: "argparse._SubParsersAction[argparse.Argume
         default=BUILT_IN,
         help="text like what the model will see, 65,000 tokens for the default sizes (default: a short built-in text)",
     )
-    parser.add_argument("--samples", type=int, default=128, help="blocks of text to use at most (default: 128)")
-    parser.add_argument("--length", type=int, default=512, help="tokens per block (default: 512)")
-    parser.set_defaults(run=run, kept=" The same command resumes after the last finished layer.")
+    parser.add_argument("--samples", type=int, default=128, help="blocks of text to use at most (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="tokens per block (default: %(default)s)")
+    parser.set_defaults(run=run, stopped_note="The same command resumes after the last finished layer.")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from starling import demo, tensor_file
-from starling.errors import NotInstalledError, StarlingError
+from starling.command import exit_code
+from starling.errors import NotInstalledError
 from starling.quantize.calibration import BUILT_IN
 
 SAMPLES, LENGTH = 128, 256  # the whole of the built-in text, in blocks of 256 tokens
@@ -20,7 +21,7 @@ SAMPLES, LENGTH = 128, 256  # the whole of the built-in text, in blocks of 256 t
 def search(work: Path, out: Path) -> None:
     """Write the scales to `out`; `work` gets the full-precision model and AutoAWQ's own files, for comparison.
 
-    Raises StarlingError.
+    Raises StarlingError and OSError.
     """
     try:
         from starling.quantize.layerwise import quantize  # here, since it needs AutoAWQ and --help does not
@@ -34,17 +35,19 @@ def search(work: Path, out: Path) -> None:
     tensor_file.write({name: found.half() for name, found in scales.items()}, out, demo.scales_metadata())
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m starling.quantize.demo_scales", description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("weights"), help="the models' folder (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=demo.SCALES, help="file to write (default: %(default)s)")
     options = parser.parse_args()
-    try:
+
+    def run() -> int:
         search(options.work, options.out)
-    except StarlingError as error:
-        sys.exit(str(error))
-    print(f"Wrote {options.out}. Raise VERSION in {demo.__file__}, so that existing demo models are rebuilt.")
+        print(f"Wrote {options.out}. Raise VERSION in {demo.__file__}, so that existing demo models are rebuilt.")
+        return 0
+
+    return exit_code(run, "The same command resumes.")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -132,9 +132,9 @@ def quantize(source: Path, out: Path, text: str, group_size: int, samples: int, 
         raise CheckpointError(f"{source} is quantized already. Name the full-precision checkpoint that it came from.")
     raw_config = _awq_config(weights, group_size)
     config = ModelConfig.from_dict(raw_config, source=str(source / "config.json"))
-    blocks = calibration_blocks(
-        text, Tokenizer.from_folder(source, config.vocab_size), config.bos_token_id, samples, length
-    )
+    tokenizer = Tokenizer.from_folder(source, config.vocab_size)
+    context = config.max_position_embeddings
+    blocks = calibration_blocks(text, tokenizer, config.bos_token_id, samples, length, context)
     plan = {
         "source": fingerprint(source),
         "group_size": group_size,

@@ -39,7 +39,7 @@ def add_weights_command(subparsers: "argparse._SubParsersAction[argparse.Argumen
                 metavar="SECONDS",
                 help="drop a silent connection after this long; five in a row end the pull (default: %(default)g)",
             )
-            action.set_defaults(kept=" What has arrived is kept; the next pull resumes from there.")
+            action.set_defaults(stopped_note="What has arrived is kept; the next pull resumes from there.")
     weights.set_defaults(run=run)
 
 

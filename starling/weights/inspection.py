@@ -115,8 +115,8 @@ def _inspect_file(folder: Path, lock: Lock, file: LockedFile, known: Ledger) -> 
 
 def _hash_file(folder: Path, lock: Lock, file: LockedFile) -> FileReport:
     path = folder / file.name
-    before = path.stat()
     try:
+        before = path.stat()
         with Progress(f"Hashing {file.name}", before.st_size) as progress:
             sha256 = sha256_of(path, progress.advance)
     except OSError as error:

@@ -20,11 +20,12 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 def test_blocks_are_full_and_each_starts_with_bos(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("abcdefgh")
-    assert calibration_blocks("abcdefgh", tokenizer, 0, samples=9, length=4) == [[0, *ids[:3]], [0, *ids[3:6]]]
-    assert calibration_blocks("abcdefgh", tokenizer, 0, samples=1, length=4) == [[0, *ids[:3]]]
+    blocks = [[0, *ids[:3]], [0, *ids[3:6]]]
+    assert calibration_blocks("abcdefgh", tokenizer, 0, samples=9, length=4, context=4) == blocks
+    assert calibration_blocks("abcdefgh", tokenizer, 0, samples=1, length=4, context=4) == blocks[:1]
 
 
-@pytest.mark.parametrize(("samples", "length"), [(0, 4), (-1, 4), (9, 1), (9, 0), (9, 10)])
+@pytest.mark.parametrize(("samples", "length"), [(0, 4), (-1, 4), (9, 1), (9, 0), (9, 10), (9, 5)])
 def test_impossible_blocks_are_refused(tokenizer: Tokenizer, samples: int, length: int) -> None:
     with pytest.raises(StarlingError, match="--length"):
-        calibration_blocks("abcdefgh", tokenizer, 0, samples, length)
+        calibration_blocks("abcdefgh", tokenizer, 0, samples, length, context=4 if length == 5 else 16)
