@@ -33,7 +33,7 @@ def test_what_the_reference_lacks_is_told(tmp_path: Path, name: str, package: st
         ("load --concurrency 0", "'0' is no number of 1 or more"),
         ("load --url http://127.0.0.1:port", "no address: Invalid port"),
         ("cpu --folder {folder} --peers-python /absent", "'/absent' is no program"),
-        ("cpu --folder {folder} --isa foo", "Instruction set 'foo' is not to be had"),
+        ("cpu --folder {folder} --isa foo", "Instruction set 'foo' is not available"),
         ("engine --weights {folder}", "describes a model that is not implemented"),
     ],
 )

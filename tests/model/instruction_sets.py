@@ -34,7 +34,7 @@ def ops_of(isa: str, threads: int, precision: str, kv_dtype: torch.dtype = torch
 
 @functools.cache
 def _emulated() -> ctypes.CDLL:
-    """kernels.cpp with a matrix unit, on the portable vectors, so that any x86 machine runs it; from a cache."""
+    """kernels.cpp with a matrix unit on the portable vectors, so that any x86 machine can run it; cached."""
     flags = (*FLAGS, "-O1", "-mamx-tile", "-mamx-int8", "-shared")
     digest = hashlib.sha256(repr((key(), flags)).encode() + TILES.read_bytes())
 

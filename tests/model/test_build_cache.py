@@ -16,7 +16,7 @@ from starling.model.ops.cpu import TorchCpuOps, cpu_ops, library
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Where this user's are looked for: in a home, and among temporary files."""
+    """The folders searched for this user: one in the home, one among temporary files."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr("os.getuid", lambda: 1234)
@@ -47,7 +47,7 @@ def test_it_is_found_where_nothing_can_be_written(folders: tuple[Path, Path], mo
 
     monkeypatch.setattr(build_cache, "_make", fail)
     assert kept("a", never) == folders[0] / "a"
-    with pytest.raises(DeviceError, match=r"cannot be kept .*Read-only.*Read-only.*Give this user"):
+    with pytest.raises(DeviceError, match=r"cannot be cached .*Read-only.*Read-only.*Give this user"):
         kept("b", never)
 
 
@@ -104,7 +104,7 @@ def test_a_user_without_a_home_and_a_system_without_a_temporary_folder(
         raise FileNotFoundError("No usable temporary directory found")
 
     monkeypatch.setattr(tempfile, "gettempdir", nothing)
-    with pytest.raises(DeviceError, match="cannot be kept"):
+    with pytest.raises(DeviceError, match="cannot be cached"):
         kept("a", build)
 
 

@@ -22,7 +22,7 @@ REFERENCE = ReferenceOps()
 class Candidate:
     make: Callable[[], Ops]
     linear: float  # error allowed in a linear layer, relative to outputs of its usual size
-    other: float = 1e-5  # and in everything else, but for the rounding of a cache in fp16
+    other: float = 1e-5  # in everything else; more where the KV cache is fp16, for its rounding
 
 
 CANDIDATES = {
@@ -52,7 +52,7 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def linear_error(found: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> float:
-    """Of x @ matrix.T, in units of the norm that it has on average: a few outputs may happen to cancel out."""
+    """The error of x @ matrix.T relative to its norm on average: its actual one may be small, if few outputs cancel."""
     usual = x.norm() * matrix.norm() / matrix.shape[1] ** 0.5
     assert found.shape == (len(x), len(matrix))
     return float((found - x @ matrix.T).norm() / usual.clamp(min=1e-9))
@@ -133,8 +133,8 @@ def test_embedding_norms_and_activation(candidate: Candidate, rng: random.Random
     assert error(ops.silu_and_mul(gate_up), REFERENCE.silu_and_mul(gate_up)) < candidate.other
 
 
-def test_inputs_may_lie_apart(candidate: Candidate, rng: random.Random) -> None:
-    """Every second of a tensor's last dimension, against the same numbers end to end."""
+def test_inputs_may_be_strided(candidate: Candidate, rng: random.Random) -> None:
+    """Every second element of the last dimension, against a contiguous copy."""
     ops, tokens, heads, kv_heads, dim = candidate.make(), 40, 8, 2, 64
     weight, table = ops.pack_awq(random_awq(512, 64, 128)), torch.randn(100, 32).half()
     head, rotary = ops.pack_head(torch.randn(64, 512).half()), torch.randn(64, dim)
@@ -181,7 +181,7 @@ def test_rotary_and_attention(
     rng.shuffle(pieces)
     batch = step(pieces, block_size)
     cached = torch.randn(2, blocks, kv_heads, block_size, dim)
-    cached[:, free] = torch.nan  # blocks of no request hold anything
+    cached[:, free] = torch.nan  # blocks that no request owns may hold anything
     rotary = torch.randn(1024, dim).clamp(-1, 1)
     qkv = torch.randn(batch.positions.numel(), (heads + 2 * kv_heads) * dim)
 

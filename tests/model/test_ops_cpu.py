@@ -97,7 +97,7 @@ def test_a_model_answers_the_same_alone_in_chunks_and_in_company(
 ) -> None:
     """Three requests, 330 tokens or more each: whole and alone, against mixed steps of odd chunks on more threads."""
     lengths = [rng.randint(330, 400) for _ in range(3)]
-    prompts = [rng.randint(1, length) for length in lengths]  # tokens after it count as generated
+    prompts = [rng.randint(1, length) for length in lengths]  # tokens after these count as generated
     ids = [torch.randint(0, 331, (length,)) for length in lengths]
 
     def pieces_of(request: int, table: list[int], start: int, end: int) -> list[Piece]:
@@ -190,7 +190,7 @@ def test_an_unknown_instruction_set_is_refused_by_name() -> None:
         CpuOps(1, isa="mmx")
 
 
-def test_a_set_that_the_compiler_does_not_know_leaves_the_next_best(
+def test_a_set_that_the_compiler_does_not_support_leaves_the_next_best(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     load, (best, *others) = library.load, usable_instruction_sets()
@@ -208,7 +208,7 @@ def test_a_set_that_the_compiler_does_not_know_leaves_the_next_best(
 
 
 @pytest.mark.skipif("amx" not in usable_instruction_sets(), reason="needs AMX")
-def test_tiles_that_linux_refuses_are_told_and_leave_the_next_best(
+def test_tiles_that_linux_refuses_are_logged_and_leave_the_next_best(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "refuse.h").write_text("#include <unistd.h>\n#define syscall(...) -1L\n")
@@ -217,10 +217,10 @@ def test_tiles_that_linux_refuses_are_told_and_leave_the_next_best(
     subprocess.run([*(find_compiler() or ()), *flags, str(NATIVE / "isa.cpp"), "-o", str(path)], check=True)
     monkeypatch.setattr(library, "library_paths", lambda _: [path])
     assert usable_instruction_sets.__wrapped__() == usable_instruction_sets()[1:]
-    assert "has amx, but Linux refuses it" in caplog.text and "avx512vnni, runs" in caplog.text
+    assert "has amx, but Linux refuses it" in caplog.text and "next best, avx512vnni" in caplog.text
 
 
-def test_a_set_that_is_refused_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_set_that_is_refused_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     for refused, told in ((None, False), (b"amx", True)):
         isa = SimpleNamespace(
             starling_usable_isa=lambda i: [b"avx2", b"portable", None][i],
@@ -228,7 +228,7 @@ def test_a_set_that_is_refused_is_told(monkeypatch: pytest.MonkeyPatch, caplog: 
         )
         monkeypatch.setattr(library, "_open", lambda _, isa=isa: isa)
         assert usable_instruction_sets.__wrapped__() == ("avx2", "portable")
-        assert ("has amx, but Linux refuses it" in caplog.text and "avx2, runs" in caplog.text) == told
+        assert ("has amx, but Linux refuses it" in caplog.text and "next best, avx2" in caplog.text) == told
 
 
 def test_head_dims_beyond_the_kernels_are_refused() -> None:
@@ -271,7 +271,7 @@ def test_torch_computes_with_as_many_threads_as_the_kernels() -> None:
 
 @pytest.mark.parametrize("isa", usable_instruction_sets())
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_value_that_is_no_number_spoils_its_own_row_and_all_of_it(
+def test_a_value_that_is_not_finite_spoils_its_whole_row_and_no_other(
     precision: str, isa: str, rng: random.Random
 ) -> None:
     ops = CpuOps(1, precision, isa=isa)  # type: ignore[arg-type]
@@ -300,7 +300,7 @@ try:
 except DeviceError as error:
     assert "64 threads could not be started" in str(error)
 else:
-    raise AssertionError("they had room")
+    raise AssertionError("64 threads started")
 """
 
 
@@ -314,7 +314,7 @@ def test_a_step_holds_as_many_prompt_tokens_as_keep_its_threads_busy(
     ]
 
 
-def test_threads_that_cannot_be_had_are_an_error() -> None:
+def test_threads_that_cannot_be_started_are_an_error() -> None:
     done = subprocess.run([sys.executable, "-c", TOO_MANY_THREADS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -401,7 +401,7 @@ def test_the_nearest_and_the_outer_quotas_count(
     assert cores.usable_cores() == wanted
 
 
-def test_a_cache_in_either_dtype_is_the_models(checkpoint: Path) -> None:
+def test_a_model_allocates_its_cache_in_either_dtype(checkpoint: Path) -> None:
     for dtype in (torch.float16, torch.float32):
         cache = Mistral.load(checkpoint, CpuOps(1, kv_dtype=dtype)).allocate_cache(2, BLOCK_SIZE)
         assert isinstance(cache, KVCache) and cache.keys.dtype == dtype

@@ -1,6 +1,5 @@
-// The kernels of one instruction set, named by the argument, against plain loops in double precision: what
-// scripts/sanitize runs under the sanitizers, and what can be run where there is no Python (another architecture, an
-// emulator).
+// The kernels of one instruction set, named by the argument, against plain loops in double precision. scripts/sanitize
+// runs this under the sanitizers, and it can run where there is no Python (another architecture, an emulator).
 // Buffers are exactly as large as the interface says, so that a read beyond one is found.
 #include <algorithm>
 #include <cmath>
@@ -31,7 +30,7 @@ static double of_half(uint16_t h) {
   return (h & 0x8000 ? -1 : 1) * std::ldexp(1 + (h & 1023) / 1024.0, (h >> 10 & 31) - 15);
 }
 
-// `size`: what the sum of squares is likely to be; that of `wanted`, unless few numbers may have come out small.
+// `size`: the expected sum of squares; by default that of `wanted`, which may be small by chance if numbers are few.
 static void check(const std::string& what, const std::vector<float>& found, const std::vector<double>& wanted,
                   double allowed, double size = 0) {
   double difference = 0;
@@ -215,7 +214,7 @@ static void test_rows(Context& context, const std::string& name) {
   check(name + " silu", out, silu, 1e-6);
 }
 
-// Logits that are no numbers, of a model that is broken: any token, but no memory that is another's.
+// NaN logits, from a broken model: any token may be drawn, but nothing out of bounds.
 static void test_broken_draw(const std::string& name) {
   const float nan = std::nanf("");
   std::vector<float> p = {0.5f, nan, 1.0f, -nan, 0.25f};

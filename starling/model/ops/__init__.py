@@ -1,4 +1,4 @@
-"""The same few operations, once per device; `reference.py` is what they mean."""
+"""The same few operations, implemented once per device; `reference.py` defines what they mean."""
 
 import logging
 from typing import Literal
@@ -19,7 +19,7 @@ def choose_ops(
     cpu_precision: Literal["auto", "int8", "int16", "float32"] = "auto",
     kv_dtype: Literal["float16", "float32"] = "float16",
 ) -> Ops:
-    """What `device` says, and for "auto" the best that this machine can run. Raises DeviceError."""
+    """The operations for `device`; "auto" picks the best that this machine can run. Raises DeviceError."""
     from starling.model.ops.cpu import cpu_ops
 
     if device == "cuda" or (device == "auto" and torch.version.cuda is not None):
@@ -30,5 +30,5 @@ def choose_ops(
         except DeviceError as error:
             if device == "cuda":
                 raise
-            log.warning("The CPU computes, many times slower than a GPU. %s", error)
+            log.warning("Running on the CPU, many times slower than a GPU. %s", error)
     return cpu_ops(threads, cpu_precision, torch.float16 if kv_dtype == "float16" else torch.float32)

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept: found in one of this user's folders, or made in the first that can take them."""
+"""The cache of compiled kernels: found in one of this user's folders, or built in the first that accepts them."""
 
 import os
 import stat
@@ -10,14 +10,15 @@ from pathlib import Path
 from starling.errors import DeviceError
 from starling.file_system import alone, free_disk_bytes
 
-LEAST_BYTES = 32 << 20  # that a folder must have free: a compiler that runs out does not say so
+MIN_FREE_BYTES = 32 << 20  # needed in a folder before building there: a compiler that fills the disk does not say so
 
 
 def kept(name: str, build: Callable[[Path], None], folder: Path | None = None) -> Path:
-    """The file `name`: from `folder`, or from the first of this user's that holds it, even if none can be written to.
+    """The path of file `name`: in `folder`, or else in the first of this user's folders that has it, even read-only.
 
-    Else `build` makes it at the path that it is given, and it is kept in the first that takes it. Processes that start
-    together build once; the file appears by renaming, whole. Raises DeviceError where it cannot be kept.
+    If none has it, `build` writes it to the path it is given, and the first folder that accepts it keeps it. Processes
+    that start together build it once; it is renamed into place, so it always appears whole. Raises DeviceError if no
+    folder can keep it.
     """
     folders = [folder] if folder else list(_folders())
     for each in folders:
@@ -31,24 +32,24 @@ def kept(name: str, build: Callable[[Path], None], folder: Path | None = None) -
         except OSError as error:
             faults.append(str(error))
     raise DeviceError(
-        f"Compiled kernels cannot be kept ({'; '.join(faults) or 'no folder is safe'}). "
-        "Give this user a home or a temporary folder that can be written to."
+        f"Compiled kernels cannot be cached ({'; '.join(faults) or 'no folder is safe'}). "
+        "Give this user a writable home or temporary folder."
     )
 
 
 def _folders() -> Iterator[Path]:
-    with suppress(RuntimeError):  # no HOME, and a user that the system does not know
-        yield from filter(_is_ours, [Path.home() / ".cache" / "starling"])
-    with suppress(FileNotFoundError):  # nothing can be written to
-        yield from filter(_is_ours, [Path(tempfile.gettempdir()) / f"starling-{os.getuid()}"])
+    with suppress(RuntimeError):  # no HOME, and the system does not know this user
+        yield from filter(_is_trusted, [Path.home() / ".cache" / "starling"])
+    with suppress(FileNotFoundError):  # no writable temporary folder
+        yield from filter(_is_trusted, [Path(tempfile.gettempdir()) / f"starling-{os.getuid()}"])
 
 
-def _is_ours(folder: Path) -> bool:
-    """Nobody else, who could guess its name in a folder for all, made it or may write to it: what it holds is run."""
+def _is_trusted(folder: Path) -> bool:
+    """Whether no other user can have made or filled `folder`, whose name is easy to guess: we run what it holds."""
     try:
         found = folder.lstat()
     except OSError:
-        return True  # it is to be made
+        return True  # not there yet: we will make it
     return stat.S_ISDIR(found.st_mode) and found.st_uid in (0, os.getuid()) and not found.st_mode & stat.S_IWOTH
 
 
@@ -56,8 +57,8 @@ def _make(path: Path, build: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with alone(path.with_name(f"{path.name}.lock"), "compiler"):
         if not path.exists():
-            if free_disk_bytes(path.parent) < LEAST_BYTES:
-                raise OSError(f"{path.parent} has less than {LEAST_BYTES >> 20} MiB free")
+            if free_disk_bytes(path.parent) < MIN_FREE_BYTES:
+                raise OSError(f"{path.parent} has less than {MIN_FREE_BYTES >> 20} MiB free")
             with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
                 build(Path(scratch) / path.name)
                 (Path(scratch) / path.name).replace(path)

@@ -1,4 +1,4 @@
-"""The few operations that a device must offer. `reference.py` says in plain torch what each one means."""
+"""The few operations that a device must offer. `reference.py` defines each one in plain torch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -13,7 +13,7 @@ Packed = Mapping[str, torch.Tensor]
 
 
 class DecoderLayer(Protocol):
-    """One decoder layer's weights. Projections of one input are fused: q|k|v and gate|up."""
+    """One decoder layer's weights. Projections of the same input are fused: q|k|v and gate|up."""
 
     @property
     def input_norm(self) -> torch.Tensor: ...  # fp16 [H]
@@ -31,7 +31,7 @@ class DecoderLayer(Protocol):
 
 @runtime_checkable
 class FusedLayers(Protocol):
-    """What a device may offer beside Ops: all layers in one call, equal to the calls one by one but for rounding."""
+    """What a device may offer besides Ops: all layers in one call, equal to the single calls but for rounding."""
 
     def run_layers(
         self,
@@ -44,11 +44,11 @@ class FusedLayers(Protocol):
         window: int | None,
         eps: float,
     ) -> torch.Tensor:
-        """Embeddings [T, H] → the residual stream behind the last layer, of the batch's `logit_rows` [rows, H].
+        """Embeddings [T, H] → the residual stream after the last layer, for the batch's `logit_rows`: [rows, H].
 
-        Of the other tokens the last layer only writes keys and values.
+        For the other tokens the last layer only writes keys and values.
 
-        `keys` and `values` are all layers' [layers, blocks, kv_heads, block_size, D]. `x` may be overwritten.
+        `keys` and `values` hold all layers: [layers, blocks, kv_heads, block_size, D]. `x` may be overwritten.
         """
         ...
 
@@ -60,17 +60,17 @@ class Ops(Protocol):
     `kv_dtype` is what the KV cache stores; activations are `dtype`.
     """
 
-    name: str  # what computes, in words
+    name: str  # what does the computing, for people to read
     layout: str | None  # names the packed layout and its version, for the cache of repacked weights; None: not cached
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype
-    prefill_tokens: int  # prompt tokens in a step: as many as keep it busy, and no more, since other answers wait
+    prefill_tokens: int  # prompt tokens per step: enough to keep it busy, no more, since other requests wait
 
     def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
-        """Repack one linear layer, once, at load time; its tensors lie on `device`, or on the CPU.
+        """Repack one linear layer, once, at load time; `weight`'s tensors are on `device` or on the CPU.
 
-        `paired`: its outputs are gate | up, which silu_and_mul takes next, so pairs may be kept side by side.
+        `paired`: the outputs are gate | up, inputs of silu_and_mul, so each pair may be stored side by side.
         """
         ...
 
@@ -79,7 +79,7 @@ class Ops(Protocol):
         ...
 
     def restore(self, weight: Packed) -> Packed:
-        """What pack_awq or pack_head returned, from its tensors as a cache gives them back: on the CPU."""
+        """What pack_awq or pack_head returned, rebuilt from its tensors, which a cache returns on the CPU."""
         ...
 
     def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ class Ops(Protocol):
         ...
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
-        """int64 [T], fp16 [V, H] → [T, H]. An id below 0 is -(1 + row) of `sampled`, int [any]."""
+        """int64 [T], fp16 [V, H] → [T, H]. An id below 0, -(1 + row), stands for `sampled[row]`, int [any]."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -140,10 +140,10 @@ class Ops(Protocol):
     ) -> torch.Tensor:
         """float32 logits [rows, V] → token ids, int64 [rows]; the other arguments are [rows], on the CPU.
 
-        Temperature 0 takes the largest logit, the lowest id where several are equal. Otherwise p = softmax(logits /
+        Temperature 0 takes the largest logit, the lowest id on a tie. Otherwise p = softmax(logits /
         temperature), and filters cut p down, in this order: min_p keeps tokens of at least min_p times the largest p;
         top_k keeps the k likeliest (0: all); top_p keeps, of what is left and renormalised, the likeliest until their
-        sum reaches top_p, at least one. Equal p rank by id. The token is the first, by id, at which the kept mass
-        reaches more than `uniform` (float64, in [0, 1)) of its sum.
+        sum reaches top_p, at least one. Equal p rank by id. The token is the first, in order of id, at which the
+        cumulative kept p exceeds `uniform` (float64, in [0, 1)) times its total.
         """
         ...

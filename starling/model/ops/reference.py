@@ -119,7 +119,7 @@ def _sample_row(
         return (logits == logits.max()).to(torch.uint8).argmax()
     p = ((logits.to(torch.float64) - logits.max()) / temperature).softmax(dim=-1)
     kept = p >= min_p * p.max()
-    order = logits.argsort(descending=True, stable=True)  # not p's: logits that differ may round to one p
+    order = logits.argsort(descending=True, stable=True)  # by logit, not p: different logits may round to the same p
     if top_k > 0:
         kept[order[top_k:]] = False
     p = p * kept
@@ -133,13 +133,13 @@ def _sample_row(
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[T, heads, D] turned by its position's angles, [T, 1, D / 2] each."""
+    """[T, heads, D], rotated by the angles of each token's position; `cos` and `sin` are [T, 1, D / 2]."""
     first, second = x.to(torch.float32).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def resolved(token_ids: torch.Tensor, sampled: torch.Tensor | None) -> torch.Tensor:
-    """Ids without those below 0 that Ops.embed takes."""
+    """The ids, with those below 0 replaced by the sampled ids that they stand for (see Ops.embed)."""
     if sampled is None or not (below := token_ids < 0).any():
         return token_ids
     token_ids = token_ids.clone()

@@ -20,14 +20,14 @@ from starling.model.ops.build_cache import kept
 log = logging.getLogger(__name__)
 
 NATIVE = Path(__file__).parent / "native"
-# -ffp-contract=off: the compiler must not fuse a product and a sum in one tile and not in another.
+# -ffp-contract=off: the compiler must not fuse a multiply and an add in one tile but not in another.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
 AVX512_VNNI = (*AVX512, "-mavx512vnni")
 ARM_DOT, ARM_I8MM = "-march=armv8.2-a+dotprod", "-march=armv8.2-a+dotprod+i8mm"
-ZIG_SPELLING = {ARM_DOT: "-mcpu=generic+dotprod", ARM_I8MM: "-mcpu=generic+dotprod+i8mm"}  # zig's names of processors
-# kernels.cpp is compiled for each of these; isa.cpp tells which the machine has, best first.
+ZIG_SPELLING = {ARM_DOT: "-mcpu=generic+dotprod", ARM_I8MM: "-mcpu=generic+dotprod+i8mm"}  # zig's names
+# kernels.cpp is compiled for each of these; isa.cpp says which ones the machine has, best first.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "amx": (*AVX512_VNNI, "-mamx-tile", "-mamx-int8"),
@@ -39,9 +39,9 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "aarch64": {"neoni8mm": (ARM_I8MM,), "neondot": (ARM_DOT,), "portable": ()},
 }
-# Libraries beside those of the kernels: what calls them, and what chooses among them.
+# The other libraries: the code that calls the kernels, and the code that says which of them can run.
 SOURCES = {"context": ("api.cpp", "context.cpp", "pool.cpp", "repack.cpp", "sampling.cpp"), "isa": ("isa.cpp",)}
-COMPILE_TIMEOUT_S = 1800  # against one that hangs: beside much other work it took more than 300
+COMPILE_TIMEOUT_S = 1800  # against a hung compiler; on a busy machine compiling took more than 300
 
 
 class NoCompilerError(DeviceError):
@@ -49,10 +49,10 @@ class NoCompilerError(DeviceError):
 
 
 def library_paths(*parts: str, cache: Path | None = None) -> list[Path]:
-    """The compiled libraries of `parts`, built first, side by side, where the cache lacks them. Raises NoCompilerError.
+    """The compiled libraries of `parts`; those that the cache lacks are built, in parallel. Raises NoCompilerError.
 
-    A part is "context", "isa", or an instruction set for its kernels. The cache's key covers the sources, the flags and
-    the architecture; not the compiler, which an image may drop after its build.
+    A part is "context", "isa", or an instruction set for its kernels. The cache key covers the sources, the flags and
+    the architecture, but not the compiler, which an image may drop after its build.
     """
     key, suffix = _key(), ".dylib" if sys.platform == "darwin" else ".so"
 
@@ -69,12 +69,12 @@ def library_paths(*parts: str, cache: Path | None = None) -> list[Path]:
 
 
 def compile_ahead(cache: Path | None = None) -> None:
-    """Every library of this architecture, for machines that may have no compiler. Raises NoCompilerError."""
+    """Compile every library for this architecture, for machines that may lack a compiler. Raises NoCompilerError."""
     library_paths(*SOURCES, *_instruction_sets(), cache=cache)
 
 
 def find_compiler() -> tuple[str, ...] | None:
-    """The command that compiles C++ here, None where there is none."""
+    """The command that compiles C++ here, or None."""
     for name in ("c++", "g++", "clang++"):
         found = shutil.which(name)
         if found:
@@ -88,7 +88,7 @@ def _machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
 
 
-@lru_cache(maxsize=1)  # a start asks twice, and it reads every source
+@lru_cache(maxsize=1)  # called twice at startup, and it reads every source
 def _key() -> str:
     digest = hashlib.sha256()
     for path in sorted(NATIVE.iterdir()):

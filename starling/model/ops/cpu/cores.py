@@ -13,8 +13,8 @@ TOPOLOGY = Path("/sys/devices/system/cpu")
 def usable_cores() -> int:
     """Physical cores within the process's affinity and its control groups' quotas, at least 1.
 
-    Two hyperthreads of a core count as one: they share the units that these kernels fill. Of a quota's last core a part
-    counts as a whole: two threads that are held up a quarter of the time do more than one.
+    Two hyperthreads of a core count as one: they share the execution units that these kernels saturate. A fraction
+    of a core counts as a whole one: two threads that are throttled a quarter of the time do more than one.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = len({_siblings(cpu) for cpu in allowed})
@@ -30,7 +30,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quotas() -> Iterator[float]:
-    """Cores' worth of time that each control group allows that limits it."""
+    """The CPU time, in cores, that each limiting control group allows this process."""
     for version, folder in limiting_groups("cpu"):
         try:
             if version == 2:

@@ -1,4 +1,4 @@
-"""The C interface of native/api.cpp and isa.cpp, as ctypes sees it."""
+"""The C interface of native/api.cpp and isa.cpp, in ctypes."""
 
 import ctypes
 import logging
@@ -69,9 +69,9 @@ FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 @lru_cache
 def load(isa: str) -> tuple[ctypes.CDLL, int]:
-    """The library that calls the kernels, with its functions' types declared, and the address of those for `isa`.
+    """The library that calls the kernels, its functions' types declared, and the address of the kernels for `isa`.
 
-    They are compiled first if need be. Raises NoCompilerError.
+    Both are compiled first if need be. Raises NoCompilerError.
     """
     library, kernels = map(_open, library_paths("context", isa))
     for name, (result, arguments) in FUNCTIONS.items():
@@ -81,12 +81,12 @@ def load(isa: str) -> tuple[ctypes.CDLL, int]:
 
 
 def load_best(sets: Sequence[str]) -> tuple[str, ctypes.CDLL, int]:
-    """The first of `sets` that the compiler knows, and what `load` returns for it. Raises NoCompilerError."""
+    """The first of `sets` that the compiler supports, and what `load` returns for it. Raises NoCompilerError."""
     for isa in sets[:-1]:
         try:
             return isa, *load(isa)
         except NoCompilerError as error:
-            log.warning("Kernels for %s, which this machine has, cannot be built; the next best run. %s", isa, error)
+            log.warning("Kernels for %s, which this machine has, cannot be built; using the next best. %s", isa, error)
     return sets[-1], *load(sets[-1])
 
 
@@ -95,13 +95,13 @@ def usable_instruction_sets() -> tuple[str, ...]:
     """The names that CpuOps' `isa` accepts on this machine, best first. Raises NoCompilerError."""
     (path,) = library_paths("isa")
     library = _open(path)
-    tell, refused = library.starling_usable_isa, library.starling_refused_isa
-    tell.restype, tell.argtypes, refused.restype = ctypes.c_char_p, (INT32,), ctypes.c_char_p
+    usable, refused = library.starling_usable_isa, library.starling_refused_isa
+    usable.restype, usable.argtypes, refused.restype = ctypes.c_char_p, (INT32,), ctypes.c_char_p
     found: list[str] = []
-    while (name := tell(len(found))) is not None:
+    while (name := usable(len(found))) is not None:
         found.append(name.decode())
     if (name := refused()) is not None:
-        text = "This machine has %s, but Linux refuses it to this process (arch_prctl); the next best, %s, runs."
+        text = "This machine has %s, but Linux refuses it to this process (arch_prctl); using the next best, %s."
         log.warning(text, name.decode(), found[0])
     return tuple(found)
 
@@ -109,7 +109,7 @@ def usable_instruction_sets() -> tuple[str, ...]:
 def _open(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
-    except OSError as error:  # compiled, and kept where nothing may be run
+    except OSError as error:  # most likely its folder is mounted noexec
         raise NoCompilerError(
             f"The CPU kernels cannot be loaded: {error}. Give this user a home that is not mounted noexec."
         ) from error

@@ -1,4 +1,4 @@
-"""CpuOps: the operations of `interface.py` by the C++ kernels in native/."""
+"""CpuOps: the operations of `interface.py`, on the C++ kernels in native/."""
 
 import ctypes
 import weakref
@@ -18,8 +18,8 @@ from starling.model.ops.reference import resolved
 Precision = Literal["float32", "int16", "int8", "auto"]
 PRECISIONS: dict[str, int] = {"float32": 0, "int16": 1, "int8": 2, "auto": 3}  # enum Precision of types.h
 BLOCK_ROWS = 16  # output rows in one block of a packed weight
-# Prompt tokens in a step, for each thread: of a 7B model it then takes 0.7 to 0.8 s, however many threads there are,
-# and reads a prompt hardly slower than with 256 (at 95 to 104% of the speed). A matrix unit computes more in that time.
+# Prompt tokens per step and thread. A step of a 7B model then takes 0.7 to 0.8 s, however many threads there are, and
+# prompts are read at 95 to 104% of the speed that steps of 256 reach. A matrix unit computes more in that time.
 PREFILL_TOKENS, MATRIX_PREFILL_TOKENS = 16, {"amx": 64, "neoni8mm": 32}
 MOST_PREFILL_TOKENS = 256
 MAX_HEAD_DIM = 256
@@ -29,8 +29,8 @@ MAX_HEADS_PER_KV_HEAD = 64
 class PackedLinear(dict[str, torch.Tensor]):
     """A packed weight and the C structure that points at it.
 
-    Keys: `weight`, and where the bits need them `scales` and `zeros`, as types.h lays them out; `shape`, int64
-    [4]: output features, input features, group size, bits per weight.
+    Keys: `weight`, and, depending on the bits, `scales` and `zeros`, laid out as in types.h; `shape`, int64 [4]:
+    output features, input features, group size, bits per weight.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -53,7 +53,7 @@ class LayerStack:
     def __init__(self, layers: Sequence[DecoderLayer], keys: torch.Tensor, values: torch.Tensor) -> None:
         self._layers, self._keys, self._values = layers, keys, values
         assert keys.is_contiguous() and values.is_contiguous()
-        self._linears = [[_linear(w) for w in (layer.qkv, layer.out, layer.gate_up, layer.down)] for layer in layers]
+        self._linears = [[_as_linear(w) for w in (layer.qkv, layer.out, layer.gate_up, layer.down)] for layer in layers]
         self.qkv_rows = self._linears[0][0].rows
         self.intermediate = self._linears[0][2].rows // 2
         self.structs = (library.Layer * len(layers))()
@@ -76,7 +76,7 @@ class CpuOps:
       int8     to 8 bits; the output projection is kept in 8 bits
       auto     prompt tokens as int8, generated ones as int16; the output projection is kept in 8 bits
     `threads`: None for the cores that this process may use. `isa`: an instruction set by name, for tests.
-    Raises DeviceError where `isa` is not to be had, NoCompilerError where the kernels cannot be built.
+    Raises DeviceError if `isa` is not available, NoCompilerError if the kernels cannot be built.
     """
 
     def __init__(
@@ -99,20 +99,20 @@ class CpuOps:
         usable = library.usable_instruction_sets()
         if isa not in ("auto", *usable):
             raise DeviceError(
-                f"Instruction set {isa!r} is not to be had on this machine: use one of {', '.join(usable)}."
+                f"Instruction set {isa!r} is not available on this machine: use one of {', '.join(usable)}."
             )
         isa, self._lib, kernels = library.load_best(usable if isa == "auto" else (isa,))
         self.name = f"{isa} kernels with {self.threads} threads"
-        each = MATRIX_PREFILL_TOKENS.get(isa, PREFILL_TOKENS)
-        self.prefill_tokens = min(each * self.threads, MOST_PREFILL_TOKENS)
+        per_thread = MATRIX_PREFILL_TOKENS.get(isa, PREFILL_TOKENS)
+        self.prefill_tokens = min(per_thread * self.threads, MOST_PREFILL_TOKENS)
         self._context: int | None = self._lib.starling_open(self.threads, kernels)
         if self._context is None:
             raise DeviceError(
-                f"{self.threads} threads could not be started: this process may have no more, or no memory for them. "
+                f"{self.threads} threads could not be started: this process may not have so many, or lacks the memory. "
                 "Lower STARLING_THREADS, or raise the limit on processes."
             )
         self._close = weakref.finalize(self, self._lib.starling_close, self._context)
-        self._close.atexit = False  # a step may be running as Python ends, on a thread that does not end before it
+        self._close.atexit = False  # at exit a step may still be running, on a thread that Python does not wait for
         self._step_batch: Batch | None = None
         self._step_struct = library.Step()
         self._stack: LayerStack | None = None
@@ -150,7 +150,7 @@ class CpuOps:
         return packed
 
     def restore(self, weight: Packed) -> Packed:
-        return _linear(weight)
+        return _as_linear(weight)
 
     def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:
         return self._linear(x, weight, prompt_tokens)
@@ -167,20 +167,20 @@ class CpuOps:
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._norm(None, _rows(x), weight, eps)
+        return self._norm(None, _contiguous(x), weight, eps)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        residual = _rows(residual)
-        return self._norm(_rows(x), residual, weight, eps), residual
+        residual = _contiguous(residual)
+        return self._norm(_contiguous(x), residual, weight, eps), residual
 
     def rotate_and_cache(
         self, qkv: torch.Tensor, batch: Batch, rotary: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         _, kv_heads, block_size, dim = keys.shape
         heads = qkv.shape[1] // dim - 2 * kv_heads
-        qkv, q = _rows(qkv), torch.empty(qkv.shape[0], heads, dim)
+        qkv, q = _contiguous(qkv), torch.empty(qkv.shape[0], heads, dim)
         shape = self._shape(heads, kv_heads, dim, block_size, None)
         self._lib.starling_rotate_and_write(
             self._context, ctypes.addressof(shape), self._step(batch), qkv.data_ptr(), rotary.data_ptr(),
@@ -193,7 +193,7 @@ class CpuOps:
     ) -> torch.Tensor:
         tokens, heads, dim = q.shape
         shape = self._shape(heads, keys.shape[1], dim, keys.shape[2], window)
-        q, out = _rows(q), torch.empty(tokens, heads * dim)
+        q, out = _contiguous(q), torch.empty(tokens, heads * dim)
         self._lib.starling_attention(
             self._context, ctypes.addressof(shape), self._step(batch), q.data_ptr(), keys.data_ptr(),
             values.data_ptr(), out.data_ptr(),
@@ -202,7 +202,7 @@ class CpuOps:
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         tokens, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
-        gate_up, out = _rows(gate_up), torch.empty(tokens, intermediate)
+        gate_up, out = _contiguous(gate_up), torch.empty(tokens, intermediate)
         self._lib.starling_silu_mul(self._context, gate_up.data_ptr(), out.data_ptr(), tokens, intermediate)
         return out
 
@@ -224,7 +224,7 @@ class CpuOps:
         heads = self._stack.qkv_rows // dim - 2 * kv_heads
         shape = self._shape(heads, kv_heads, dim, block_size, window)
         shape.hidden, shape.intermediate, shape.eps = x.shape[1], self._stack.intermediate, eps
-        x = _rows(x)
+        x = _contiguous(x)
         residual = torch.empty_like(x)
         self._lib.starling_layers(
             self._context, ctypes.addressof(self._stack.structs), len(layers), ctypes.addressof(shape),
@@ -244,7 +244,7 @@ class CpuOps:
         settings = (temperature, top_k, top_p, min_p, uniform)
         wanted = (torch.float64, torch.int64, torch.float64, torch.float64, torch.float64)
         assert tuple(s.dtype for s in settings) == wanted and all(s.is_contiguous() for s in settings)
-        logits = _rows(logits)
+        logits = _contiguous(logits)
         rows, vocabulary = logits.shape
         ids = torch.empty(rows, dtype=torch.int64)
         self._lib.starling_sample(
@@ -253,7 +253,7 @@ class CpuOps:
         return ids
 
     def _linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor | None) -> torch.Tensor:
-        linear, x = _linear(weight), _rows(x)
+        linear, x = _as_linear(weight), _contiguous(x)
         prompt_tokens = None if prompt_tokens is None else prompt_tokens.contiguous()
         tokens = x.shape[0]
         out = torch.empty(tokens, linear.rows)
@@ -303,11 +303,11 @@ class CpuOps:
         return ctypes.addressof(self._step_struct)
 
 
-def _linear(weight: Packed) -> PackedLinear:
+def _as_linear(weight: Packed) -> PackedLinear:
     return weight if isinstance(weight, PackedLinear) else PackedLinear(weight)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """As the kernels read it: float32, rows end to end. To be held while they do: it may be a copy."""
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x` as the kernels read it: float32, contiguous. Hold the result while they do: it may be a copy."""
     assert x.dtype == torch.float32
     return x.contiguous()

@@ -1,4 +1,4 @@
-"""The operations in plain torch, for a CPU whose machine has no C++ compiler: several times slower, no setup."""
+"""The operations in plain torch, for machines without a C++ compiler: several times slower, no setup."""
 
 import logging
 
@@ -19,9 +19,9 @@ PACKED_ROWS = 4096  # output features repacked at a time: unpacked to int32 they
 
 
 class TorchCpuOps(ReferenceOps):
-    """Weights stay at 4 bits, read by torch's own int4 product. It takes bfloat16: errors of about 3e-3 per layer.
+    """Weights stay at 4 bits, read by torch's own int4 matmul. It takes bfloat16: errors of about 3e-3 per layer.
 
-    `kv_dtype` as in CpuOps. The output projection stays in fp16, and is widened to float32 a slice at a time.
+    `kv_dtype` as in CpuOps. The output projection stays in fp16 and is widened to float32 a slice at a time.
     """
 
     name = "torch-cpu"
@@ -30,7 +30,7 @@ class TorchCpuOps(ReferenceOps):
     def __init__(self, kv_dtype: torch.dtype = torch.float16) -> None:
         super().__init__("cpu", torch.float32)
         self.kv_dtype = kv_dtype
-        # Of a 7B model, on two threads: 94% of the speed at which it reads a prompt 256 at a time.
+        # A 7B model on two threads then reads prompts at 94% of the speed of steps of 256 tokens.
         self.prefill_tokens = min(32 * torch.get_num_threads(), MOST_PREFILL_TOKENS)
 
     def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
@@ -72,13 +72,13 @@ class TorchCpuOps(ReferenceOps):
 def cpu_ops(threads: int | None = None, precision: Precision = "auto", kv_dtype: torch.dtype = torch.float16) -> Ops:
     """The CPU's operations: the kernels, or plain torch with a warning where they cannot be built.
 
-    `threads`: None for the cores that this process may use. torch computes with as many from now on: by itself it does
-    not see a container's quota, and its threads spin for milliseconds after each operation.
+    `threads`: None for the cores that this process may use. torch uses as many from now on: by itself it ignores a
+    container's quota, and its threads spin for milliseconds after each operation.
     """
     threads = threads or usable_cores()
     torch.set_num_threads(threads)
     try:
         return CpuOps(threads, precision, kv_dtype)
     except NoCompilerError as error:
-        log.warning("The CPU runs plain torch operations, several times slower. %s", error)
+        log.warning("Running plain torch operations on the CPU, several times slower than the kernels. %s", error)
         return TorchCpuOps(kv_dtype)

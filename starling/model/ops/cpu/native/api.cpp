@@ -1,9 +1,9 @@
-// The C interface that library.py calls. Pointers are the caller's; nothing is kept beyond a call but the context.
+// The C interface that library.py calls. Pointers stay the caller's; only the context outlives a call.
 #include <system_error>
 
 #include "context.h"
 
-// Null where so many threads cannot be had.
+// Null if so many threads cannot be started.
 STARLING_API Context* starling_open(int threads, const Kernels* kernels) {
   try {
     return new Context(threads, kernels);

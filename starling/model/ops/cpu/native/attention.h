@@ -1,21 +1,22 @@
 // Attention over the paged cache, for rows that share a key/value head: a token's query heads, or several tokens'.
 //
-// Positions are cut into splits of 256 at absolute multiples. A row's split is computed in one order (scores; their
-// maximum; e^(score - maximum), summed in 16 lanes; values in ascending position), and its splits are merged in
-// ascending order. Decode and prefill, one thread or many, alone or in a batch: the same operations on the same
-// numbers. A score's products are summed in kLanes chains, dimensions d, d + kLanes, ... each, and the chains as
-// v_sum_rows does.
+// Positions are cut into splits of 256, at absolute multiples. A row's split is always computed in the same order
+// (scores; their maximum; e^(score - maximum), summed in 16 lanes; values in ascending position), and its splits are
+// merged in ascending order. So decode and prefill, one thread or many, alone or in a batch do the same operations on
+// the same numbers. A score's products are summed in kLanes chains, each of dimensions d, d + kLanes, ..., and the
+// chains are added in the order of v_sum_rows.
 //
-// Few rows read keys and values from the cache as they lie. Many, a prompt's, share them: some positions at a time are
-// turned to floats in L1, keys with a position in each lane, so that no row converts them again or adds across lanes.
+// Few rows read keys and values straight from the cache. Many rows, a prompt's, share them: kSpan positions at a time
+// are converted to floats in L1, keys transposed to one position per lane, so that no row converts them again or adds
+// across lanes.
 #pragma once
 
 namespace {
 
 constexpr int kRowTile = 4;
 constexpr int kPositionTile = kLanes / kRowTile;  // kRowTile * kPositionTile dot products fill one register
-constexpr int kSpan = kKeys * kLanes;  // positions that many rows take at a time
-constexpr int kManyRows = 5 * kRowTile;  // from here on turning keys saves more than it costs
+constexpr int kSpan = kKeys * kLanes;  // positions that many_rows takes at a time
+constexpr int kManyRows = 5 * kRowTile;  // from here on transposing the keys pays off
 
 struct Rows {  // up to 4 query rows
   int count;
@@ -23,14 +24,14 @@ struct Rows {  // up to 4 query rows
   int64_t low[kRowTile], high[kRowTile];  // visible positions [low, high)
 };
 
-// Asks memory for `dim` numbers of a key or value.
+// Prefetches `dim` numbers of a key or value.
 template <class T> STARLING_INLINE void ask(const T* from, int64_t dim) {
   for (int64_t b = 0; b < dim * (int64_t)sizeof(T); b += 64)
     __builtin_prefetch((const char*)from + b, 0, kAskL2 ? 2 : 3);
 }
 
-// scores[r][p] for positions [0, count) of the tile, count a multiple of 16; `keys` point at each position's key, and
-// `values` at what is read next.
+// scores[r][p] for positions [0, count), count a multiple of 16. `keys` point to each position's key; `values` are read
+// next, and prefetched here.
 template <class T>
 STARLING_INLINE void score(const Rows& rows, const T* const* keys, const T* const* values, int64_t count, int64_t dim,
                            float (*scores)[kKvSplit]) {
@@ -90,7 +91,7 @@ STARLING_INLINE void weigh_all(const T* const* values, int64_t count, int64_t di
   for (; d < dim; d += kLanes) weigh<1>(values, d, count, weights, out);
 }
 
-// Keys of kSpan positions as floats [dim][kSpan]: rounds of zipping a square's halves turn it.
+// Keys of kSpan positions as floats [dim][kSpan]. Rounds of interleaving the halves of a square transpose it.
 template <class T> inline void turn_keys(const T* const* keys, int64_t dim, float* turned) {
   for (int p = 0; p < kSpan; p += kLanes)
     for (int64_t d = 0; d < dim; d += kLanes) {
@@ -113,10 +114,10 @@ template <class T> inline void turn_keys(const T* const* keys, int64_t dim, floa
     }
 }
 
-// scores[r][p] for kSpan positions, as `score` has them to the bit; `keys` as turn_keys made them.
+// scores[r][p] for kSpan positions, bit-identical to those of `score`; `keys` as turn_keys made them.
 STARLING_INLINE void score_turned(const Rows& rows, const float* keys, int64_t dim, float (*scores)[kKvSplit]) {
   constexpr int kTop = __builtin_ctz(kLanes);
-  V sums[kTop + 1][kRowTile * kKeys];  // of 1, 2, 4, ... neighbouring chains, until their own neighbours are there
+  V sums[kTop + 1][kRowTile * kKeys];  // sums[h]: of 2^h neighbouring chains, until the next 2^h are summed
   for (int lane = 0; lane < kLanes; lane++) {
     V acc[kRowTile * kKeys];
 #pragma GCC unroll 16
@@ -143,7 +144,7 @@ STARLING_INLINE void score_turned(const Rows& rows, const float* keys, int64_t d
     for (int i = 0; i < kKeys; i++) v_store(&scores[r][i * kLanes], sums[kTop][r * kKeys + i]);
 }
 
-struct State {  // a row's softmax so far: sums of e^(score - largest) * value, and of e^(score - largest)
+struct State {  // a row's softmax so far: its largest score, and the sum of e^(score - largest)
   float largest, total;
 };
 
@@ -153,7 +154,7 @@ inline float exp_one(float x) {
   return lanes[0];
 }
 
-// Adds a later split to the sums so far. `empty` states hold nothing.
+// Adds a later split to the sums so far (of e^(score - largest) * value). A total of 0: no position seen yet.
 inline void merge_split(State& state, float* sums, const State& later, const float* later_sums, int64_t dim) {
   if (later.total == 0.0f) return;
   if (state.total == 0.0f) {
@@ -176,8 +177,8 @@ inline void finish(const State& state, const float* sums, float* out, int64_t di
   for (int64_t d = 0; d < dim; d += 16) store_some(out + d, f_mul(load_some(sums + d, dim - d), scale), dim - d);
 }
 
-// Scores of positions [base, base + count) → e^(score - largest) where a row sees them, else 0; what a row's largest
-// score is, and the sum.
+// Turns scores of positions [base, base + count) into e^(score - largest) where a row sees them, 0 elsewhere; `states`
+// receive each row's largest score and the sum.
 inline void soften(const Rows& rows, int64_t base, int64_t count, float (*scores)[kKvSplit], State* states) {
   for (int r = 0; r < rows.count; r++) {
     const int64_t low = rows.low[r] - base, high = rows.high[r] - base;
@@ -201,8 +202,8 @@ inline void soften(const Rows& rows, int64_t base, int64_t count, float (*scores
   }
 }
 
-// One split for tiles of rows: adds its weighted values to `sums`. Positions [base, base + count), a multiple of 16,
-// have their keys and values at the pointers, of which many_rows reads some behind the last.
+// One split for tiles of rows: adds its weighted values to `sums`. `keys` and `values` point to those of positions
+// [base, base + count), count a multiple of 16; many_rows rounds it up to a multiple of kSpan for `keys`.
 template <class T>
 inline void few_rows(const Rows* tiles, int tile_count, const T* const* keys, const T* const* values, int64_t base,
                      int64_t count, int64_t dim, State* states, float (*sums)[kMaxHeadDim]) {
@@ -248,7 +249,7 @@ template <class T> void attend_as(const Attention* a, const AttentionItem* item)
   alignas(64) float q[kAttentionRows][kMaxHeadDim];
   alignas(64) float sums[kAttentionRows][kMaxHeadDim];
   State states[kAttentionRows];
-  // A head_dim that registers do not divide is copied to rows padded with zeros.
+  // Where head_dim is not a multiple of 16, keys and values are copied to rows padded with zeros.
   T* staged = dim == padded ? nullptr : (T*)__builtin_alloca(2 * kKvSplit * padded * sizeof(T));
   const float scale = 1.0f / __builtin_sqrtf((float)dim);
   for (int64_t r = 0; r < rows; r++) {
@@ -265,7 +266,7 @@ template <class T> void attend_as(const Attention* a, const AttentionItem* item)
   for (int t = 0; t < tile_count; t++) {
     const int64_t r = t * kRowTile;
     tiles[t].count = (int)(rows - r < kRowTile ? rows - r : kRowTile);
-    for (int i = 0; i < kRowTile; i++) {  // rows that are not there repeat the first, and are not looked at
+    for (int i = 0; i < kRowTile; i++) {  // missing rows repeat the first; their results are not used
       const int64_t row = i < tiles[t].count ? r + i : r;
       tiles[t].q[i] = q[row];
       tiles[t].high[i] = earliest + row / group + 1;
@@ -273,7 +274,7 @@ template <class T> void attend_as(const Attention* a, const AttentionItem* item)
     }
   }
   for (int64_t split = item->first_split; split < item->last_split; split++) {
-    // Sixteens of the split that hold a visible position; others of the same split add exact zeros.
+    // Only the groups of 16 positions that hold a visible one: the split's other groups would add exact zeros.
     const int64_t split_begin = split * kKvSplit, split_end = split_begin + kKvSplit;
     const int64_t from = begin > split_begin ? begin : split_begin, to = end < split_end ? end : split_end;
     if (from >= to) continue;
@@ -292,10 +293,10 @@ template <class T> void attend_as(const Attention* a, const AttentionItem* item)
         keys[p] = (const T*)memcpy(key, keys[p], dim * sizeof(T));
         values[p] = (const T*)memcpy(value, values[p], dim * sizeof(T));
       } else if (kAskL2 && p < kAhead) {
-        ask(keys[p], dim);  // `score` asks for later ones
+        ask(keys[p], dim);  // `score` prefetches the later ones
       }
     }
-    for (int64_t p = count; p < kKvSplit; p++) keys[p] = keys[count - 1];  // scores that nobody looks at
+    for (int64_t p = count; p < kKvSplit; p++) keys[p] = keys[count - 1];  // their scores are not used
     State later[kAttentionRows];
     alignas(64) float later_sums[kAttentionRows][kMaxHeadDim];
     for (int r = 0; r < tile_count * kRowTile; r++) memset(later_sums[r], 0, padded * sizeof(float));
@@ -321,7 +322,7 @@ void attend(const Attention* a, const AttentionItem* item) {
   else attend_as<float>(a, item);
 }
 
-// Items that differ only in their splits, in ascending order.
+// Merges items that differ only in their splits, given in ascending order.
 void merge(const Attention* a, const AttentionItem* items, int count) {
   const int64_t dim = a->dim, group = a->heads / a->kv_heads;
   alignas(64) float sums[kMaxHeadDim];

@@ -8,11 +8,12 @@
 
 namespace {
 
-constexpr int64_t kFewNumbers = 8192;  // to round: about as long as it takes many threads to begin
+constexpr int64_t kFewNumbers = 8192;  // quantized by one thread, in about the time that it takes to start many
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of one kind, cut into tiles: of a matrix unit, where `run` is its, any number of rows; else what the kernels have.
+// Cuts rows of one precision into tiles: of any height for a matrix unit (run > 4), else of heights that kernels exist
+// for.
 void cut_tiles(int rows, int planes, int widest, int run, int64_t columns, std::vector<Tile>& tiles) {
   int first = tiles.empty() ? 0 : tiles.back().first + tiles.back().rows;
   int64_t offset = tiles.empty() ? 0 : tiles.back().offset + tiles.back().rows * tiles.back().planes * columns;
@@ -72,7 +73,7 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
   a.tile = tiles_.data();
   a.tiles = (int32_t)tiles_.size();
   if (!floats) {
-    // A panel of one tile at a time: a batch of 8 is two tiles, too few to go round.
+    // One panel of one tile at a time: a batch of 8 is only two tiles, too few to share.
     const int64_t step = kPanelColumns / w.group, panels = ceil_div(groups, step);
     auto panel = [&](int64_t i) {
       const int64_t first = i % panels * step;
@@ -84,14 +85,14 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
       pool_.run(a.tiles * panels, panel);
   }
   const int64_t blocks = ceil_div(w.rows, kBlockRows);
-  // Chunks small enough to even out a busy core, large enough to stream: a stripe, or a half, a quarter... of one. Blocks
-  // that a matrix unit takes together never part.
+  // Chunks small enough to balance the load if a core is busy, large enough to stream: a stripe, or half, a quarter...
+  // of one. Blocks that a matrix unit takes together stay together.
   const int64_t threads = pool_.threads(), least = matrix ? kernels_->matrix_blocks : 1;
   int64_t chunk = kStripeBlocks;
   while (chunk > least && chunk * 8 * threads > blocks) chunk /= 2;
   const int64_t chunks = ceil_div(blocks, chunk);
-  // Of many tiles a thread takes as many as stay in L2, or fewer where blocks alone leave it less than 8 chunks; not
-  // below 4, since each time the weights are unpacked anew.
+  // Many tiles are cut into parts that stay in L2, or smaller ones if the blocks alone make fewer than 8 chunks per
+  // thread; but not below 4 tiles for that, since each part unpacks the weights anew.
   const int64_t in_l2 = ceil_div(planes * w.columns, kernels_->tile_bytes);
   const int64_t to_go_round = std::min<int64_t>(ceil_div(8 * threads, chunks), a.tiles / 4);
   const int64_t parts = a.tiles < 2 ? 1 : std::min<int64_t>(a.tiles, std::max(in_l2, to_go_round));
@@ -136,11 +137,11 @@ void Context::attention(const Attention& a) {
   }
   const int64_t whole = (int64_t)items_.size();
   if (whole >= 8 * pool_.threads() || whole == splits_in_all || pool_.threads() == 1) {
-    // The latest items see the most positions: take them first.
+    // Later items see more positions: take them first.
     pool_.run(whole, [&](int64_t i) { kernels_->attention(&a, &items_[whole - 1 - i]); });
     return;
   }
-  // Too few to go round: each split by itself, then merged, by the same arithmetic.
+  // Too few items to share: compute each split by itself, then merge them, with the same arithmetic.
   std::vector<int64_t> first_split(whole + 1, 0);
   std::vector<AttentionItem> splits;
   int64_t floats = 0;
@@ -160,7 +161,7 @@ void Context::attention(const Attention& a) {
     partial += item.tokens * group * (a.dim + 2);
   }
   pool_.run((int64_t)splits.size(), [&](int64_t i) { kernels_->attention(&a, &splits[i]); });
-  // 17 splits of 256 tokens: 2.4 ms of one thread.
+  // Merging 17 splits of 256 tokens takes one thread 2.4 ms.
   pool_.run(whole, [&](int64_t i) {
     kernels_->merge(&a, &splits[first_split[i]], (int)(first_split[i + 1] - first_split[i]));
   });
@@ -188,7 +189,7 @@ void Context::sample(const float* logits, int64_t tokens, int64_t vocabulary, co
     ids[t] = greediest(row, vocabulary);
     if (temperature[t] == 0) return;
     float* p = probabilities + t * vocabulary;
-    // A temperature next to 0 has no inverse in float32, and 0 times infinity would be no number.
+    // The inverse of a tiny temperature overflows float32, and 0 times infinity would be NaN.
     const float inverse = (float)std::min(1 / temperature[t], (double)std::numeric_limits<float>::max());
     kernels_->exp_scaled(row, row[ids[t]], inverse, p, vocabulary);
     ids[t] = draw(p, vocabulary, Sampling{temperature[t], top_k[t], top_p[t], min_p[t], uniform[t]});
@@ -217,10 +218,10 @@ void Context::layers(const Layer* layers, int64_t count, const Shape& shape, con
     attention(Attention{q, layer->keys, layer->values, attended, step.query_starts, step.context_lens,
                         step.block_tables, step.table_stride, step.requests, shape.heads, shape.kv_heads, shape.dim,
                         shape.block_size, shape.window, shape.half});
-    if (layer == layers + count - 1) {  // now only those tokens matter that logits are wanted of
+    if (layer == layers + count - 1) {  // from here on only the tokens whose logits are wanted matter
       tokens = step.rows;
       last_prompt_tokens_.resize(tokens);
-      for (int64_t i = 0; i < tokens; i++) {  // ascending: what a row moves over has moved before
+      for (int64_t i = 0; i < tokens; i++) {  // ascending: a row only overwrites rows that have moved or are dropped
         const int64_t from = step.logit_rows[i];
         memmove(attended + i * q_size, attended + from * q_size, q_size * sizeof(float));
         memmove(residual + i * hidden, residual + from * hidden, hidden * sizeof(float));

@@ -7,13 +7,13 @@
 #include "pool.h"
 #include "types.h"
 
-// Memory that grows when asked for more and keeps its contents no longer than that.
+// Memory that grows on demand; growing drops its contents.
 template <class T> class Scratch {
  public:
   T* get(size_t count) {
     if (count > size_) {
       free(data_);
-      // Whole cache lines, and a line beyond, so that a kernel may read ahead.
+      // Whole cache lines and one more, so that a kernel may read ahead.
       data_ = (T*)aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64);
       if (!data_) abort();
       size_ = count;
@@ -47,8 +47,8 @@ class Context {
   // See Ops.sample; the settings are [tokens], `ids` receives the choices.
   void sample(const float* logits, int64_t tokens, int64_t vocabulary, const double* temperature, const int64_t* top_k,
               const double* top_p, const double* min_p, const double* uniform, int64_t* ids);
-  // All layers: x [tokens, hidden] holds the embeddings, and is used up. The first rows of `residual` receive what is
-  // behind the last layer, for the step's `logit_rows`.
+  // All layers: x [tokens, hidden] holds the embeddings, and is overwritten. The first rows of `residual` receive
+  // the last layer's output for the step's `logit_rows`.
   void layers(const Layer* layers, int64_t count, const Shape& shape, const Step& step, const float* rotary,
               Precision precision, float* x, float* residual);
   void pack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, const Linear& out);

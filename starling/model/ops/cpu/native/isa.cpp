@@ -21,7 +21,7 @@ struct Set {
 };
 
 #if defined(__x86_64__)
-// Linux gives a process the memory for tiles only when it asks; threads that exist may use them then too.
+// Linux lets a process use tiles only after it asks; the permission also covers threads that exist already.
 bool tiles_allowed() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -46,7 +46,7 @@ struct Cpu {
     avx2 = b >> 5 & 1;
     avx512 = avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // F DQ BW VL
     avx512vnni = avx512 && (c >> 11 & 1);
-    const bool tiles = (low & 0x60000) == 0x60000;  // the system saves their configuration and their data
+    const bool tiles = (low & 0x60000) == 0x60000;  // the system saves tile configuration and data
     const bool has_amx = avx512vnni && tiles && (d >> 24 & 1) && (d >> 25 & 1);
     amx = has_amx && tiles_allowed();
     amx_refused = has_amx && !amx;
@@ -72,7 +72,7 @@ const Set* sets() {
   const bool dot = getauxval(AT_HWCAP) >> 20 & 1;              // HWCAP_ASIMDDP
   const bool i8mm = dot && (getauxval(AT_HWCAP2) >> 13 & 1);  // HWCAP2_I8MM
 #else
-  const bool dot = true;  // every Apple chip with arm64 macOS
+  const bool dot = true;  // every Apple chip that runs macOS
   int found = 0;
   size_t size = sizeof found;
   const bool i8mm = sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found;

@@ -1,19 +1,19 @@
-// The kernels of the instruction set that this is compiled for.
+// The kernels for the instruction set that this file is compiled for.
 #include "types.h"
 
-// Sums that stay in registers are lost if the compiler thinks that a loop's body is too long to inline; and GCC drops
-// the calls of a function that only prefetches, since it finds no effect in it, unless it must be inlined first.
+// Sums do not stay in registers if the compiler deems a loop's body too long to inline; and GCC drops calls of a
+// function that only prefetches, as having no effect, unless it must inline it first.
 #define STARLING_INLINE inline __attribute__((always_inline))
 
-// A tile's loops get registers of their own: within what calls them for many shapes, GCC kept sums in memory (AVX2: 4
-// answers took 1.25 x as long).
+// Gives a tile's loops their own register allocation: inlined into the dispatch over many shapes, GCC kept sums in
+// memory (AVX2: 4 answers at once took 1.25 x as long).
 #define STARLING_NOINLINE __attribute__((noinline))
 
-// A sum in vector register `x` is made here: GCC would add many products only where their sum is used, and keep them in
-// memory until then.
+// Forces the sum `x` to be computed here, in a vector register: GCC would delay many additions until their sum is used,
+// and keep the products in memory until then.
 #define STARLING_NOW(x) asm("" : "+v"(x))
 
-// What is read before this is not kept in a register for later, nor read here ahead of its use.
+// Values read before this barrier are not kept in registers beyond it, and later reads are not moved ahead of it.
 #define STARLING_APART asm volatile("" : : : "memory")
 
 #if defined(__AVX512F__)
@@ -26,7 +26,7 @@
 #include "vector_portable.h"
 #endif
 
-// A unit that multiplies small matrices serves steps of many tokens.
+// A matrix unit, where there is one, serves steps of many tokens.
 #if defined(__AMX_INT8__)
 #include "unit_amx.h"
 #elif defined(__ARM_FEATURE_MATMUL_INT8)

@@ -1,23 +1,23 @@
 // y = x W for a block of 16 output rows at a time.
 //
-// Every output element is summed in one order, whatever the tile it is computed in: groups of columns in ascending
-// order, a group's products as an exact integer (or, in float32, as two chains over its even and odd columns). So
-// a token's result does not depend on the tokens beside it.
+// Every output element is summed in the same order, whichever tile computes it: groups of columns in ascending
+// order, a group's products as an exact integer (or, in float32, as two chains over its even and odd columns). So a
+// token's result does not depend on the other tokens.
 #pragma once
 
 namespace {
 
-// Columns of a block that one tile after the other meets: as many as L1 holds beside a tile's activations, packed (8 KiB)
-// or with a byte for each (8 KiB).
+// Columns of a block that the tiles take in turn: as many as fit in L1 beside a tile's activations, unpacked to a byte
+// each (8 KiB) or packed (8 KiB).
 constexpr int kSpanColumns = kUnpack ? 512 : kPanelColumns;
 
 inline float tile_limit(const Tile& tile) { return tile.planes == 1 ? 127.0f : 32639.0f; }  // 127 * 256 + 127
 
-// 16 columns, `run` of them together and between those the other planes'.
+// Stores 16 columns in runs of `run`; the other planes' runs lie between them.
 template <int run> inline void store_runs(int8_t* at, int planes, const int8_t* bytes) {
   for (int j = 0; j < 16; j += run) memcpy(at + j * planes, bytes + j, run);
 }
-// Columns k to k + 15 of a tile's group.
+// Stores columns k to k + 15 of a tile's group.
 inline void store_columns(int8_t* group, const Tile& tile, int plane, int64_t k, I q) {
   const int planes = tile.rows * tile.planes, in_run = (int)k & (tile.run - 1);
   int8_t bytes[16], *at = group + (k - in_run) * planes + plane * tile.run + in_run;
@@ -38,7 +38,7 @@ void quantize_row(const Activations* a, int index, int row, int64_t first, int64
   float* scales = a->scales + tile.first * groups + first * tile.rows + row;
   const float limit = tile_limit(tile);
   for (int64_t g = first; g < last; g++, x += group, planes += stride * group, minus_sums += stride, scales += tile.rows) {
-    F top = f_zero(), probe = f_zero();  // of NaN a maximum may know nothing: x - x is NaN for it, else 0
+    F top = f_zero(), probe = f_zero();  // a maximum may miss NaN: x - x is NaN for it and infinity, else 0
     for (int64_t k = 0; k < group; k += 16) {
       const F each = f_load(x + k);
       top = f_max(top, f_abs(each));
@@ -46,7 +46,7 @@ void quantize_row(const Activations* a, int index, int row, int64_t first, int64
     }
     const float largest = f_largest(top);
     *scales = largest / limit + f_sum(probe);
-    if (!(*scales - *scales == 0.0f)) {  // no number, nor is its product with any sum; what has no integer is not rounded
+    if (!(*scales - *scales == 0.0f)) {  // NaN: so is its product with any sum, and nothing can be rounded
       for (int p = 0; p < tile.planes; p++) {
         for (int64_t k = 0; k < group; k += 16) store_columns(planes, tile, plane + p, k, i_zero());
         minus_sums[p] = 0;
@@ -82,7 +82,7 @@ void quantize(const Activations* a, int tile, int64_t first, int64_t last) {
   for (int row = 0; row < a->tile[tile].rows; row++) quantize_row(a, tile, row, first, last);
 }
 
-// One group of a block and a tile of R rows of P planes: sums[r] += scale * activation scale * (integer sum).
+// One group of a block and a tile of R rows of P planes: sums[r] += weight scale * activation scale * (integer sum).
 template <int R, int P, class Weights>
 STARLING_INLINE void integer_group(const Weights& weights, const int8_t* a, const int32_t* minus_sums,
                                    const float* scales, F weight_scale, I zero, F* sums, int group) {
@@ -107,14 +107,14 @@ inline void store_rows(float* y, F sum, int64_t rows) {
   }
 }
 
-struct Units {  // a block's groups, from one on to the end of its panel
+struct Units {  // units of storage: a block's groups, from one on to the end of its panel
   const uint8_t* weight;
   const uint16_t* scales;
   const uint8_t* zeros;  // null: 128
   int64_t bytes;         // of one group's weights
   inline F scale(int64_t i) const { return f_load_half(scales + i * kBlockRows); }
   inline I zero(int64_t i) const { return zeros ? i_load_nibbles(zeros + i * 8) : i_set(128); }
-  inline Units after(int64_t i) const {  // those that lie i units on
+  inline Units after(int64_t i) const {  // the units from the i-th on
     return Units{weight + i * bytes, scales + i * kBlockRows, zeros ? zeros + i * 8 : nullptr, bytes};
   }
 };
@@ -134,7 +134,7 @@ STARLING_INLINE void prefetch_scales(const Units& units, int64_t count) {
 }
 
 // Blocks [first_block, last_block), all of one stripe, times one tile, weights straight from memory: for a step of few
-// tokens. A panel's activations stay in L1 while the blocks' weights pass by.
+// tokens. A panel's activations stay in L1 while the blocks' weights stream past.
 template <int R, int P, class Weights>
 STARLING_NOINLINE void stream_tile(const Linear* w, const Activations* a, const Tile& tile, float* y,
                                    int64_t first_block, int64_t last_block) {
@@ -151,7 +151,7 @@ STARLING_NOINLINE void stream_tile(const Linear* w, const Activations* a, const 
     const int64_t last = first + step < groups ? first + step : groups, count = last - first;
     const Units next_start = last < groups ? units_at(w, first_block, last)
                                            : units_at(w, last_block < blocks ? last_block : first_block, 0);
-    Units units = start;  // of block b; those of the next blocks follow, `count` units each
+    Units units = start;  // of block b; the next blocks' follow, `count` units each
     for (int64_t b = first_block; b < last_block; b++) {
       const Units next = b + 1 < last_block ? units.after(count) : next_start;
       prefetch_scales(next, step);
@@ -174,7 +174,7 @@ STARLING_NOINLINE void stream_tile(const Linear* w, const Activations* a, const 
   }
 }
 
-// Groups [first, last) of a block and one tile. Sums are kept between calls: those of packed row i lie at kept[16 * i].
+// Groups [first, last) of a block and one tile. Sums are kept between calls, those of packed row i at kept[16 * i].
 template <int R, int P, class Weights>
 STARLING_NOINLINE void panel_tile(const Units& units, const Weights& start, int64_t first, int64_t last,
                                   const Activations* a, const Tile& tile, float* kept) {
@@ -191,7 +191,7 @@ STARLING_NOINLINE void panel_tile(const Units& units, const Weights& start, int6
   for (int r = 0; r < R; r++) f_store(kept + (tile.first + r) * 16, sums[r]);
 }
 
-// Calls f.template call<rows, planes per row>() for the tile's shape, one of those that rows_of_tile gives.
+// Calls run.call<rows, planes per row>() for the tile's shape, one of those that rows_of_tile gives.
 template <int P, int R = kPlanes / P, class Run> inline void for_rows(int rows, const Run& run) {
   if constexpr (R == 0) {
     __builtin_trap();
@@ -226,8 +226,8 @@ template <class Weights> struct Panel {
   template <int R, int P> void call() const { panel_tile<R, P>(units, start, first, last, a, tile, kept); }
 };
 
-// Tiles [first_tile, last_tile) of block b, kSpanColumns at a time. The first tile brings their weights to L1 for the
-// others, unpacked where that takes them time, and asks for those that come next.
+// Tiles [first_tile, last_tile) of block b, kSpanColumns at a time. The first tile brings the weights to L1 for the
+// others, unpacked if that saves them time, and prefetches the next ones.
 void panel_block(const Linear* w, int64_t b, const Activations* a, int first_tile, int last_tile, float* y) {
   alignas(64) float kept[kMaxTokens * 16];
   alignas(64) uint8_t bytes[kUnpack ? kSpanColumns * kBlockRows : 1];
@@ -256,7 +256,7 @@ void panel_block(const Linear* w, int64_t b, const Activations* a, int first_til
   }
 }
 
-// R rows of float32 activations times `columns` columns; `weights` [columns][16] as floats or as fp16.
+// R rows of float32 activations times `columns` columns; load(k) gives the 16 weights of column k.
 template <int R, class Load>
 STARLING_INLINE void float_group(const Load& load, const float* const* x, int64_t columns, F scale, F* sums) {
   F even[R], odd[R];

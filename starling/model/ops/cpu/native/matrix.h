@@ -1,14 +1,14 @@
-// y = x W for many activation rows, by the unit of unit_*.h: kMatrixBlocks blocks of weights at a time, unpacked to L1
-// as signed bytes less their zero points, meet one tile of activations after the other. The unit's products are exact
-// integers, and what follows is what linear.h does, so results are the same to the bit.
+// y = x W for many activation rows, on the matrix unit of unit_*.h. kMatrixBlocks blocks of weights at a time are
+// unpacked to L1, as signed bytes minus their zero points, and multiplied by one tile of activations after another. The
+// unit's products are exact integers and the rest is done as in linear.h, so results are bit-identical.
 #pragma once
 
 namespace {
 
-constexpr int kUnpackColumns = 512, kUnpackGroups = kUnpackColumns / 32;  // at most, at a time
-// Up to so many tiles, half of the columns at a time: with all of them the weights leave no room in L1 for what else is
-// read, and unpacking takes longer than it is worth. 8 answers at once took 0.28 ms in place of 0.39, 32 tokens of a
-// prompt 0.48 in place of 0.58; of 256 as long (Granite Rapids, 4,096 x 4,096 on two threads).
+constexpr int kUnpackColumns = 512, kUnpackGroups = kUnpackColumns / 32;  // unpacked at a time, at most
+// Up to this many tiles, half as many columns at a time: more weights leave no room in L1 for what else is read, and
+// unpacking costs more than it gains. 8 answers at once took 0.28 ms instead of 0.39, 32 tokens of a prompt 0.48
+// instead of 0.58; 256 tokens took as long (Granite Rapids, 4,096 x 4,096 on two threads).
 constexpr int kFewTiles = 4;
 
 struct MatrixPiece {  // some columns of kMatrixBlocks blocks
@@ -27,7 +27,7 @@ inline void unpack_group(const Weights& weights, I zeros, int64_t columns, int8_
   }
 }
 
-// `count` groups, as block j of the piece.
+// Unpacks `count` groups into block j of the piece.
 inline void unpack(const Linear* w, const Units& units, int64_t count, int j, MatrixPiece& piece) {
   for (int64_t g = 0; g < count; g++) {
     const uint8_t* at = units.weight + g * units.bytes;
@@ -55,7 +55,7 @@ inline void add_products(const int32_t (*products)[kMatrixPlanes][16], const flo
   }
 }
 
-// Tiles [first_tile, last_tile) of the B blocks from b on.
+// Tiles [first_tile, last_tile) times the B blocks from b on.
 template <int B>
 void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activations* a, int first_tile, int last_tile,
                    float* y) {
@@ -71,8 +71,8 @@ void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activatio
   for (int64_t first = 0; first < groups; first += step) {
     const int64_t last = first + step < groups ? first + step : groups;
     const int count = (int)(last - first);
-    const uint8_t* next[B];  // after a block's piece: the tiles ask memory for them in turn, a group at a time. While
-    int64_t bytes = 0;       // unpacking too many would be asked for at once. `bytes`: of a group
+    const uint8_t* next[B];  // what follows each block's piece: the tiles prefetch it in turn, a group at a time,
+    int64_t bytes = 0;       // since unpacking would prefetch too much at once. `bytes`: of one group
     for (int j = 0; j < B; j++) {
       const Units units = units_at(w, b + j, first);
       const int64_t later = b + B + j < blocks ? b + B + j : blocks - 1;
@@ -88,8 +88,8 @@ void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activatio
       unit.product<B>(piece.weights[0] + g * group * kBlockRows, sizeof piece.weights[0],
                       a->planes + tile.offset + (first + g) * group * planes, (int)group, products[item % 2]);
     };
-    // A group is multiplied while the products of the one before are scaled: what waits for the unit would keep a core
-    // from looking further ahead.
+    // Each group is multiplied while the previous one's products are scaled: instructions that wait for the unit would
+    // keep the core from looking further ahead.
     multiply(0);
     for (int item = 0; item < tiles * count; item++) {
       const int t = item / count, g = item % count;
@@ -109,7 +109,7 @@ void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activatio
     }
 }
 
-// As many as there are of the B blocks from b on.
+// The B blocks from b on, or as many as there are before `last`.
 template <int B>
 void blocks_before(int64_t last, MatrixUnit& unit, const Linear* w, int64_t b, const Activations* a, int first_tile,
                    int last_tile, float* y) {

@@ -4,10 +4,10 @@
 
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(200);  // then sleep: longer than the gap between a step's calls
+constexpr auto kSpin = std::chrono::microseconds(200);  // before sleeping: longer than the gap between a step's calls
 
-// Between two looks at what is waited for. Where threads outnumber cores, or others compute beside them, one that has
-// work may want this core: 16 threads on two cores took 299 ms a step without the yield, and 139 with it; 2 take 130.
+// Between two polls. Where threads outnumber cores, or share them with other processes, a thread that has work may need
+// this core: 16 threads on two cores took 299 ms a step without the yield, and 139 with it; 2 take 130.
 inline void wait_a_little(unsigned spins) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -40,13 +40,13 @@ void Pool::end() {
 }
 
 void Pool::take_chunks(uint32_t job, int thread) {
-  // These may belong to a later job; then that job's closing tickets are visible, and no ticket below is `job`'s.
+  // These may be a later job's already; then its closing tickets are visible too, and no ticket below is `job`'s.
   const uint32_t count = count_.load(std::memory_order_acquire);
   const Call call = call_.load(std::memory_order_acquire);
   const void* work = work_.load(std::memory_order_acquire);
   const uint32_t runs = threads_;
   for (uint32_t i = 0; i < runs; i++) {
-    // Most often all chunks are taken when a thread's own are done: then it need not look at every other's run.
+    // Usually all chunks are taken by the time a thread's own are done; then it need not look at the other runs.
     if (i > 0 && open_.load(std::memory_order_acquire) == 0) break;
     const uint32_t run = (thread + i) % runs;
     const uint32_t end = (uint64_t)count * (run + 1) / runs;
@@ -60,13 +60,13 @@ void Pool::take_chunks(uint32_t job, int thread) {
       done++;
       ticket = next.load(std::memory_order_acquire);
     }
-    if (done) done_.fetch_add(done, std::memory_order_release);  // once a run: all threads write here
+    if (done) done_.fetch_add(done, std::memory_order_release);  // once per run, since all threads write here
   }
 }
 
 void Pool::start(uint32_t count, Call call, const void* work) {
   const uint32_t job = job_.load(std::memory_order_relaxed) + 1, runs = threads_;
-  // Closing tickets, past any count, before the last job's fields change.
+  // Closing tickets, beyond any count, before the previous job's fields change.
   for (uint32_t run = 0; run < runs; run++) runs_[run].ticket.store(~0ull, std::memory_order_release);
   done_.store(0, std::memory_order_relaxed);
   open_.store(count < runs ? count : runs, std::memory_order_relaxed);
@@ -77,8 +77,8 @@ void Pool::start(uint32_t count, Call call, const void* work) {
     runs_[run].ticket.store((uint64_t)job << 32 | (uint64_t)count * run / runs, std::memory_order_release);
   job_.store(job, std::memory_order_seq_cst);
   if (sleeping_.load(std::memory_order_seq_cst) > 0) {
-    { std::lock_guard<std::mutex> lock(mutex_); }  // one that has just seen no job waits by now, and is woken
-    wake_.notify_all();  // with the lock let go, which each needs to go on
+    { std::lock_guard<std::mutex> lock(mutex_); }  // a worker that just saw no job is waiting by now
+    wake_.notify_all();  // with the lock released, which each worker needs to go on
   }
   take_chunks(job, 0);
   for (unsigned spins = 0; done_.load(std::memory_order_acquire) < count; spins++) wait_a_little(spins);

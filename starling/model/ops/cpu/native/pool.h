@@ -1,4 +1,4 @@
-// A few threads that share out numbered chunks of work. One caller at a time.
+// A few threads that share numbered chunks of work. One caller at a time.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -10,12 +10,12 @@
 
 class Pool {
  public:
-  explicit Pool(int threads);  // the caller is one of them; throws std::system_error where they cannot be had
+  explicit Pool(int threads);  // the caller is one of them; throws std::system_error if they cannot be started
   ~Pool();
   int threads() const { return (int)threads_; }
 
   // Calls work(i) for every i in [0, count); returns when all are done. Each thread has a run of neighbouring chunks,
-  // so that it reads memory end to end, and helps with the others' when its own is done.
+  // so that it reads memory sequentially, and helps with the other runs when its own is done.
   template <class Work> void run(int64_t count, const Work& work) {
     if (count <= 1 || threads_ == 1) {
       for (int64_t i = 0; i < count; i++) work(i);
@@ -41,7 +41,7 @@ class Pool {
   alignas(64) std::atomic<uint32_t> job_{0};
   alignas(64) std::atomic<uint32_t> done_{0};
   alignas(64) std::atomic<uint32_t> open_{0};   // runs that have chunks left
-  alignas(64) std::atomic<uint32_t> count_{0};  // read when a thread begins: apart from what changes meanwhile
+  alignas(64) std::atomic<uint32_t> count_{0};  // read when a thread begins: not on the line of what changes meanwhile
   std::atomic<Call> call_{nullptr};
   std::atomic<const void*> work_{nullptr};
   alignas(64) std::atomic<int> sleeping_{0};

@@ -5,7 +5,7 @@
 
 namespace {
 
-// Nibble i of an AWQ word is this one of its 8 columns (AutoAWQ's order).
+// Nibble i of an AWQ word holds this one of its 8 columns (AutoAWQ's order).
 constexpr int kColumnOfNibble[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 
 inline uint64_t nibbles_to_bytes(uint32_t word) {  // nibble i → byte i
@@ -32,7 +32,7 @@ inline uint16_t half_of(float x) {  // x >= 0, below fp16's largest: to nearest,
 void repack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, int64_t rows, int64_t columns,
                 int64_t group, uint8_t* weight, uint16_t* packed_scales, uint8_t* zeros, int64_t first, int64_t last) {
   const int64_t words = rows / 8, groups = columns / group, blocks = (rows + kBlockRows - 1) / kBlockRows;
-  for (int64_t chunk = 0; chunk < columns / 8; chunk++) {  // every block of a cache line of words, then the next line
+  for (int64_t chunk = 0; chunk < columns / 8; chunk++) {  // all blocks of one cache line of words, then the next line
     for (int64_t b = first; b < last; b++) {
       const int64_t unit = unit_index(blocks, groups, group, b, chunk * 8 / group);
       uint8_t* out = weight + (unit * (group / 8) + chunk % (group / 8)) * 64;

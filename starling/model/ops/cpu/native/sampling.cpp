@@ -13,7 +13,7 @@ constexpr int kBuckets = (0x3F800000 >> kShift) + 1;
 int bucket_of(float p) {
   uint32_t bits;
   memcpy(&bits, &p, sizeof bits);
-  return std::min((int)(bits >> kShift), kBuckets - 1);  // a NaN, as broken logits make, is larger than 1
+  return std::min((int)(bits >> kShift), kBuckets - 1);  // a NaN, from broken logits, has larger bits than 1
 }
 
 // Keep the likeliest tokens until `rank` of them are kept or their sum reaches `mass`, whichever comes first; at least

@@ -1,4 +1,4 @@
-// One row of Ops.sample (interface.py), from probabilities up to a common factor.
+// One row of Ops.sample (interface.py), from unnormalised probabilities.
 #pragma once
 #include <cstdint>
 
@@ -10,8 +10,8 @@ struct Sampling {
   double uniform;
 };
 
-// The first largest of `logits`.
+// The index of the largest logit, the first on a tie.
 int64_t greediest(const float* logits, int64_t count);
 
-// The token drawn from p [count], whose largest is 1; p is cut down in place.
+// The token drawn from p [count], whose largest is 1; p is filtered in place.
 int64_t draw(float* p, int64_t count, const Sampling& s);

@@ -1,19 +1,19 @@
-// What the kernels, what calls them and Python (library.py) agree on. Plain C layout.
+// The interface between the kernels, their callers and Python (library.py). Plain C layout.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-// What Python finds by its name.
+// Exported, so that Python finds it by name.
 #define STARLING_API extern "C" __attribute__((visibility("default")))
 
 constexpr int kBlockRows = 16;         // output rows in a block of weights
-constexpr int kStripeBlocks = 16;      // blocks whose panels lie together
+constexpr int kStripeBlocks = 16;      // blocks whose panels are stored together
 constexpr int kPanelColumns = 1024;    // input features in a panel
 constexpr int kMaxTokens = 512;        // activation rows that one pass over the weights serves
-constexpr int kKvSplit = 256;          // positions whose attention is summed before it is merged: absolute, aligned
+constexpr int kKvSplit = 256;          // positions that attention sums up before merging: aligned to absolute multiples
 constexpr int kMaxHeadDim = 256;
-constexpr int kAttentionRows = 64;     // query rows (tokens times heads of one key/value head) in one item
+constexpr int kAttentionRows = 64;     // query rows (tokens times heads of one key/value head) in one item, at most
 
 enum Precision : int32_t { kFloat32 = 0, kInt16 = 1, kInt8 = 2, kAuto = 3 };
 
@@ -23,9 +23,9 @@ enum Precision : int32_t { kFloat32 = 0, kInt16 = 1, kInt8 = 2, kAuto = 3 };
 //            in its high one; scales fp16 [16]; zeros [8], two to a byte.
 //   bits 8:  weight [group / 4][16 rows][4 columns], stored + 128; scales as above; no zeros.
 //   bits 16: weight fp16 [group][16 rows]; no scales, no zeros.
-// Units lie in the order in which a step of few tokens reads them: stripe by stripe of 16 blocks, in a stripe panel by
-// panel of 1,024 columns, in a panel block by block, in a block group by group. So memory is read end to end, while the
-// panel's activations stay in L1.
+// Units are stored in the order in which a step of few tokens reads them: stripes of 16 blocks; in a stripe, panels of
+// 1,024 columns; in a panel, blocks; in a block, groups. So memory is read sequentially, while the panel's activations
+// stay in L1.
 struct Linear {
   const uint8_t* weight;
   const uint16_t* scales;
@@ -36,7 +36,7 @@ struct Linear {
   int64_t bits;
 };
 
-// The number of group g's unit of block b among all units. Static: each instruction set keeps its own copy.
+// The index, among all units, of block b's unit of group g. Static: each instruction set keeps its own copy.
 static inline int64_t unit_index(int64_t blocks, int64_t groups, int64_t group, int64_t b, int64_t g) {
   const int64_t per_panel = kPanelColumns / group, panel = g / per_panel, stripe = b / kStripeBlocks;
   const int64_t stripe_first = stripe * kStripeBlocks, panel_first = panel * per_panel;
@@ -45,21 +45,21 @@ static inline int64_t unit_index(int64_t blocks, int64_t groups, int64_t group, 
   return stripe_first * groups + panel_first * stripe_blocks + (b - stripe_first) * panel_groups + (g - panel_first);
 }
 
-// How many of `rows` activation rows of `planes` planes each one kernel call takes together, where it takes `most` planes.
+// How many of `rows` activation rows, of `planes` planes each, the next tile takes, if a kernel takes `most` planes.
 constexpr int rows_of_tile(int rows, int planes, int most) {
   return rows >= most / planes ? most / planes : rows <= 8 ? rows : rows / 4 * 4;
 }
 
-// A run of activation rows that one kernel call takes together.
+// Neighbouring packed rows of activations that one kernel call takes together.
 struct Tile {
   int32_t first;   // its first packed row
   int32_t rows;
   int32_t planes;  // 1: int8; 2: int16 as 256 * high + low, two int8 planes
-  int32_t run;     // columns of a plane that lie together, a power of 2: 4, or as a matrix unit reads them
+  int32_t run;     // columns of a plane that lie together, a power of 2: 4, or what a matrix unit reads
   int64_t offset;  // bytes before it in `planes`
 };
 
-// Activation rows, rounded group by group and laid out in the order in which the kernels read them.
+// Activation rows, quantized group by group and laid out in the order in which the kernels read them.
 struct Activations {
   int32_t rows;
   int32_t tiles;
@@ -142,12 +142,12 @@ struct Layer {
 // The kernels of one instruction set.
 struct Kernels {
   int32_t planes;         // int8 planes in the widest tile
-  int32_t matrix_planes;  // and in one of a matrix unit, which takes a step of more than `planes`; 0: there is none
-  int32_t matrix_blocks;  // blocks of weights that meet a tile of its together
-  int32_t matrix_run;     // columns of a plane that a unit reads together, or half as many where a group is smaller
-  int64_t tile_bytes;  // of activations that stay in L2 while blocks of weights pass by
+  int32_t matrix_planes;  // the same for the matrix unit, which takes steps of more than `planes`; 0: no unit
+  int32_t matrix_blocks;  // blocks of weights that it multiplies by a tile together
+  int32_t matrix_run;     // columns of a plane that it reads together; half as many where a group is no multiple
+  int64_t tile_bytes;  // of activations that stay in L2 while blocks of weights stream past
   void (*quantize)(const Activations*, int tile, int64_t first_group, int64_t last_group);
-  // Blocks times tiles [first, last), all of the blocks in one stripe; in float32, times all rows.
+  // Blocks [first, last), all in one stripe, times tiles [first, last); in float32, times all rows.
   void (*linear)(const Linear*, const Activations*, Precision, float* y, int64_t first_block, int64_t last_block,
                  int first_tile, int last_tile);
   void (*attention)(const Attention*, const AttentionItem*);

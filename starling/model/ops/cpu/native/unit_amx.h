@@ -1,5 +1,5 @@
-// AMX (Intel, from Sapphire Rapids on): tiles of up to 16 rows of 64 bytes; one instruction adds the products of 16 x
-// 64 and 64 x 16 signed bytes to 16 x 16 sums, 16 cycles after the one before. What it computes is exact.
+// AMX (Intel, from Sapphire Rapids on): tiles of up to 16 rows of 64 bytes. One instruction multiplies 16 x 64 by 64
+// x 16 signed bytes and adds the products to 16 x 16 sums, every 16 cycles. The results are exact.
 #pragma once
 #include <immintrin.h>
 
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kMatrixPlanes = 16;
 constexpr int kMatrixRun = 64;
-constexpr int kMatrixBlocks = 4;  // blocks of weights that meet an activation tile while it is in a register
+constexpr int kMatrixBlocks = 4;  // blocks of weights multiplied by an activation tile while it is in a register
 
 class MatrixUnit {
  public:
@@ -20,28 +20,28 @@ class MatrixUnit {
     if (planes_) _tile_release();
   }
 
-  // How many planes of activations are multiplied from now on.
+  // Sets how many planes of activations are multiplied from now on.
   void set(int planes) {
     if (planes == planes_) return;
     planes_ = planes;
-    alignas(64) uint8_t config[64] = {1};  // the palette; from 16 on 2 bytes a tile: its row's; from 48 on its rows
+    alignas(64) uint8_t config[64] = {1};  // palette; from 16 on: bytes per row, 2 bytes a tile; from 48 on: rows
     for (int tile = 0; tile < 8; tile++) {
       config[16 + 2 * tile] = (uint8_t)(tile == kActivations ? run_ : 64);
       config[48 + tile] = (uint8_t)(tile >= kWeights ? run_ / 4 : planes);
     }
     const void* at = config;
-    asm volatile("" : : "r"(at) : "memory");  // all of it is written: the instruction names only its first bytes
+    asm volatile("" : : "r"(at) : "memory");  // all of it is in memory: the intrinsic names only the first bytes
     _tile_loadconfig(at);
   }
 
-  // Two steps of 4 columns of 16 rows' weights, as `product` reads them.
+  // Stores two steps, each of 4 columns of 16 rows' weights, as `product` reads them.
   static void store(int8_t* at, I first, I second) {
     i_store(at, first);
     i_store(at + 64, second);
   }
 
   // products[block][plane][row] = the sum over a group's columns of weight times activation. weights[block]
-  // [columns / 4][16 rows][4]; a [columns / run][planes][run]. What it reads must be in memory: STARLING_APART.
+  // [columns / 4][16 rows][4]; a [columns / run][planes][run]. Its inputs must be in memory: see STARLING_APART.
   template <int B>
   void product(const int8_t* weights, int64_t block_bytes, const int8_t* a, int columns,
                int32_t (*products)[kMatrixPlanes][16]) const {
@@ -75,7 +75,7 @@ class MatrixUnit {
   }
 
  private:
-  static constexpr int kActivations = 4, kWeights = 5;  // tiles 0 to 3 hold sums, 5 and on weights
+  static constexpr int kActivations = 4, kWeights = 5;  // tiles 0 to 3 hold sums, tiles from 5 on weights
   const int run_;
   int planes_ = 0;
 };

@@ -1,5 +1,5 @@
-// The matrix instructions of ARM (i8mm: Neoverse V1 and N2, Apple's M2 and later): one adds the products of 2 x 8 and
-// 8 x 2 signed bytes to 2 x 2 sums, twice as many as a dot product does. What it computes is exact.
+// ARM's matrix instructions (i8mm: Neoverse V1 and N2, Apple's M2 and later): one multiplies 2 x 8 by 8 x 2 signed
+// bytes and adds the products to 2 x 2 sums, twice as many as a dot-product instruction. The results are exact.
 #pragma once
 
 #define STARLING_MATRIX_UNIT
@@ -8,14 +8,14 @@ namespace {
 
 constexpr int kMatrixPlanes = 16;
 constexpr int kMatrixRun = 8;
-constexpr int kMatrixBlocks = 2;  // blocks of weights that are in L1 together
+constexpr int kMatrixBlocks = 2;  // blocks of weights that share L1
 
 class MatrixUnit {
  public:
   explicit MatrixUnit(int) {}
   void set(int planes) { planes_ = planes; }
 
-  // Two steps of 4 columns of 16 rows' weights, as `product` reads them: 8 columns of a row together.
+  // Stores two steps, each of 4 columns of 16 rows' weights, as `product` reads them: 8 columns of a row together.
   static void store(int8_t* at, I first, I second) {
     for (int i = 0; i < 4; i++) {
       vst1q_s8(at + i * 32, vreinterpretq_s8_s32(vzip1q_s32(first.q[i], second.q[i])));

@@ -193,7 +193,7 @@ STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int 
   }
 }
 
-// Two products of 8-bit weights overflow vpmaddubsw's int16, so both nibbles are summed apart: w = 16 * high + low.
+// Two products of 8-bit weights overflow vpmaddubsw's int16, so nibbles are summed separately: w = 16 * high + low.
 template <int P>
 STARLING_INLINE void dots(I* sums, const EightBits& weights, const int8_t* a, int columns) {
   const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16), mask = _mm256_set1_epi8(15);

@@ -9,20 +9,20 @@ using I = __m512i;  // 16 int32
 
 constexpr int kLanes = 16;      // floats in one machine register
 constexpr int kDepth = 4;       // registers of head_dim that attention sums at once
-constexpr int kKeys = 4;        // registers of keys, a position in each lane, that a prompt's attention takes at once
+constexpr int kKeys = 4;        // registers of keys, one position per lane, that a prompt's attention takes at once
 constexpr int kFloatRows = 4;   // activation rows in one tile of the float32 kernel
-constexpr int64_t kTileBytes = 1024 * 1024;  // activations that lie in L2 while blocks of weights pass by
-// How far ahead of its use a weight is asked for: into L2 first, then from there into L1: measured 5% faster than
+constexpr int64_t kTileBytes = 1024 * 1024;  // activations that stay in L2 while blocks of weights stream past
+// How far ahead of its use a weight is prefetched, into L2 first and then from there into L1: measured 5% faster than
 // either alone.
 constexpr int kPrefetchBytes = 8192;
 constexpr int kNearBytes = 1024;
-// How many positions ahead of its use attention asks for a key or value, and whether into L2, which can wait for more
-// lines at once than L1: a layer at 4,096 positions took 0.70 ms in place of 0.95 (Zen 4).
+// How many positions ahead of its use attention prefetches a key or value, and whether into L2, which can have more
+// misses outstanding than L1: a layer at 4,096 positions took 0.70 ms instead of 0.95 (Zen 4).
 constexpr int kAhead = 32;
 constexpr bool kAskL2 = true;
 // int8 activation planes in one tile, and whether the first of a block's tiles unpacks its weights for the others. With
-// VNNI it is done beside the products, in no time of its own, and they leave registers for 16 planes; where AMX is, steps
-// of more than 8 are left to that.
+// VNNI, unpacking overlaps with the products and takes no time of its own, and they leave registers for 16 planes; with
+// AMX, steps of more than 8 are left to it.
 #if defined(__AVX512VNNI__)
 #if defined(__AMX_INT8__)
 constexpr int kPlanes = 8;
@@ -44,7 +44,7 @@ inline void v_store(float* p, V x) { _mm512_storeu_ps(p, x); }
 inline V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V v_add(V a, V b) { return _mm512_add_ps(a, b); }
 
-// Lane i of the result is the sum over the lanes of rows[i]: of neighbours, then of neighbouring sums, and so on.
+// Lane i of the result is the sum of the lanes of rows[i]: neighbours are added, then neighbouring sums, and so on.
 inline V v_sum_rows(const V* rows) {
   V pairs[8], fours[4], eights[2];
   for (int i = 0; i < 8; i++) {
@@ -62,7 +62,7 @@ inline V v_sum_rows(const V* rows) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
                        _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
 }
-inline void v_zip(V& a, V& b) {  // (a0, b0, a1, b1, ...), the first half and the second
+inline void v_zip(V& a, V& b) {  // a, b = the first and the second half of (a0, b0, a1, b1, ...)
   const I low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const V first = _mm512_permutex2var_ps(a, low, b);
   b = _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);

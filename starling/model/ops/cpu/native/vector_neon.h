@@ -34,7 +34,7 @@ inline void v_zip(V& a, V& b) {
   a = low;
 }
 
-// What `op` makes of each quarter.
+// Applies `op` to each quarter.
 template <class Op> STARLING_INLINE F floats(const Op& op) { return {{op(0), op(1), op(2), op(3)}}; }
 template <class Op> STARLING_INLINE I ints(const Op& op) { return {{op(0), op(1), op(2), op(3)}}; }
 
@@ -52,7 +52,7 @@ inline F f_add(F x, F y) { return floats([&](int i) { return vaddq_f32(x.q[i], y
 inline F f_sub(F x, F y) { return floats([&](int i) { return vsubq_f32(x.q[i], y.q[i]); }); }
 inline F f_mul(F x, F y) { return floats([&](int i) { return vmulq_f32(x.q[i], y.q[i]); }); }
 inline F f_div(F x, F y) { return floats([&](int i) { return vdivq_f32(x.q[i], y.q[i]); }); }
-inline F f_max(F x, F y) {  // y where either is no number, as on x86
+inline F f_max(F x, F y) {  // y if either is NaN, as on x86
   return floats([&](int i) { return vbslq_f32(vcgtq_f32(x.q[i], y.q[i]), x.q[i], y.q[i]); });
 }
 inline F f_min(F x, F y) {
@@ -146,7 +146,7 @@ template <int lane> STARLING_INLINE int32x4_t dot_lane(int32x4_t sum, int8x16_t 
 }
 
 // sums[p][row] += sum over k of weight[row][k] * a[k / 4][p][k % 4], k in [0, columns); columns is a multiple of 32.
-// Bytes are multiplied as signed ones: weights of 8 bits go as w - 128, and 128 times the sum of a comes back.
+// Bytes are multiplied as signed: 8-bit weights enter as w - 128, and 128 times the sum of a is added back.
 template <int P, class Weights>
 STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int columns) {
   const int8x16_t ones = vdupq_n_s8(1);

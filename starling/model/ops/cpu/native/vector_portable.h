@@ -1,4 +1,4 @@
-// Vectors of the compiler (GCC and Clang): whatever the target has, with SSE2's own instructions where they matter.
+// The vector extensions of GCC and Clang, for any target, with SSE2 intrinsics where they matter.
 #pragma once
 #include <cmath>
 #if defined(__SSE2__)
@@ -20,14 +20,14 @@ constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
 constexpr int kNearBytes = 0;  // one distance
 constexpr int kAhead = 24;
-constexpr bool kAskL2 = false;  // no faster: its arithmetic takes longer than memory
+constexpr bool kAskL2 = false;  // no faster: it is bound by arithmetic, not by memory
 constexpr bool kUnpack = true;
 
 inline float float_of_half(uint16_t h) {
   uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
   float x;
   memcpy(&x, &bits, 4);
-  x *= 0x1p112f;  // moves the exponent's bias; exact for subnormals too
+  x *= 0x1p112f;  // rebiases the exponent; exact for subnormals too
   memcpy(&bits, &x, 4);
   if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000;
   bits |= (uint32_t)(h & 0x8000) << 16;

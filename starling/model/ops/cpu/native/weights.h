@@ -1,10 +1,10 @@
-// How products read a block's weights: where they lie, and what to ask memory for meanwhile. The vector headers include
-// it, whose registers and constants it uses.
+// How dot products read a block's weights: where they lie, and what to prefetch meanwhile. Included by the vector
+// headers, whose types and constants it uses.
 #pragma once
 
 namespace {
 
-// Of the weights ahead, one line; and, where two distances are used, of those near from the second-level cache.
+// Prefetches one line of the weights ahead; where two distances are used, into L2, and a nearer line from L2 into L1.
 STARLING_INLINE void ask_for(const uint8_t* ahead, const uint8_t* at) {
   if constexpr (kNearBytes > 0) {
     __builtin_prefetch(ahead, 0, 2);
@@ -17,7 +17,7 @@ STARLING_INLINE void ask_for(const uint8_t* ahead, const uint8_t* at) {
 struct Nibbles {  // 64 bytes: 16 rows x 8 columns of 4 bits
   static constexpr bool kEight = false;
   const uint8_t* at;
-  const uint8_t* ahead;  // what to ask for while `at` is read
+  const uint8_t* ahead;  // what to prefetch while `at` is read
   inline Nibbles after(int64_t columns) const { return {at + columns * 8, ahead + columns * 8}; }
   inline I step(int pair, int half) const { return i_nibbles(i_load(at + pair * 64), half); }
   STARLING_INLINE void prefetch(int pair) const { ask_for(ahead + pair * 64, at + pair * 64); }
@@ -36,7 +36,7 @@ struct EightBits {  // 64 bytes: 16 rows x 4 columns of 8 bits
   }
 };
 
-// Nibbles, written to `out` one to a byte besides; and read from there, in L1.
+// Nibbles that are also written to `out`, one to a byte; Unpacked reads them from there, in L1.
 struct Unpacking {
   static constexpr bool kEight = false;
   Nibbles packed;
