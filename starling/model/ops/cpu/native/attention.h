@@ -25,9 +25,9 @@ struct Rows {  // up to 4 query rows
 };
 
 // Prefetches `dim` numbers of a key or value.
-template <class T> STARLING_INLINE void ask(const T* from, int64_t dim) {
+template <class T> STARLING_INLINE void prefetch_vector(const T* from, int64_t dim) {
   for (int64_t b = 0; b < dim * (int64_t)sizeof(T); b += 64)
-    __builtin_prefetch((const char*)from + b, 0, kAskL2 ? 2 : 3);
+    __builtin_prefetch((const char*)from + b, 0, kPrefetchToL2 ? 2 : 3);
 }
 
 // scores[r][p] for positions [0, count), count a multiple of 16. `keys` point to each position's key; `values` are read
@@ -39,8 +39,8 @@ STARLING_INLINE void score(const Rows& rows, const T* const* keys, const T* cons
     V acc[kRowTile * kPositionTile];
     for (int i = 0; i < kRowTile * kPositionTile; i++) acc[i] = v_zero();
     for (int i = 0; i < kPositionTile; i++) {
-      const int64_t soon = p + i + kAhead;
-      ask(soon < count ? keys[soon] : values[soon - count < count ? soon - count : 0], dim);
+      const int64_t soon = p + i + kPrefetchPositions;
+      prefetch_vector(soon < count ? keys[soon] : values[soon - count < count ? soon - count : 0], dim);
     }
     for (int64_t d = 0; d < dim; d += kLanes) {
       V k[kPositionTile];
@@ -68,7 +68,7 @@ STARLING_INLINE void weigh(const T* const* values, int64_t first, int64_t count,
   for (int r = 0; r < kRowTile; r++)
     for (int i = 0; i < Depth; i++) acc[r][i] = v_load(out[r] + first + i * kLanes);
   for (int64_t p = 0; p < count; p++) {
-    if (p + kAhead < count) ask(values[p + kAhead] + first, Depth * kLanes);
+    if (p + kPrefetchPositions < count) prefetch_vector(values[p + kPrefetchPositions] + first, Depth * kLanes);
     V v[Depth];
 #pragma GCC unroll 4
     for (int i = 0; i < Depth; i++) v[i] = v_load(values[p] + first + i * kLanes);
@@ -92,7 +92,7 @@ STARLING_INLINE void weigh_all(const T* const* values, int64_t count, int64_t di
 }
 
 // Keys of kSpan positions as floats [dim][kSpan]. Rounds of interleaving the halves of a square transpose it.
-template <class T> inline void turn_keys(const T* const* keys, int64_t dim, float* turned) {
+template <class T> inline void transpose_keys(const T* const* keys, int64_t dim, float* transposed) {
   for (int p = 0; p < kSpan; p += kLanes)
     for (int64_t d = 0; d < dim; d += kLanes) {
       V lines[kLanes], zipped[kLanes];
@@ -110,12 +110,12 @@ template <class T> inline void turn_keys(const T* const* keys, int64_t dim, floa
         for (int i = 0; i < kLanes; i++) lines[i] = zipped[i];
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; i++) v_store(turned + (d + i) * kSpan + p, lines[i]);
+      for (int i = 0; i < kLanes; i++) v_store(transposed + (d + i) * kSpan + p, lines[i]);
     }
 }
 
-// scores[r][p] for kSpan positions, bit-identical to those of `score`; `keys` as turn_keys made them.
-STARLING_INLINE void score_turned(const Rows& rows, const float* keys, int64_t dim, float (*scores)[kKvSplit]) {
+// scores[r][p] for kSpan positions, bit-identical to those of `score`; `keys` as transpose_keys made them.
+STARLING_INLINE void score_transposed(const Rows& rows, const float* keys, int64_t dim, float (*scores)[kKvSplit]) {
   constexpr int kTop = __builtin_ctz(kLanes);
   V sums[kTop + 1][kRowTile * kKeys];  // sums[h]: of 2^h neighbouring chains, until the next 2^h are summed
   for (int lane = 0; lane < kLanes; lane++) {
@@ -179,7 +179,7 @@ inline void finish(const State& state, const float* sums, float* out, int64_t di
 
 // Turns scores of positions [base, base + count) into e^(score - largest) where a row sees them, 0 elsewhere; `states`
 // receive each row's largest score and the sum.
-inline void soften(const Rows& rows, int64_t base, int64_t count, float (*scores)[kKvSplit], State* states) {
+inline void exponentiate(const Rows& rows, int64_t base, int64_t count, float (*scores)[kKvSplit], State* states) {
   for (int r = 0; r < rows.count; r++) {
     const int64_t low = rows.low[r] - base, high = rows.high[r] - base;
     if (low >= count || high <= 0) {
@@ -210,7 +210,7 @@ inline void few_rows(const Rows* tiles, int tile_count, const T* const* keys, co
   alignas(64) float scores[kRowTile][kKvSplit];
   for (int t = 0; t < tile_count; t++) {
     score(tiles[t], keys, values, count, dim, scores);
-    soften(tiles[t], base, count, scores, states + t * kRowTile);
+    exponentiate(tiles[t], base, count, scores, states + t * kRowTile);
     weigh_all(values, count, dim, scores, sums + t * kRowTile);
   }
 }
@@ -221,12 +221,12 @@ inline void many_rows(const Rows* tiles, int tile_count, const T* const* keys, c
   alignas(64) float scores[kAttentionRows][kKvSplit];
   alignas(64) float floats[kMaxHeadDim * kSpan];
   for (int64_t p = 0; p < count; p += kSpan) {
-    turn_keys(keys + p, dim, floats);
+    transpose_keys(keys + p, dim, floats);
     for (int t = 0; t < tile_count; t++)
-      score_turned(tiles[t], floats, dim, (float(*)[kKvSplit])(scores[t * kRowTile] + p));
+      score_transposed(tiles[t], floats, dim, (float(*)[kKvSplit])(scores[t * kRowTile] + p));
   }
   for (int t = 0; t < tile_count; t++)
-    soften(tiles[t], base, count, scores + t * kRowTile, states + t * kRowTile);
+    exponentiate(tiles[t], base, count, scores + t * kRowTile, states + t * kRowTile);
   for (int64_t p = 0; p < count; p += kSpan) {
     const int64_t here = count - p < kSpan ? count - p : kSpan;
     const float* lines[kSpan];
@@ -292,8 +292,8 @@ template <class T> void attend_as(const Attention* a, const AttentionItem* item)
         memset(value + dim, 0, (padded - dim) * sizeof(T));
         keys[p] = (const T*)memcpy(key, keys[p], dim * sizeof(T));
         values[p] = (const T*)memcpy(value, values[p], dim * sizeof(T));
-      } else if (kAskL2 && p < kAhead) {
-        ask(keys[p], dim);  // `score` prefetches the later ones
+      } else if (kPrefetchToL2 && p < kPrefetchPositions) {
+        prefetch_vector(keys[p], dim);  // `score` prefetches the later ones
       }
     }
     for (int64_t p = count; p < kKvSplit; p++) keys[p] = keys[count - 1];  // their scores are not used

@@ -87,15 +87,15 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
   const int64_t blocks = ceil_div(w.rows, kBlockRows);
   // Chunks small enough to balance the load if a core is busy, large enough to stream: a stripe, or half, a quarter...
   // of one. Blocks that a matrix unit takes together stay together.
-  const int64_t threads = pool_.threads(), least = matrix ? kernels_->matrix_blocks : 1;
+  const int64_t threads = pool_.threads(), min_chunk = matrix ? kernels_->matrix_blocks : 1;
   int64_t chunk = kStripeBlocks;
-  while (chunk > least && chunk * 8 * threads > blocks) chunk /= 2;
+  while (chunk > min_chunk && chunk * 8 * threads > blocks) chunk /= 2;
   const int64_t chunks = ceil_div(blocks, chunk);
   // Many tiles are cut into parts that stay in L2, or smaller ones if the blocks alone make fewer than 8 chunks per
   // thread; but not below 4 tiles for that, since each part unpacks the weights anew.
   const int64_t in_l2 = ceil_div(planes * w.columns, kernels_->tile_bytes);
-  const int64_t to_go_round = std::min<int64_t>(ceil_div(8 * threads, chunks), a.tiles / 4);
-  const int64_t parts = a.tiles < 2 ? 1 : std::min<int64_t>(a.tiles, std::max(in_l2, to_go_round));
+  const int64_t to_balance = std::min<int64_t>(ceil_div(8 * threads, chunks), a.tiles / 4);
+  const int64_t parts = a.tiles < 2 ? 1 : std::min<int64_t>(a.tiles, std::max(in_l2, to_balance));
   pool_.run(chunks * parts, [&](int64_t i) {
     const int64_t first = i / parts * chunk, part = i % parts;
     kernels_->linear(&w, &a, precision, y, first, std::min(blocks, first + chunk), (int)(a.tiles * part / parts),
@@ -120,23 +120,23 @@ void Context::rotate_and_write(const RotaryWrite& write, int64_t tokens) {
 }
 
 void Context::attention(const Attention& a) {
-  const int64_t group = a.heads / a.kv_heads, most_tokens = std::max<int64_t>(1, kAttentionRows / group);
-  int64_t splits_in_all = 0;
+  const int64_t group = a.heads / a.kv_heads, max_tokens = std::max<int64_t>(1, kAttentionRows / group);
+  int64_t total_splits = 0;
   items_.clear();
   for (int64_t r = 0; r < a.requests; r++) {
     const int64_t start = a.query_starts[r], end = a.query_starts[r + 1], first = a.context_lens[r] - (end - start);
-    for (int64_t t = start; t < end; t += most_tokens) {
-      const int64_t tokens = std::min(most_tokens, end - t), earliest = first + t - start;
+    for (int64_t t = start; t < end; t += max_tokens) {
+      const int64_t tokens = std::min(max_tokens, end - t), earliest = first + t - start;
       const int64_t low = a.window ? std::max<int64_t>(0, earliest - a.window + 1) : 0;
       const int64_t first_split = low / kKvSplit, last_split = ceil_div(earliest + tokens, kKvSplit);
-      splits_in_all += a.kv_heads * (last_split - first_split);
+      total_splits += a.kv_heads * (last_split - first_split);
       for (int64_t h = 0; h < a.kv_heads; h++)
         items_.push_back(AttentionItem{(int32_t)r, (int32_t)t, (int32_t)tokens, (int32_t)h, (int32_t)first_split,
                                        (int32_t)last_split, nullptr});
     }
   }
   const int64_t whole = (int64_t)items_.size();
-  if (whole >= 8 * pool_.threads() || whole == splits_in_all || pool_.threads() == 1) {
+  if (whole >= 8 * pool_.threads() || whole == total_splits || pool_.threads() == 1) {
     // Later items see more positions: take them first.
     pool_.run(whole, [&](int64_t i) { kernels_->attention(&a, &items_[whole - 1 - i]); });
     return;
@@ -186,7 +186,7 @@ void Context::sample(const float* logits, int64_t tokens, int64_t vocabulary, co
   float* probabilities = probabilities_.get(tokens * vocabulary);
   pool_.run(tokens, [&](int64_t t) {
     const float* row = logits + t * vocabulary;
-    ids[t] = greediest(row, vocabulary);
+    ids[t] = argmax(row, vocabulary);
     if (temperature[t] == 0) return;
     float* p = probabilities + t * vocabulary;
     // The inverse of a tiny temperature overflows float32, and 0 times infinity would be NaN.

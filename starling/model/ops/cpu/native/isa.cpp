@@ -14,7 +14,7 @@
 
 namespace {
 
-struct Set {
+struct InstructionSet {
   const char* name;
   bool usable;
   bool refused = false;
@@ -55,10 +55,10 @@ struct Cpu {
 };
 #endif
 
-const Set* sets() {
+const InstructionSet* sets() {
 #if defined(__x86_64__)
   static const Cpu cpu;
-  static const Set all[] = {
+  static const InstructionSet all[] = {
       {"amx", cpu.amx, cpu.amx_refused},
       {"avx512vnni", cpu.avx512vnni},
       {"avxvnni", cpu.avxvnni},
@@ -77,14 +77,14 @@ const Set* sets() {
   size_t size = sizeof found;
   const bool i8mm = sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found;
 #endif
-  static const Set all[] = {
+  static const InstructionSet all[] = {
       {"neoni8mm", i8mm},
       {"neondot", dot},
       {"portable", true},
       {nullptr, false},
   };
 #else
-  static const Set all[] = {{"portable", true}, {nullptr, false}};
+  static const InstructionSet all[] = {{"portable", true}, {nullptr, false}};
 #endif
   return all;
 }
@@ -92,13 +92,13 @@ const Set* sets() {
 }  // namespace
 
 const char* starling_usable_isa(int i) {
-  for (const Set* set = sets(); set->name; set++)
+  for (const InstructionSet* set = sets(); set->name; set++)
     if (set->usable && i-- == 0) return set->name;
   return nullptr;
 }
 
 const char* starling_refused_isa() {
-  for (const Set* set = sets(); set->name; set++)
+  for (const InstructionSet* set = sets(); set->name; set++)
     if (set->refused) return set->name;
   return nullptr;
 }

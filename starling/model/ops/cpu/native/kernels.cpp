@@ -11,10 +11,10 @@
 
 // Forces the sum `x` to be computed here, in a vector register: GCC would delay many additions until their sum is used,
 // and keep the products in memory until then.
-#define STARLING_NOW(x) asm("" : "+v"(x))
+#define STARLING_IN_REGISTER(x) asm("" : "+v"(x))
 
 // Values read before this barrier are not kept in registers beyond it, and later reads are not moved ahead of it.
-#define STARLING_APART asm volatile("" : : : "memory")
+#define STARLING_COMPILER_BARRIER asm volatile("" : : : "memory")
 
 #if defined(__AVX512F__)
 #include "vector_avx512.h"

@@ -227,7 +227,7 @@ template <class Weights> struct Panel {
 };
 
 // Tiles [first_tile, last_tile) of block b, kSpanColumns at a time. The first tile brings the weights to L1 for the
-// others, unpacked if that saves them time, and prefetches the next ones.
+// others, unpacked if that saves them time (kUnpack), and prefetches the next ones.
 void panel_block(const Linear* w, int64_t b, const Activations* a, int first_tile, int last_tile, float* y) {
   alignas(64) float kept[kMaxTokens * 16];
   alignas(64) uint8_t bytes[kUnpack ? kSpanColumns * kBlockRows : 1];

@@ -80,7 +80,7 @@ void matrix_blocks(MatrixUnit& unit, const Linear* w, int64_t b, const Activatio
       bytes = units.bytes;
       unpack(w, units, count, j, piece);
     }
-    STARLING_APART;
+    STARLING_COMPILER_BARRIER;
     const auto multiply = [&](int item) {
       const Tile& tile = a->tile[first_tile + item / count];
       const int planes = tile.rows * tile.planes, g = item % count;

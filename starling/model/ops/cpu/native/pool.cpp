@@ -8,7 +8,7 @@ constexpr auto kSpin = std::chrono::microseconds(200);  // before sleeping: long
 
 // Between two polls. Where threads outnumber cores, or share them with other processes, a thread that has work may need
 // this core: 16 threads on two cores took 299 ms a step without the yield, and 139 with it; 2 take 130.
-inline void wait_a_little(unsigned spins) {
+inline void pause_or_yield(unsigned spins) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -81,7 +81,7 @@ void Pool::start(uint32_t count, Call call, const void* work) {
     wake_.notify_all();  // with the lock released, which each worker needs to go on
   }
   take_chunks(job, 0);
-  for (unsigned spins = 0; done_.load(std::memory_order_acquire) < count; spins++) wait_a_little(spins);
+  for (unsigned spins = 0; done_.load(std::memory_order_acquire) < count; spins++) pause_or_yield(spins);
 }
 
 void Pool::serve(int thread) {
@@ -95,7 +95,7 @@ void Pool::serve(int thread) {
       idle_since = std::chrono::steady_clock::now();
       continue;
     }
-    wait_a_little(spins);
+    pause_or_yield(spins);
     if (spins % 64 || std::chrono::steady_clock::now() - idle_since < kSpin) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     sleeping_.fetch_add(1, std::memory_order_seq_cst);

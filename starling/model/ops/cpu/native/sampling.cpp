@@ -36,9 +36,9 @@ void keep_likeliest(float* p, int64_t count, int64_t rank, double mass) {
   std::vector<int64_t> ids;
   ids.reserve(counts[b]);
   for (int64_t i = 0; i < count; i++) {
-    const int of = bucket_of(p[i]);
-    if (of == b) ids.push_back(i);
-    else if (of < b) p[i] = 0;
+    const int bucket = bucket_of(p[i]);
+    if (bucket == b) ids.push_back(i);
+    else if (bucket < b) p[i] = 0;
   }
   std::sort(ids.begin(), ids.end(), [p](int64_t i, int64_t j) { return p[i] != p[j] ? p[i] > p[j] : i < j; });
   for (int64_t id : ids) {
@@ -59,7 +59,7 @@ double total_of(const float* p, int64_t count) {
 
 }  // namespace
 
-int64_t greediest(const float* logits, int64_t count) {
+int64_t argmax(const float* logits, int64_t count) {
   int64_t best = 0;
   for (int64_t i = 1; i < count; i++) {
     if (logits[i] > logits[best]) best = i;

@@ -11,7 +11,7 @@ struct Sampling {
 };
 
 // The index of the largest logit, the first on a tie.
-int64_t greediest(const float* logits, int64_t count);
+int64_t argmax(const float* logits, int64_t count);
 
 // The token drawn from p [count], whose largest is 1; p is filtered in place.
 int64_t draw(float* p, int64_t count, const Sampling& s);

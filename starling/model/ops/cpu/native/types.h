@@ -45,9 +45,9 @@ static inline int64_t unit_index(int64_t blocks, int64_t groups, int64_t group, 
   return stripe_first * groups + panel_first * stripe_blocks + (b - stripe_first) * panel_groups + (g - panel_first);
 }
 
-// How many of `rows` activation rows, of `planes` planes each, the next tile takes, if a kernel takes `most` planes.
-constexpr int rows_of_tile(int rows, int planes, int most) {
-  return rows >= most / planes ? most / planes : rows <= 8 ? rows : rows / 4 * 4;
+// How many of `rows` activation rows, of `planes` planes each, the next tile takes, if a kernel takes `max_planes`.
+constexpr int rows_of_tile(int rows, int planes, int max_planes) {
+  return rows >= max_planes / planes ? max_planes / planes : rows <= 8 ? rows : rows / 4 * 4;
 }
 
 // Neighbouring packed rows of activations that one kernel call takes together.

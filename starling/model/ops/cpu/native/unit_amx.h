@@ -41,7 +41,7 @@ class MatrixUnit {
   }
 
   // products[block][plane][row] = the sum over a group's columns of weight times activation. weights[block]
-  // [columns / 4][16 rows][4]; a [columns / run][planes][run]. Its inputs must be in memory: see STARLING_APART.
+  // [columns / 4][16 rows][4]; a [columns / run][planes][run]. Inputs must be in memory: see STARLING_COMPILER_BARRIER.
   template <int B>
   void product(const int8_t* weights, int64_t block_bytes, const int8_t* a, int columns,
                int32_t (*products)[kMatrixPlanes][16]) const {
@@ -71,7 +71,7 @@ class MatrixUnit {
     if constexpr (B > 1) _tile_stored(1, products[1], 64);
     if constexpr (B > 2) _tile_stored(2, products[2], 64);
     if constexpr (B > 3) _tile_stored(3, products[3], 64);
-    STARLING_APART;
+    STARLING_COMPILER_BARRIER;
   }
 
  private:

@@ -19,8 +19,8 @@ constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 8192;  // two distances, as in vector_avx512.h
 constexpr int kNearBytes = 1024;
-constexpr int kAhead = 32;  // as in vector_avx512.h
-constexpr bool kAskL2 = true;
+constexpr int kPrefetchPositions = 32;  // as in vector_avx512.h
+constexpr bool kPrefetchToL2 = true;
 constexpr bool kUnpack = true;
 
 using V = __m256;
@@ -158,7 +158,7 @@ STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int 
           sums[p].a = _mm256_dpbusd_avx_epi32(sums[p].a, step.a, x);
           sums[p].b = _mm256_dpbusd_avx_epi32(sums[p].b, step.b, x);
         }
-        STARLING_APART;
+        STARLING_COMPILER_BARRIER;
       }
     }
   }
@@ -182,8 +182,8 @@ STARLING_INLINE void dots(I* sums, const Weights& weights, const int8_t* a, int 
           const bool begin = i == 0 && half == 0;
           low[p].a = begin ? product.a : _mm256_add_epi16(low[p].a, product.a);
           low[p].b = begin ? product.b : _mm256_add_epi16(low[p].b, product.b);
-          STARLING_NOW(low[p].a);
-          STARLING_NOW(low[p].b);
+          STARLING_IN_REGISTER(low[p].a);
+          STARLING_IN_REGISTER(low[p].b);
         }
       }
     }

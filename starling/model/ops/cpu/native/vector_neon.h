@@ -15,8 +15,8 @@ constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
 constexpr int kNearBytes = 0;  // one distance
-constexpr int kAhead = 24;
-constexpr bool kAskL2 = false;  // not measured here
+constexpr int kPrefetchPositions = 24;
+constexpr bool kPrefetchToL2 = false;  // not measured here
 constexpr bool kUnpack = true;
 
 using V = float32x4_t;

@@ -19,8 +19,8 @@ constexpr int64_t kTileBytes = 512 * 1024;
 constexpr int kFloatRows = 2;
 constexpr int kPrefetchBytes = 2048;
 constexpr int kNearBytes = 0;  // one distance
-constexpr int kAhead = 24;
-constexpr bool kAskL2 = false;  // no faster: it is bound by arithmetic, not by memory
+constexpr int kPrefetchPositions = 24;
+constexpr bool kPrefetchToL2 = false;  // no faster: it is bound by arithmetic, not by memory
 constexpr bool kUnpack = true;
 
 inline float float_of_half(uint16_t h) {

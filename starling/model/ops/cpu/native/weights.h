@@ -5,7 +5,7 @@
 namespace {
 
 // Prefetches one line of the weights ahead; where two distances are used, into L2, and a nearer line from L2 into L1.
-STARLING_INLINE void ask_for(const uint8_t* ahead, const uint8_t* at) {
+STARLING_INLINE void prefetch_line(const uint8_t* ahead, const uint8_t* at) {
   if constexpr (kNearBytes > 0) {
     __builtin_prefetch(ahead, 0, 2);
     __builtin_prefetch(at + kNearBytes, 0, 3);
@@ -20,7 +20,7 @@ struct Nibbles {  // 64 bytes: 16 rows x 8 columns of 4 bits
   const uint8_t* ahead;  // what to prefetch while `at` is read
   inline Nibbles after(int64_t columns) const { return {at + columns * 8, ahead + columns * 8}; }
   inline I step(int pair, int half) const { return i_nibbles(i_load(at + pair * 64), half); }
-  STARLING_INLINE void prefetch(int pair) const { ask_for(ahead + pair * 64, at + pair * 64); }
+  STARLING_INLINE void prefetch(int pair) const { prefetch_line(ahead + pair * 64, at + pair * 64); }
 };
 struct EightBits {  // 64 bytes: 16 rows x 4 columns of 8 bits
   static constexpr bool kEight = true;
@@ -31,7 +31,7 @@ struct EightBits {  // 64 bytes: 16 rows x 4 columns of 8 bits
   STARLING_INLINE void prefetch(int pair) const {
     if constexpr (kNearBytes > 0) {
 #pragma GCC unroll 2
-      for (int line = 0; line < 128; line += 64) ask_for(ahead + pair * 128 + line, at + pair * 128 + line);
+      for (int line = 0; line < 128; line += 64) prefetch_line(ahead + pair * 128 + line, at + pair * 128 + line);
     }
   }
 };
