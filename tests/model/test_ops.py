@@ -52,7 +52,7 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def linear_error(found: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> float:
-    """The error of x @ matrix.T relative to its norm on average: its actual one may be small, if few outputs cancel."""
+    """Error of x @ matrix.T, relative to its expected norm: the actual norm of few outputs may be tiny by chance."""
     usual = x.norm() * matrix.norm() / matrix.shape[1] ** 0.5
     assert found.shape == (len(x), len(matrix))
     return float((found - x @ matrix.T).norm() / usual.clamp(min=1e-9))

@@ -12,8 +12,7 @@ constexpr int64_t kFewNumbers = 8192;  // quantized by one thread, in about the 
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Cuts rows of one precision into tiles: of any height for a matrix unit (run > 4), else of heights that kernels exist
-// for.
+// Cuts rows of one precision into tiles: of any height for a matrix unit (run > 4), else of the kernels' heights.
 void cut_tiles(int rows, int planes, int widest, int run, int64_t columns, std::vector<Tile>& tiles) {
   int first = tiles.empty() ? 0 : tiles.back().first + tiles.back().rows;
   int64_t offset = tiles.empty() ? 0 : tiles.back().offset + tiles.back().rows * tiles.back().planes * columns;
