@@ -19,9 +19,9 @@ class Batch:
     query_starts: torch.Tensor  # int32 [requests + 1]: request r owns tokens query_starts[r]:query_starts[r + 1]
     context_lens: torch.Tensor  # int32 [requests]: positions in the cache once this step is written
     block_tables: torch.Tensor  # int32 [requests, blocks]: -1 where unused or passed by the window
-    prompt_tokens: torch.Tensor  # bool [tokens]: came with the request (False: generated, or a draft of it)
+    prompt_tokens: torch.Tensor  # bool [tokens]: part of the request's prompt (False: generated, or a draft)
     logit_rows: torch.Tensor  # int64 [rows]: the tokens whose logits are wanted, ascending, each once
-    sampled: torch.Tensor | None = None  # int [rows of the step before]: what it draws, perhaps not known yet
+    sampled: torch.Tensor | None = None  # int [rows of the previous step]: the ids it draws, perhaps not known yet
     decodes: bool = False  # no request has more than one token
 
     def __post_init__(self) -> None:
@@ -32,5 +32,5 @@ class Batch:
 
     @property
     def wants_all(self) -> bool:
-        """Whether every token's logits are wanted: `logit_rows` just counts them (or names what nobody reads)."""
+        """Whether every token's logits are wanted: `logit_rows` is then 0, 1, 2, … (or padding, which is not read)."""
         return self.logit_rows.numel() == self.token_ids.numel()

@@ -1,4 +1,4 @@
-"""The control groups that limit this process: its own and those around it, in version 2 and version 1."""
+"""The control groups that limit this process: its own and those above it, in version 2 and version 1."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -10,7 +10,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 def limiting_groups(controller: str) -> Iterator[tuple[int, Path]]:
     """Version and folder of each group that may limit what `controller` controls ("cpu", "memory").
 
-    A folder may be missing: a container sees its own group as the root, while the path that it is told may be its
+    A folder may be missing: a container sees its own group as the root, while the path that it reads may be its
     host's.
     """
     try:

@@ -20,7 +20,7 @@ class KVCache:
         cls, config: ModelConfig, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> "KVCache":
         shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, block_size, config.head_dim)
-        # Not zeroed: on a CPU the pages are then taken only as blocks are first written.
+        # Not zeroed: on a CPU, memory is then committed only as blocks are first written.
         return cls(empty(shape, dtype, device), empty(shape, dtype, device))
 
     @property

@@ -22,7 +22,7 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's weights, packed for the device. Projections of one input are fused: q|k|v and gate|up."""
+    """One decoder layer's weights, packed for the device. Projections that share an input are fused: q|k|v, gate|up."""
 
     input_norm: torch.Tensor  # [H]
     qkv: Packed
@@ -104,9 +104,9 @@ class Mistral:
         return ops.head(ops.rms_norm(x, self.norm, config.rms_norm_eps), self.head)
 
     def run_layers(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Embeddings [T, H] → the residual stream behind the last layer, of the batch's `logit_rows` [rows, H].
+        """Embeddings [T, H] → the residual stream after the last layer, for the batch's `logit_rows` [rows, H].
 
-        Defines what FusedLayers must equal.
+        FusedLayers must give the same.
         """
         ops, eps = self.ops, self.config.rms_norm_eps
         residual, prompt_tokens = x, batch.prompt_tokens
@@ -120,7 +120,7 @@ class Mistral:
             q = ops.rotate_and_cache(qkv, batch, self.rotary, keys, values)
             attended = ops.attention(q, keys, values, batch, self.config.sliding_window)
             if i == len(self.layers) - 1:
-                # The other tokens' keys and values are written, and nothing reads more of them.
+                # The other tokens' keys and values are written, and nothing else of them is needed.
                 attended, residual, prompt_tokens = (t[batch.logit_rows] for t in (attended, residual, prompt_tokens))
             x = ops.awq_linear(attended, layer.out, prompt_tokens)
             x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)

@@ -1,4 +1,4 @@
-"""Bytes of a file → a GPU's memory, by two pinned buffers: one is filled from the file while the other is copied."""
+"""Bytes of a file → a GPU's memory, through two pinned buffers: one is filled while the other is copied to the GPU."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 from starling.model.reading import fill
 
 BUFFER_BYTES = 32 << 20
-# One thread copies some 9 GB/s out of the page cache, less than a bus to a GPU takes; two or more fill it.
+# One thread copies about 9 GB/s out of the page cache, less than a bus to a GPU carries; two or more fill it.
 PART_BYTES = 8 << 20  # read by one thread
 THREADS = 4
 
 
 class Staging:
-    """Reads tensors from files onto `device`. Reading with pread leaves no mapping behind, whose end would take time.
+    """Reads tensors from files onto `device`. pread leaves no mapping behind, which would take time to unmap.
 
     On a CPU, where nothing needs pinning, the same steps run without overlapping.
     """
@@ -29,7 +29,7 @@ class Staging:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="staging")
 
     def tensor(self, path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor whose bytes begin at `offset` of `path`. Raises OSError, also where the file ends too early."""
+        """The tensor whose bytes begin at `offset` of `path`. Raises OSError, also if the file ends too early."""
         whole = torch.empty(shape, dtype=dtype, device=self._device)
         target = whole.view(-1).view(torch.uint8)
         with path.open("rb", buffering=0) as file:
@@ -48,7 +48,7 @@ class Staging:
         return whole
 
     def _read(self, file: int, offset: int, into: memoryview) -> None:
-        """Fill `into` from `offset` on, in parts side by side."""
+        """Fill `into` from `offset` on, in parts read in parallel."""
 
         def read_part(begin: int) -> None:
             fill(into[begin : begin + self._part_bytes], file, offset + begin)

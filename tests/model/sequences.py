@@ -18,7 +18,7 @@ class Sequence:
 
 
 def step(model: Mistral, cache: KVCache, work: list[tuple[Sequence, list[int]]]) -> list[torch.Tensor]:
-    """Append tokens to each sequence in one batch; each one's logits, float32 [its new tokens, V]."""
+    """Append tokens to each sequence in one batch; returns each one's logits, float32 [its new tokens, V]."""
     with torch.inference_mode():
         logits = model.forward(batch_of(model, cache, work), cache)
     return list(logits.split([len(new) for _, new in work]))
@@ -61,7 +61,7 @@ def batch_of(model: Mistral, cache: KVCache, work: list[tuple[Sequence, list[int
 
 
 def some_and_all(model: Mistral, prompts: list[list[int]], wanted: list[int]) -> list[torch.Tensor]:
-    """Logits of the tokens `wanted`, alone and among all, of prompts of up to 32 tokens. The caches must be equal."""
+    """Logits of the `wanted` tokens, alone and among all, for prompts of up to 32 tokens. The caches must be equal."""
     own, other = (model.allocate_cache(2 * len(prompts), 16) for _ in range(2))
     logits = []
     for cache in (own, other):
@@ -77,7 +77,7 @@ def some_and_all(model: Mistral, prompts: list[list[int]], wanted: list[int]) ->
 
 
 def greedy(model: Mistral, prompt: list[int], max_tokens: int) -> list[int]:
-    """The likeliest continuation, up to and with the token that ends it."""
+    """The likeliest continuation, up to and including the token that ends it."""
     block_size = 16
     blocks = -(-(len(prompt) + max_tokens) // block_size)
     cache = model.allocate_cache(blocks, block_size)

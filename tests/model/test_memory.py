@@ -1,4 +1,4 @@
-"""What steps take of memory, and how much is free: what control groups leave, wherever this process stands in them."""
+"""How much memory steps take, and how much control groups leave free, wherever this process is in them."""
 
 import mmap
 import weakref
@@ -47,9 +47,9 @@ def group(folder: Path, limit: str, used: int, version: int = 2, cached: int = 0
 @pytest.mark.parametrize(
     ("lines", "free", "room"),
     [
-        ("0::/\n", 5 * GB, 6 * GB),  # as in a container: the group is the root of what it sees
+        ("0::/\n", 5 * GB, 6 * GB),  # as in a container, which sees its own group as the root
         ("0::/system.slice/starling.service\n", 2 * GB, 2 * GB),
-        ("0::/system.slice/another.service\n", 3 * GB, 4 * GB),  # the one around it decides
+        ("0::/system.slice/another.service\n", 3 * GB, 4 * GB),  # the one above it decides
         ("0::/system.slice/another:one.service\n", 3 * GB, 4 * GB),
         ("", 5 * GB, 6 * GB),
     ],
@@ -61,10 +61,10 @@ def test_version_2(groups: Path, lines: str, free: int, room: int) -> None:
     group(groups / "system.slice" / "another.service", "max", 0)
     (groups / "membership").write_text(lines)
     assert (free_bytes(CPU), kv_cache_room(CPU, 0)) == (free, room)
-    assert kv_cache_budget(CPU, 0) == free // 2, "others on this machine want some too"
+    assert kv_cache_budget(CPU, 0) == free // 2, "other processes on this machine need some too"
 
 
-def test_a_block_takes_what_it_is_counted_for() -> None:
+def test_a_block_takes_the_bytes_that_it_is_counted_for() -> None:
     config, dtype = ModelConfig.from_dict(CONFIG), torch.bfloat16
     cache = KVCache.allocate(config, 5, 16, dtype, CPU)
     assert cache.keys.nbytes + cache.values.nbytes == 5 * KVCache.bytes_per_block(config, 16, dtype)
@@ -78,7 +78,7 @@ def test_version_1(groups: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_cached_files_make_way_but_for_those_that_are_mapped(
+def test_cached_files_count_as_free_except_for_mapped_ones(
     groups: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
     folder = groups / "memory" if version == 1 else groups
@@ -91,7 +91,7 @@ def test_cached_files_make_way_but_for_those_that_are_mapped(
 
 
 @pytest.mark.parametrize("stat", [None, "cache 5\n"])
-def test_a_group_that_does_not_tell_what_it_caches_limits_all_the_same(groups: Path, stat: str | None) -> None:
+def test_a_group_that_does_not_say_what_it_caches_limits_all_the_same(groups: Path, stat: str | None) -> None:
     group(groups, str(8 * GB), 7 * GB)
     (groups / "memory.stat").unlink()
     if stat is not None:
@@ -119,14 +119,14 @@ def test_on_a_gpu_steps_come_before_the_cache(monkeypatch: pytest.MonkeyPatch, f
 
 
 class NoKernels:
-    """In a compiled module's place where only the memory that surrounds its launches counts."""
+    """Replaces a compiled module where only the memory around its launches counts."""
 
     def launch(self, *arguments: object) -> None:
         pass
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, as long as anybody holds them."""
+    """Counts the bytes of the tensors that operations make, for as long as they are held."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,14 +153,14 @@ class LiveBytes(TorchDispatchMode):
 def test_a_step_on_a_gpu_takes_what_is_reserved_for_it(tmp_path: Path) -> None:
     config = write_checkpoint(tmp_path, intermediate_size=512, vocab_size=16)
     ops = CudaOps(torch.device("cpu"), lambda source: NoKernels(), attention_ranges=1)
-    ops._linear._processors = 1  # no block's sum is cut in pieces, as none is for many tokens
+    ops._linear._processors = 1  # no sum is split between thread blocks, as none is for many tokens
     model = Mistral.load(tmp_path, ops)
     cache = model.allocate_cache(16, 16)
-    step(model, cache, [(Sequence(list(range(16))), [0] * 100)])  # makes what later steps share
+    step(model, cache, [(Sequence(list(range(16))), [0] * 100)])  # allocates what later steps share
     found = {}
     for tokens in (100, 200):
         with LiveBytes() as live:
             step(model, cache, [(Sequence(list(range(16))), [0] * tokens)])
         found[tokens] = live.peak
-    # Per token some ints come on top.
+    # A few ints per token come on top.
     assert 1 <= (found[200] - found[100]) / activation_bytes(config, 100) < 1.03

@@ -1,4 +1,4 @@
-"""The whole forward pass: equal to transformers' own on the same matrices, and to itself however it is cut."""
+"""The whole forward pass: equal to transformers' own on the same matrices, and to itself however it is split."""
 
 import random
 from collections.abc import Callable
@@ -43,7 +43,7 @@ IMPLEMENTATIONS: dict[str, Callable[[], Ops]] = {
 
 
 class OpByOp:
-    """Another's operations, without its call for all layers."""
+    """CpuOps without its single call for all layers."""
 
     def __init__(self, ops: CpuOps) -> None:
         self._ops = ops
@@ -79,7 +79,7 @@ def prompt(dice: random.Random, length: int) -> list[int]:
 
 
 def whole(model: Mistral, tokens: list[int]) -> torch.Tensor:
-    """Logits of every token, in one step, from a cache in order."""
+    """Logits of every token, in one step, over cache blocks in order."""
     blocks = -(-len(tokens) // BLOCK)
     return step(model, model.allocate_cache(blocks, BLOCK), [(Sequence(list(range(blocks))), tokens)])[0]
 
@@ -128,10 +128,10 @@ def test_a_batch_gives_what_each_gives_alone(model: Mistral, dice: random.Random
 
 
 @pytest.mark.parametrize("make", [ReferenceOps, CpuOps, lambda: OpByOp(CpuOps())])
-def test_the_logits_that_are_wanted_are_those_of_all(
+def test_logits_of_some_tokens_are_those_computed_for_all(
     folder: Path, dice: random.Random, make: Callable[[], Ops]
 ) -> None:
-    """To the bit on a CPU's kernels, and with the same cache behind it; plain torch's sums depend on the batch."""
+    """To the bit on a CPU's kernels, leaving the same cache behind; plain torch's sums depend on the batch."""
     model = Mistral.load(folder, make())
     prompts = [prompt(dice, length) for length in (30, 1, 12)]
     for wanted in ([], [42], [0, 29, 30, 41], sorted(dice.sample(range(43), 20)), list(range(43))):
@@ -141,7 +141,7 @@ def test_the_logits_that_are_wanted_are_those_of_all(
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])
-def test_all_layers_in_one_call_are_the_calls_one_by_one(folder: Path, dice: random.Random, precision: str) -> None:
+def test_all_layers_in_one_call_equal_the_calls_one_by_one(folder: Path, dice: random.Random, precision: str) -> None:
     ops = CpuOps(2, precision)  # type: ignore[arg-type]
     fused, one_by_one = Mistral.load(folder, ops), Mistral.load(folder, OpByOp(ops))
     caches = [model.allocate_cache(10, BLOCK) for model in (fused, one_by_one)]

@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 
 
 def write_checkpoint(folder: Path, **changes: Any) -> ModelConfig:
-    """Random weights of about a trained model's size, in AWQ. `changes` to config.json."""
+    """Random weights in AWQ, about as large as a trained model's. `changes` apply to config.json."""
     raw = {**CONFIG, **changes}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw))
