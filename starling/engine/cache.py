@@ -1,16 +1,16 @@
 """Who owns which KV block: allocation, sharing of equal prefixes by content, and the blocks a window leaves behind.
 
-A block is idle (nobody's), owned by one sequence, or shared by several. Only full blocks whose keys and values are
+A block is idle (held by none), owned by one sequence, or shared by several. Only full blocks whose keys and values are
 computed are published, and a published block is never written again, so sharing needs no copy.
 
-Steps may be in flight while these books change; the device runs steps in the order in which they were started.
-- A block given back while a step in flight still reads or writes it may be handed out at once: its next owner writes
-  it in a later step, after that step.
-- A block is published when the step that filled it is complete, not when that step is started: only then are all its
-  tokens known, as its content key requires (the last may be one that the step before sampled), and only then is it
-  certain that the step did not fail. So whatever is findable is whole, and a step that fails takes no other sequence
-  with it. `Sequence.settled` counts the positions of completed steps; `computed` runs ahead of it.
-- The window gives back blocks by `settled` too, so a block is published before it leaves its sequence.
+Steps may be in flight while this bookkeeping changes; the device runs steps in the order in which they were started.
+- A block released while a step in flight still reads or writes it may be reallocated at once: its next owner writes it
+  in a later step, which runs after that one.
+- A block is published when the step that filled it completes, not when that step starts: only then are all its tokens
+  known, as its content key requires (the last may be one that the previous step sampled), and only then is it certain
+  that the step did not fail. So every block that can be found is complete, and a failed step affects no other
+  sequence. `Sequence.settled` counts the positions of completed steps; `computed` runs ahead of it.
+- Blocks behind the window are released by `settled` too, so a block is published before it leaves its sequence.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from starling.engine.sequence import Sequence
 
 
 class BlockCache:
-    """Books for `blocks` blocks of `block_size` positions, and the block tables of up to `rows` sequences.
+    """Bookkeeping for `blocks` blocks of `block_size` positions, and the block tables of up to `rows` sequences.
 
-    `window` is the sliding window in positions, or None; blocks that no later token can see are given back.
+    `window` is the sliding window in positions, or None; blocks that no later token can see are released.
     """
 
     def __init__(self, blocks: int, block_size: int, rows: int, max_positions: int, window: int | None = None) -> None:
@@ -35,33 +35,33 @@ class BlockCache:
         self.window = window
         self.tables = np.full((rows, -(-max_positions // block_size)), -1, dtype=np.int32)
         self._free_rows = list(range(rows))
-        self._holders = [0] * blocks  # sequences that hold each block
-        self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))  # first to be reused first
+        self._ref_counts = [0] * blocks  # sequences that hold each block
+        self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))  # reused in this order
         self._block_of_key: dict[bytes, int] = {}
         self._key_of_block: dict[int, bytes] = {}
 
     @property
     def available(self) -> int:
-        """Blocks that can be allocated now, counting those that only hold a reusable prefix."""
+        """Blocks that can be allocated now, including those that only hold a reusable prefix."""
         return len(self._idle)
 
     def blocks_needed(self, tokens: int, chunk: int) -> int:
-        """Blocks that a sequence of `tokens` holds at its fullest when computed in steps of at most `chunk`."""
+        """The most blocks that a sequence of `tokens` ever holds, computed in steps of at most `chunk`."""
         whole = -(-tokens // self.block_size)
         if self.window is None:
             return whole
-        # The window and a chunk, cut anywhere, touch one more block than they fill; and a block that the window has
-        # passed is given back only when the next one is full.
+        # The window and a chunk, wherever they begin, touch one block more than they fill; and a block that the window
+        # has passed is released only when the next one is full.
         return min(whole, -(-(self.window + chunk) // self.block_size) + 2)
 
     def held(self, sequence: Sequence) -> int:
-        return len(sequence.blocks) - self._dead(sequence.settled)
+        return len(sequence.blocks) - self._passed(sequence.settled)
 
     def shared(self, sequence: Sequence) -> int:
-        """Of the blocks that `admit` would find for it, those that others hold already."""
+        """How many of the blocks that `admit` would find for it are already held by others."""
         found = self._longest_cached(sequence)
-        keys = sequence.keys[self._dead(found) : found // self.block_size]
-        return sum(self._holders[self._block_of_key[key]] > 0 for key in keys)
+        keys = sequence.keys[self._passed(found) : found // self.block_size]
+        return sum(self._ref_counts[self._block_of_key[key]] > 0 for key in keys)
 
     def keys_between(self, sequence: Sequence, begin: int, end: int) -> list[bytes]:
         """Content keys of the blocks that end at positions in (begin, end]; their tokens must be known."""
@@ -76,9 +76,9 @@ class BlockCache:
         assert sequence.row < 0 and not sequence.blocks and sequence.computed == 0
         sequence.row = self._free_rows.pop()
         found = self._longest_cached(sequence)
-        full, dead = found // self.block_size, self._dead(found)
+        full, passed = found // self.block_size, self._passed(found)
         for index in range(full):
-            block = -1 if index < dead else self._block_of_key[sequence.keys[index]]
+            block = -1 if index < passed else self._block_of_key[sequence.keys[index]]
             if block >= 0:
                 self._hold(block)
             sequence.blocks.append(block)
@@ -87,20 +87,20 @@ class BlockCache:
         sequence.published = full
 
     def catch_up(self, sequence: Sequence) -> None:
-        """Let it go on behind blocks that others have published since. None of its steps may be in flight."""
+        """Skip ahead over blocks that others have published since. None of its steps may be in flight."""
         assert sequence.settled == sequence.computed
         if len(sequence.blocks) * self.block_size != sequence.computed:
-            return  # it has room of its own for what comes next
+            return  # its own blocks have room for what comes next
         while (block := self._block_of_key.get(self.next_key(sequence, sequence.computed))) is not None:
             self._hold(block)
             self.tables[sequence.row, len(sequence.blocks)] = block
             sequence.blocks.append(block)
             sequence.computed = sequence.settled = sequence.computed + self.block_size
             sequence.published += 1
-        self._pass(sequence)
+        self._release_passed(sequence)
 
     def next_key(self, sequence: Sequence, position: int) -> bytes:
-        """Content key of the block that begins at `position`; empty where none does that could be shared."""
+        """Content key of the block that begins at `position`; empty if no shareable block begins there."""
         if position % self.block_size:
             return b""
         # At least one token must be computed: its logits are wanted.
@@ -108,7 +108,7 @@ class BlockCache:
         return b"".join(self.keys_between(sequence, position, end))
 
     def grow(self, sequence: Sequence, positions: int) -> bool:
-        """Make room for `positions` positions in all. False, and nothing taken, when there is not enough."""
+        """Allocate blocks for `positions` positions in all. False, with nothing allocated, when too few are free."""
         have = len(sequence.blocks)
         if positions <= have * self.block_size:
             return True
@@ -120,26 +120,26 @@ class BlockCache:
             key = self._key_of_block.pop(block, None)
             if key is not None:
                 del self._block_of_key[key]
-            self._holders[block] = 1
+            self._ref_counts[block] = 1
             sequence.blocks.append(block)
             self.tables[sequence.row, index] = block
         return True
 
     def advance(self, sequence: Sequence) -> None:
-        """Once a step is complete: offer what it filled for sharing, give back what the window has passed."""
+        """After a completed step: publish the blocks that it filled and release those that the window has passed."""
         full = sequence.settled // self.block_size
         self._extend_keys(sequence, full)
         for index in range(sequence.published, full):
             key, block = sequence.keys[index], sequence.blocks[index]
-            # An equal block computed at the same time by another sequence stays the findable one.
+            # If another sequence has published an equal block in the meantime, that one stays findable.
             if key not in self._block_of_key:
                 self._block_of_key[key] = block
                 self._key_of_block[block] = key
         sequence.published = full
-        self._pass(sequence)
+        self._release_passed(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Give everything back. What was published stays findable until its block is needed."""
+        """Release all its blocks. Published ones stay findable until they are reallocated."""
         assert sequence.row >= 0
         # Last block first: a prefix is worth more than what follows it.
         for block in reversed(sequence.blocks):
@@ -153,43 +153,43 @@ class BlockCache:
         sequence.published = 0
 
     def forget(self) -> None:
-        """Drop every idle block's content, as after a step that may have left damaged blocks behind."""
+        """Make every idle block unfindable, as after a step that may have left damaged blocks behind."""
         for block in self._idle:
             key = self._key_of_block.pop(block, None)
             if key is not None:
                 del self._block_of_key[key]
 
     def check(self, sequences: list[Sequence]) -> None:
-        """Assert every invariant; `sequences` are all that hold anything. For tests."""
+        """Assert every invariant; `sequences` are all those that hold blocks. For tests."""
         holders = [0] * self.blocks
         for sequence in sequences:
-            assert sequence.settled <= len(sequence.tokens), "a completed step computed a token that nobody knows"
+            assert sequence.settled <= len(sequence.tokens), "a completed step computed a token that is not known"
             assert sequence.settled <= sequence.computed <= sequence.size
             assert sequence.published == sequence.settled // self.block_size
-            passed = sequence.blocks[: self._dead(sequence.published * self.block_size)]
-            assert all(block < 0 for block in passed), "what the window has passed is given back"
+            passed = sequence.blocks[: self._passed(sequence.published * self.block_size)]
+            assert all(block < 0 for block in passed), "a block that the window has passed is still held"
             for index, block in enumerate(sequence.blocks):
                 if block >= 0:
                     holders[block] += 1
                 if index >= sequence.published:
                     assert block not in self._key_of_block, "a block that is or will be written is findable"
-                    assert self._holders[block] == 1, "a block that is or will be written is shared"
+                    assert self._ref_counts[block] == 1, "a block that is or will be written is shared"
             assert self.tables[sequence.row, : len(sequence.blocks)].tolist() == sequence.blocks
             assert (self.tables[sequence.row, len(sequence.blocks) :] == -1).all()
-        assert holders == self._holders
+        assert holders == self._ref_counts
         assert sorted(self._idle) == [block for block, held in enumerate(holders) if held == 0]
         assert {block: key for key, block in self._block_of_key.items()} == self._key_of_block
         assert len(self._free_rows) + len(sequences) == len(self.tables)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _dead(self, computed: int) -> int:
+    def _passed(self, computed: int) -> int:
         """Leading blocks that no token at position `computed` or later can see."""
         return 0 if self.window is None else max(0, computed - self.window + 1) // self.block_size
 
-    def _pass(self, sequence: Sequence) -> None:
-        """Give back what the window has passed."""
-        for index in range(self._dead(sequence.settled) - 1, -1, -1):
+    def _release_passed(self, sequence: Sequence) -> None:
+        """Release the blocks that the window has passed."""
+        for index in range(self._passed(sequence.settled) - 1, -1, -1):
             if sequence.blocks[index] < 0:
                 break
             self._release(sequence.blocks[index])
@@ -204,7 +204,7 @@ class BlockCache:
         for count, key in enumerate(sequence.keys[:full], start=1):
             if key in self._block_of_key:
                 run += 1
-                if run >= count - self._dead(count * self.block_size):
+                if run >= count - self._passed(count * self.block_size):
                     best = count
             elif self.window is None:
                 break
@@ -222,14 +222,14 @@ class BlockCache:
             sequence.keys.append(hashlib.blake2b(parent + content, digest_size=16).digest())
 
     def _hold(self, block: int) -> None:
-        if self._holders[block] == 0:
+        if self._ref_counts[block] == 0:
             del self._idle[block]
-        self._holders[block] += 1
+        self._ref_counts[block] += 1
 
     def _release(self, block: int) -> None:
-        assert self._holders[block] > 0, f"block {block} is freed twice"
-        self._holders[block] -= 1
-        if self._holders[block] == 0:
+        assert self._ref_counts[block] > 0, f"block {block} is freed twice"
+        self._ref_counts[block] -= 1
+        if self._ref_counts[block] == 0:
             self._idle[block] = None
             if block not in self._key_of_block:
                 self._idle.move_to_end(block, last=False)

@@ -1,7 +1,7 @@
 """The loop: plan, step, deliver. Requests are submitted and cancelled from any thread; one thread does the rest.
 
-Where the device computes by itself, the loop works one step behind it: the next step is planned and started before the
-tokens of the one in flight are taken and delivered, so the device never waits for the host.
+Where the device computes asynchronously, the loop works one step behind it: the next step is planned and started before
+the tokens of the one in flight are collected and delivered, so the device never waits for the host.
 """
 
 import atexit
@@ -24,14 +24,14 @@ from starling.errors import DeviceError, EngineError, EngineStoppedError, NoRoom
 logger = logging.getLogger(__name__)
 
 NOTHING_TO_DRAW = (
-    "After this text the model's logits hold no finite number, so no token can be drawn. Change the text; where every "
-    "text ends so, the weights are damaged: fetch them again."
+    "After this text the model's logits hold no finite number, so no token can be drawn. Change the text; if every "
+    "text fails this way, the weights are damaged: download them again."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What a step brought one request. The last one has `finish`, and `error` when it failed."""
+    """What a step produced for one request. The last one has `finish`, and `error` if the request failed."""
 
     tokens: list[int]
     finish: FinishReason | None = None
@@ -44,7 +44,7 @@ class TokenStream:
 
     def __init__(self, cancel: Callable[[], object]) -> None:
         self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._whole = threading.Event()  # the last delivery has been put
+        self._ended = threading.Event()  # the last delivery has been put
         self._cancel = cancel
 
     def get(self, timeout_s: float | None = None) -> Delivery | None:
@@ -55,14 +55,14 @@ class TokenStream:
             return None
 
     def wait_for_last(self, timeout_s: float) -> None:
-        """Sleep until the last delivery has come, for `timeout_s` at most: the others wake nobody meanwhile."""
-        self._whole.wait(timeout_s)
+        """Sleep until the last delivery arrives, for at most `timeout_s`: earlier deliveries wake nobody."""
+        self._ended.wait(timeout_s)
 
     def put(self, delivery: Delivery) -> None:
         """The engine's end."""
         self._queue.put(delivery)
         if delivery.finish is not None:
-            self._whole.set()
+            self._ended.set()
 
     def cancel(self) -> None:
         """Stop at the next step. A last delivery with finish "cancelled" follows unless the request ended before."""
@@ -83,7 +83,7 @@ def check_request(prompt: list[int], max_tokens: int, context_limit: int, vocab_
 
 
 def no_room(prompt_length: int, max_tokens: int, where: str, limit: int) -> NoRoomError:
-    """What refuses a request for which `where`, that holds `limit` tokens, is too small."""
+    """The error that refuses a request too large for `where`, which holds `limit` tokens."""
     room = limit - prompt_length
     remedy = f"Lower max_tokens to {room} or less" if room > 0 else "Shorten the prompt"
     return NoRoomError(
@@ -93,8 +93,8 @@ def no_room(prompt_length: int, max_tokens: int, where: str, limit: int) -> NoRo
 
 
 def grammar_error(fault: str) -> RequestError:
-    """What ends a request whose constraint has this fault."""
-    return RequestError(f"The answer's grammar cannot go on: {fault}. Mend or simplify it.")
+    """The error that ends a request whose constraint has this fault."""
+    return RequestError(f"The grammar failed while the answer was generated: {fault}. Fix or simplify it.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +133,13 @@ class Engine:
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._streams: dict[int, TokenStream] = {}
         self._arrivals = itertools.count()
-        self._gate = threading.Lock()  # held while a command is put, so that none is lost behind "stop"
+        self._inbox_lock = threading.Lock()  # held while a command is put, so that none is lost behind "stop"
         self._closed = False
         self._in_flight: _Flight | None = None
         self._watch = StepWatch(hang_after_s)
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
-        # A thread that still computes when Python has ended takes the process with it: its memory is gone.
+        # A thread that still computes once Python has shut down crashes the process: its memory is gone.
         atexit.register(self.close)
 
     # -- from any thread -----------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class Engine:
     def submit(
         self, prompt: list[int], params: SamplingParams, constraint: TokenConstraint | None = None
     ) -> TokenStream:
-        """Queue a request. Raises what `check` does, and EngineStoppedError when nothing runs any more."""
+        """Queue a request. Raises what `check` does, and EngineStoppedError once the engine has stopped."""
         self.check(prompt, params.max_tokens)
         lookup = PromptLookup() if self._scheduler.limits.speculative_rows > 0 else None
         sequence = Sequence(next(self._arrivals), prompt, params, constraint, lookup)
@@ -167,7 +167,7 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """The thread lives, and no step has been running for longer than `hang_after_s`."""
+        """The thread is alive, and no step has been running for longer than `hang_after_s`."""
         return self._thread.is_alive() and not self._closed and not self._watch.hangs
 
     @property
@@ -176,7 +176,7 @@ class Engine:
 
     @property
     def occupancy(self) -> dict[str, int]:
-        """A snapshot, taken beside the running engine: sequences and KV blocks."""
+        """Sequences and KV blocks: a snapshot, taken while the engine runs."""
         cache = self._scheduler.cache
         return {
             "running": len(self._scheduler.running),
@@ -192,7 +192,7 @@ class Engine:
         self._thread.join(timeout=self._hang_after_s)
 
     def _put(self, command: _Command) -> bool:
-        with self._gate:
+        with self._inbox_lock:
             if self._closed:
                 return False
             self._inbox.put(command)
@@ -205,15 +205,15 @@ class Engine:
         try:
             while self._take_commands():
                 self._step()
-            self._land()  # or the device would compute on in memory that the engine's owner gives back
+            self._collect()  # or the device would go on computing in memory that the engine's owner frees
         except BaseException as fault:
             logger.critical("the engine's thread died", exc_info=True)
             error = EngineStoppedError(f"The engine died: {type(fault).__name__}. Restart the container.")
         finally:
-            with self._gate:
+            with self._inbox_lock:
                 self._closed = True
             self._watch.end()
-            # The scheduler is not told: its books may be what broke, and nobody asks them any more.
+            # The scheduler is not told: its bookkeeping may be what broke, and nothing needs it any more.
             while not self._inbox.empty():
                 command = self._inbox.get()
                 if command.sequence is not None and command.stream is not None:
@@ -222,19 +222,19 @@ class Engine:
                 self._deliver(arrival, Delivery([], "error", error))
 
     def _take_commands(self) -> bool:
-        """Book what callers asked since the last step; sleep while there is nothing to do. False: stop."""
+        """Handle what callers have asked since the last step; sleep while there is nothing to do. False: stop."""
         while self._idle or not self._inbox.empty():
             command = self._inbox.get()
             if command.kind == "stop":
                 return False
-            self._book(command)
+            self._handle(command)
         return True
 
     @property
     def _idle(self) -> bool:
         return not self._scheduler.running and not self._scheduler.waiting and self._in_flight is None
 
-    def _book(self, command: _Command) -> None:
+    def _handle(self, command: _Command) -> None:
         sequence = command.sequence
         if sequence is None:
             return
@@ -245,57 +245,59 @@ class Engine:
             self._deliver(sequence.arrival, Delivery([], "cancelled"))
 
     def _step(self) -> None:
-        """Start the next step, then take what the one before it gave. Without a plan, only the latter."""
+        """Start the next step, then collect the results of the previous one. Without a plan, only the latter."""
         self._watch.begin()
         plan = self._scheduler.plan()
         started = None
         if plan:
-            with self._ending_if_it_fails(plan):
+            with self._fail_on_error(plan):
                 started = _Flight(plan, self._runner.start(plan))
-        self._land()
+        self._collect()
         self._in_flight = started
         if not self._runner.overlaps:
-            self._land()
+            self._collect()
         self._watch.end()
 
-    def _land(self) -> None:
-        """Wait for the step in flight, if there is one, and deliver what it gave."""
+    def _collect(self) -> None:
+        """Wait for the step in flight, if there is one, and deliver its results."""
         flight, self._in_flight = self._in_flight, None
         if flight is None:
             return
         outcomes: list[Outcome] = []
-        with self._ending_if_it_fails(flight.plan):
+        with self._fail_on_error(flight.plan):
             outcomes = self._scheduler.complete(flight.plan, flight.step.result())
         for outcome in outcomes:
             sequence = outcome.sequence
             delivery = Delivery(outcome.tokens, outcome.finish, None, sequence.cached or 0)
             if outcome.finish == "error":
-                logger.error("request %d ends: %s", sequence.arrival, NOTHING_TO_DRAW)
+                logger.error("request %d failed: %s", sequence.arrival, NOTHING_TO_DRAW)
                 delivery = Delivery([], "error", EngineError(NOTHING_TO_DRAW))
             elif sequence.constraint is not None:
-                broken = self._constrain(sequence.constraint, outcome)
+                broken = self._advance_grammar(sequence.constraint, outcome)
                 if broken is not None:
                     self._scheduler.remove(sequence)
                     delivery = Delivery([], "error", grammar_error(broken))
             self._deliver(sequence.arrival, delivery)
 
     @contextmanager
-    def _ending_if_it_fails(self, plan: list[Work]) -> Iterator[None]:
+    def _fail_on_error(self, plan: list[Work]) -> Iterator[None]:
         """An error inside ends the requests of this step, and no others."""
         try:
             yield
         except DeviceError:
-            raise  # no later step can do better
+            raise  # no later step would do better
         except Exception as fault:
-            logger.error("a step failed; its %d requests end", len(plan), exc_info=True)
-            self._land()  # who ends well in the step before this one is not to end badly
-            error = EngineError(f"The request's step failed: {type(fault).__name__}. The server goes on; try again.")
+            logger.error("a step failed and ends its %d requests", len(plan), exc_info=True)
+            self._collect()  # a request that finishes in the previous step must not fail with this one
+            error = EngineError(
+                f"The request's step failed: {type(fault).__name__}. The server is still running; try again."
+            )
             for sequence in self._scheduler.fail(plan):
                 self._deliver(sequence.arrival, Delivery([], "error", error))
 
     @staticmethod
-    def _constrain(constraint: TokenConstraint, outcome: Outcome) -> str | None:
-        """Tell the grammar what was chosen; its fault, if that breaks it, or if it ended the answer."""
+    def _advance_grammar(constraint: TokenConstraint, outcome: Outcome) -> str | None:
+        """Pass the grammar what was chosen. Its fault, if that broke it, or if the fault ended the answer."""
         if outcome.finish is None:
             for token in outcome.tokens:
                 constraint.advance(token)

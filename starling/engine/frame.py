@@ -1,4 +1,4 @@
-"""A step's inputs in one stretch of memory, so that one copy brings them to the device."""
+"""A step's inputs in one contiguous buffer, so that one copy brings them to the device."""
 
 import math
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from starling.model.batch import Batch
 from starling.model.ops.cuda.sampling import SETTINGS
 
 ALIGNMENT = 16  # bytes
-TAIL = 2 + MAX_DRAFT  # tokens of a sequence that its row of counts lacks, at most: confirmed, in flight, guessed
-TURNS = 2  # a step's inputs are written while those of the step before may still be copied
+TAIL = 2 + MAX_DRAFT  # most tokens of a sequence that its row of counts lacks: confirmed, in flight, drafts
+TURNS = 2  # host buffers: a step's inputs are written while the previous step's may still be being copied
 Memory = TypeVar("Memory", torch.Tensor, np.ndarray)
 
 
 class Upload:
-    """Memory on the device, and as much on the host for each turn, pinned where there is a GPU."""
+    """A buffer on the device, and one of the same size on the host for each turn, pinned where there is a GPU."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         cuda = device.type == "cuda"
@@ -28,7 +28,7 @@ class Upload:
         self._done = [torch.cuda.Event() for _ in range(TURNS)] if cuda else []  # type: ignore[no-untyped-call]
 
     def wait(self, turn: int) -> None:
-        """Until the host's memory of `turn` may be written again."""
+        """Wait until the host's buffer of `turn` may be written again."""
         if self._done:
             self._done[turn].synchronize()
 
@@ -41,7 +41,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Shape:
-    """How much a step holds."""
+    """Sizes of a step."""
 
     tokens: int
     works: int
@@ -50,11 +50,11 @@ class Shape:
 
 
 class Frame:
-    """Views of an Upload for steps of one shape, by the names of StepInputs and SamplingKernels.sample."""
+    """Views of an Upload for steps of one shape, named as in StepInputs and SamplingKernels.sample."""
 
     def __init__(self, shape: Shape, upload: Upload | None = None) -> None:
         self.shape = shape
-        self._parts: dict[str, tuple[int, int, tuple[int, ...]]] = {}  # name → first and last byte, shape
+        self._parts: dict[str, tuple[int, int, tuple[int, ...]]] = {}  # name → begin and end in bytes, shape
         self.size = 0  # bytes
         self._place("token_ids", 4, shape.tokens)
         self._place("positions", 4, shape.tokens)
@@ -71,7 +71,7 @@ class Frame:
             self.host = [self._views(host, host[: self.size].view(np.int32)) for host in hosts]
 
     def write(self, turn: int, inputs: StepInputs) -> None:
-        """Fill in all but what shapes the logits. What a step lacks of the frame is padding that changes nothing."""
+        """Write all but the sampler's inputs. What the step leaves unused becomes padding that changes nothing."""
         host = self.host[turn]
         tokens, works = len(inputs.token_ids), len(inputs.context_lens)
         host["token_ids"][:tokens] = inputs.token_ids
@@ -89,7 +89,7 @@ class Frame:
         host["logit_rows"][len(inputs.logit_rows) :] = 0
 
     def batch(self, prompt_tokens: torch.Tensor, sampled: torch.Tensor, decodes: bool) -> Batch:
-        """On the device. `prompt_tokens` is bool [at least the frame's tokens], the others as in Batch."""
+        """The frame on the device. `prompt_tokens` is bool [at least the frame's tokens], the others as in Batch."""
         names = ("token_ids", "positions", "slots", "query_starts", "context_lens", "block_tables", "logit_rows")
         tensors = {name: self.device[name] for name in names}
         return Batch(**tensors, prompt_tokens=prompt_tokens[: self.shape.tokens], sampled=sampled, decodes=decodes)
@@ -100,9 +100,9 @@ class Frame:
         self.size += -(-length // ALIGNMENT) * ALIGNMENT
 
     def _views(self, memory: Memory, words: Memory) -> dict[str, Memory]:
-        """Of uint8 [`size` and more], and of the same as int32.
+        """Views of `memory`, uint8 [at least `size`]; `words` is the same as int32.
 
-        A step with prompts makes a frame of its own, and the device may be waiting: so an operation or two for each.
+        A step with prompts makes a frame of its own while the device may be waiting: so only an operation or two each.
         """
         return {
             name: (memory[begin:end] if name == "settings" else words[begin // 4 : end // 4]).reshape(shape)

@@ -1,8 +1,8 @@
 """Steps on a GPU: one copy brings a step's inputs, decodes replay a captured graph, results come one step behind.
 
 Everything is queued on one stream, in the order of the steps. A step of decodes alone is padded to the next of SIZES
-and replayed as one graph, from the embedding to the drawn ids; any other step is queued kernel by kernel. The first
-step of a size is queued that way too, and captured behind; if that fails, so are all of its size.
+and replayed as one graph, from the embedding to the drawn ids; any other step is queued kernel by kernel. So is the
+first step of each size, which is captured afterwards; if the capture fails, so are all later steps of that size.
 """
 
 import logging
@@ -26,18 +26,18 @@ from starling.model.ops.cuda import CudaOps
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # decodes in a captured step
-# Whose capture could not be ended. torch's allocators go on asking each of them, by its address, whose memory is whose:
-# none may ever go.
-_UNENDED: list[torch.cuda.CUDAGraph] = []
+# Graphs whose capture could not be ended. torch's allocators go on asking each of them, by its address, which memory is
+# its own: none may ever be freed.
+_UNFINISHED_CAPTURES: list[torch.cuda.CUDAGraph] = []
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A step that the device computes, or has computed."""
+    """A step that the device is computing or has computed."""
 
     plan: list[Work]
     rows: int
-    results: torch.Tensor  # int32 [2, rows and more], on the host once `arrived`: ids, and whether there was none
+    results: torch.Tensor  # int32 [2, at least `rows`], on the host once `arrived`: ids; 1 where none could be drawn
     arrived: torch.cuda.Event | None
 
     def result(self) -> list[list[int]]:
@@ -50,12 +50,12 @@ class InFlight:
 
 @dataclass
 class Decodes:
-    """A step of `frame.shape.works` decodes, and its graph once it is captured."""
+    """A step of `frame.shape.works` decodes, and its graph once captured."""
 
     frame: Frame
     batch: Batch
     graph: torch.cuda.CUDAGraph | None = None
-    given_up: bool = False  # the capture has failed, and is not tried again
+    capture_failed: bool = False  # and is not tried again
 
 
 class GraphRunner:
@@ -81,15 +81,15 @@ class GraphRunner:
         self._mask_bytes = mask_bytes
         self._sampling = ops.sampling(rows, model.config.vocab_size, limits.max_running)
         self._shaping = Shaping(self._recount)
-        self._prompt_tokens = torch.zeros(tokens, dtype=torch.bool, device=ops.device)  # none: all are computed alike
+        self._prompt_tokens = torch.zeros(tokens, dtype=torch.bool, device=ops.device)  # all are computed alike
         self._decodes: dict[int, Decodes] = {}
         self._turn = 0
-        self._cuda = ops.device.type == "cuda"  # not so in tests, whose kernels run on an emulated device
+        self._cuda = ops.device.type == "cuda"  # False in tests that run the kernels on an emulated device
         self._results = [torch.empty(2, rows, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
         self._arrived = [torch.cuda.Event() for _ in range(TURNS)] if self._cuda else []  # type: ignore[no-untyped-call]
         if self._cuda:
             self._stream = torch.cuda.Stream(ops.device)  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(torch.cuda.current_stream(ops.device))  # which has loaded the weights
+            self._stream.wait_stream(torch.cuda.current_stream(ops.device))  # it has loaded the weights
             self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
@@ -104,13 +104,13 @@ class GraphRunner:
                 decodes.graph.replay()
             else:
                 self._compute(frame, decodes.batch if decodes else self._batch(frame, decodes=False))
-                if decodes and not decodes.given_up:
+                if decodes and not decodes.capture_failed:
                     self._try_to_capture(decodes)
             return self._receive(plan, len(inputs.logit_rows))
 
     @torch.inference_mode()
     def replay(self, works: int) -> None:
-        """Queue the latest step of `works` decodes once more, on the current stream, for what measures it alone."""
+        """Queue the latest step of `works` decodes again, on the current stream, for benchmarks that time it alone."""
         decodes = self._decodes[self._padded(works)]
         if decodes.graph:
             decodes.graph.replay()
@@ -120,7 +120,7 @@ class GraphRunner:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _decodes_for(self, plan: list[Work], inputs: StepInputs) -> Decodes | None:
-        """Where every work is one token that something is drawn after: the padded step; None for any other."""
+        """The padded step, if every work is one token to sample after; None for any other."""
         if not len(plan) == len(inputs.token_ids) == len(inputs.logit_rows):
             return None
         size = self._padded(len(plan))
@@ -151,42 +151,42 @@ class GraphRunner:
         return frame.batch(self._prompt_tokens, self._sampling.results[0], decodes)
 
     def _compute(self, frame: Frame, batch: Batch) -> None:
-        """The part of a step that a graph holds: everything between the inputs' copy and the results'."""
+        """The part of a step that a graph holds: everything between copying the inputs in and the results out."""
         logits = self._model.forward(batch, self._cache)
         if frame.shape.rows:
             device = frame.device
             self._sampling.sample(logits, device["settings"], device["tail"], self._masks)
 
     def _try_to_capture(self, decodes: Decodes) -> None:
-        """The step itself is queued: where there is no memory for a graph, say, its requests need not end for that.
+        """The step itself is already queued, so its requests need not fail for want of memory for a graph, say.
 
-        If the device is lost, what follows says so.
+        If the device is lost, the next operation reports it.
         """
         try:
             decodes.graph = self._capture(decodes) if self._cuda else None
         except Exception:
-            decodes.given_up = True
+            decodes.capture_failed = True
             works = decodes.frame.shape.works
-            logger.exception("steps of %d decodes could not be captured: they run on, kernel by kernel, slower", works)
+            logger.exception("steps of %d decodes could not be captured: they run kernel by kernel, slower", works)
 
     def _capture(self, decodes: Decodes) -> torch.cuda.CUDAGraph:
-        # torch.cuda.graph would wait for the device and collect garbage first, which running streams would notice.
-        # All sizes share a pool, and replay in any order: nothing in it outlives a step, and steps follow each other.
+        # Not torch.cuda.graph, which first waits for the device and collects garbage: running answers would stall.
+        # All sizes share a pool and replay in any order: nothing in it outlives a step, and steps never overlap.
         graph = torch.cuda.CUDAGraph()
         try:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             self._compute(decodes.frame, decodes.batch)
             graph.capture_end()
         except BaseException:
-            # Or what is queued from now on would be recorded, and never computed. It fails where a call has broken the
-            # capture, and would hide what that call said.
+            # Otherwise what is queued from now on would be recorded and never computed. Where a call has broken the
+            # capture, ending it fails too, and would hide that call's own error.
             with suppress(RuntimeError):
                 graph.capture_end()
             try:
-                graph.pool()  # which is told once a capture has ended
+                graph.pool()  # fails unless the capture has ended
             except RuntimeError:
-                _UNENDED.append(graph)
-            self._pool = torch.cuda.graph_pool_handle()  # torch refuses one whose last graph is gone
+                _UNFINISHED_CAPTURES.append(graph)
+            self._pool = torch.cuda.graph_pool_handle()  # torch refuses a pool whose last graph is gone
             raise
         return graph
 
@@ -200,7 +200,7 @@ class GraphRunner:
         return InFlight(plan, rows, results, arrived)
 
     def _recount(self, row: int, tokens: list[int], prompt_length: int) -> None:
-        # From pinned memory, or the copy would wait for the step in flight. torch keeps it until it is copied.
+        # From pinned memory, or the copy would wait for the step in flight. torch keeps it until the copy is done.
         ids = torch.tensor(tokens, dtype=torch.int32, pin_memory=self._cuda)
         self._sampling.count(row, ids.to(self._sampling.results.device, non_blocking=True), prompt_length)
 

@@ -1,4 +1,4 @@
-"""A planned step as numpy arrays: all that the device must be told, before anything is copied to it."""
+"""A planned step as numpy arrays: all that the device needs, before anything is copied to it."""
 
 from typing import NamedTuple
 
@@ -12,8 +12,8 @@ from starling.engine.scheduler import Work
 class StepInputs(NamedTuple):
     """The plan's tokens, flattened in plan order, and how to draw from each row of logits. Shares no memory with books.
 
-    A token that the step before samples, and that the host may not know yet, is written as -(1 + its row in
-    that step's sampled ids). The first eight fields become a model.batch.Batch once those are resolved.
+    A token that the previous step samples, and that the host may not know yet, is written as -(1 + its row among that
+    step's sampled ids). The first eight fields become a model.batch.Batch, whose `sampled` resolves those tokens.
     """
 
     token_ids: np.ndarray  # int64 [tokens]
@@ -24,11 +24,11 @@ class StepInputs(NamedTuple):
     block_tables: np.ndarray  # int32 [works, blocks]: as wide as the longest context needs
     prompt_tokens: np.ndarray  # bool [tokens]
     logit_rows: np.ndarray  # int64 [rows]: a row for the last token of each sampling work, and for each of its drafts
-    temperature: np.ndarray  # float64 [rows], and so on: the arguments of Ops.sample
+    temperature: np.ndarray  # float64 [rows]; this and the rest are the arguments of Ops.sample
     top_k: np.ndarray  # int64 [rows]
     top_p: np.ndarray  # float64 [rows]
     min_p: np.ndarray  # float64 [rows]
-    uniform: np.ndarray  # float64 [rows]; 0 where the temperature is
+    uniform: np.ndarray  # float64 [rows]; 0 where the temperature is 0
 
     @classmethod
     def of(cls, plan: list[Work], books: BlockCache) -> "StepInputs":

@@ -19,17 +19,17 @@ from starling.model.mistral import Mistral
 
 
 class Step(Protocol):
-    """A step that was started."""
+    """A step that has been started."""
 
     def result(self) -> list[list[int]]:
         """Wait for it. Tokens per work: none for a chunk inside a prompt, else one for the last row and one after each
-        draft; NO_TOKEN where the logits are no numbers. Asked for once, and in the order in which steps were started.
+        draft; NO_TOKEN where the logits are not finite. Called once, and in the order in which steps were started.
         """
         ...
 
 
 class StepRunner(Protocol):
-    """Computes steps in the order in which they are started. Tests and benchmarks put a constant in its place.
+    """Computes steps in the order in which they are started. Tests and benchmarks use a constant instead.
 
     `start` and `result` raise DeviceError when the device is lost for good; any other exception ends the requests of
     this step only.
@@ -37,7 +37,7 @@ class StepRunner(Protocol):
 
     @property
     def overlaps(self) -> bool:
-        """`start` returns while the device still computes, so the next step is worth starting before the result."""
+        """`start` returns while the device still computes: start the next step before asking for this one's result."""
         ...
 
     @property
@@ -46,14 +46,14 @@ class StepRunner(Protocol):
         ...
 
     def start(self, plan: list[Work]) -> Step:
-        """Everything that the step needs of the plan, of its sequences and of the block tables is read before this
-        returns. Where Work.source says so, a token is one that the step started before samples."""
+        """Read all that the step needs of the plan, its sequences and the block tables before returning. Where
+        Work.source says so, a token is one that the previously started step samples."""
         ...
 
 
 @dataclass(frozen=True)
 class Done:
-    """A step that was computed as it was started."""
+    """A step that was computed when it was started."""
 
     tokens: list[list[int]]
 
@@ -72,7 +72,7 @@ class Runner:
         self._model = model
         self._cache = cache
         self._books = books
-        self._sampled: torch.Tensor | None = None  # int64 [rows], by the step before
+        self._sampled: torch.Tensor | None = None  # int64 [rows], by the previous step
 
     def start(self, plan: list[Work]) -> Step:
         sampled = self.compute(StepInputs.of(plan, self._books), rules(plan))
@@ -80,7 +80,7 @@ class Runner:
 
     @torch.inference_mode()
     def compute(self, inputs: StepInputs, row_rules: list[RowRules]) -> torch.Tensor:
-        """Token ids, int64 [rows]; NO_TOKEN where a row's id has no finite logit, as among NaNs."""
+        """Token ids, int64 [rows]; NO_TOKEN where the logit of a row's id is not finite, as among NaNs."""
         with device_faults():
             logits = self._model.forward(to_batch(inputs, self._model.ops.device, self._sampled), self._cache)
             for rule in row_rules:
@@ -91,12 +91,12 @@ class Runner:
             return sampled.where(logits.gather(1, sampled[:, None])[:, 0].isfinite(), NO_TOKEN)
 
 
-OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation: what torch says where a graph or pinned memory finds no room
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation: what torch reports when a graph or pinned memory finds no room
 
 
 @contextmanager
 def device_faults() -> Iterator[None]:
-    """Raises DeviceError where torch says that the device is lost; not where it is out of memory, and still works."""
+    """Raises DeviceError when torch reports that the device is lost; not when it is out of memory but still works."""
     try:
         yield
     except torch.AcceleratorError as error:
@@ -106,7 +106,7 @@ def device_faults() -> Iterator[None]:
 
 
 def to_batch(inputs: StepInputs, device: torch.device, sampled: torch.Tensor | None = None) -> Batch:
-    """On `device`. `sampled`, as in Batch, is needed where the inputs leave out tokens of the step before."""
+    """The inputs on `device`. `sampled`, as in Batch, is needed where tokens come from the previous step."""
 
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device)

@@ -1,7 +1,7 @@
-"""Logits → tokens. What is drawn for a request depends on its seed and the position alone, never on the batch.
+"""Logits → tokens. The random numbers of a request depend on its seed and the position alone, never on the batch.
 
-Penalties are those of the OpenAI API (presence, frequency: of generated tokens) and of CTRL (repetition: of prompt and
-generated tokens; Keskar et al. 2019, section 4.1), applied as vLLM does: repetition, frequency, presence, then
+Penalties are those of the OpenAI API (presence, frequency: over generated tokens) and of CTRL (repetition: over prompt
+and generated tokens; Keskar et al. 2019, section 4.1), applied as vLLM does: repetition, frequency, presence, then
 temperature and the filters of `Ops.sample`.
 """
 
@@ -24,7 +24,7 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_stream(seed) + position * _GOLDEN) >> 11) * 2.0**-53
 
 
-@lru_cache(maxsize=1024)  # every step asks, for every sequence
+@lru_cache(maxsize=1024)  # called at every step for every sequence
 def _stream(seed: int) -> int:
     return _mix(seed + _GOLDEN)
 
@@ -38,17 +38,17 @@ def _mix(x: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RowRules:
-    """What changes one row of logits before a token is drawn from it, as it stands when the step starts."""
+    """What changes one row of logits before a token is drawn from it, as known when the step starts."""
 
     row: int
     params: SamplingParams
-    prompt: list[int]  # prompt and generated: for penalties; empty where there are none
+    prompt: list[int]  # this and `generated`: for penalties; empty if there are none
     generated: list[int]
     banned: list[int]
-    allowed: np.ndarray | None  # uint32 [ceil(V / 32)], where a grammar rules: what `permitted` leaves
+    allowed: np.ndarray | None  # uint32 [ceil(V / 32)] from `permitted`, if there is a grammar
 
     def apply(self, logits: torch.Tensor) -> None:
-        """To float32 [rows, V], in place."""
+        """Change float32 [rows, V] in place."""
         row = logits[self.row]
         if self.params.penalized:
             self._penalize(row)
@@ -78,11 +78,11 @@ def rules(plan: list[Work]) -> list[RowRules]:
             continue
         params, constraint = work.sequence.params, work.sequence.constraint
         if params.penalized or params.min_tokens or constraint is not None:
-            short = rows_too_short(work)
-            assert work.source < 0 or not (params.penalized or constraint), "what is not known cannot be judged"
+            below = rows_below_min_tokens(work)
+            assert work.source < 0 or not (params.penalized or constraint), "these need every token known"
             for ahead in range(1 + len(work.drafts)):
                 prompt, generated = _history(work, ahead) if params.penalized else ([], [])
-                banned = list(params.stop_ids) if ahead < short else []
+                banned = list(params.stop_ids) if ahead < below else []
                 allowed = None
                 if constraint is not None:
                     banned, allowed = [], permitted(constraint, banned)
@@ -91,16 +91,16 @@ def rules(plan: list[Work]) -> list[RowRules]:
     return found
 
 
-def rows_too_short(work: Work) -> int:
-    """Of the work's logit rows, how many, from the first on, min_tokens keeps from ending the answer."""
+def rows_below_min_tokens(work: Work) -> int:
+    """How many of the work's logit rows, from the first on, min_tokens keeps from ending the answer."""
     generated = work.start + work.count - work.sequence.prompt_length  # before the first row, in flight or not
     return max(0, min(1 + len(work.drafts), work.sequence.params.min_tokens - generated))
 
 
 def permitted(constraint: TokenConstraint, banned: Iterable[int]) -> np.ndarray:
-    """uint32 [ceil(V / 32)]: what the grammar allows, without `banned`; all of it where nothing else is left.
+    """uint32 [ceil(V / 32)]: what the grammar allows except `banned`, or all of it if that leaves nothing.
 
-    So min_tokens cannot hold an answer back that its grammar, or a fault of it, ends.
+    So min_tokens cannot keep an answer going that its grammar, or a fault in it, ends.
     """
     allowed = constraint.mask().view(np.uint32)
     rest = allowed.copy()
@@ -109,13 +109,13 @@ def permitted(constraint: TokenConstraint, banned: Iterable[int]) -> np.ndarray:
 
 
 def clear(mask: np.ndarray, tokens: Iterable[int]) -> None:
-    """Take `tokens` out of uint32 [ceil(V / 32)]."""
+    """Remove `tokens` from uint32 [ceil(V / 32)], in place."""
     for token in tokens:
         mask[token // 32] &= ~np.uint32(1 << token % 32)
 
 
 def forbid(logits: torch.Tensor, allowed: np.ndarray) -> None:
-    """-inf in float32 [..., V] for every token that is not in `allowed`, uint32 [ceil(V / 32)]; in place."""
+    """Set float32 [..., V] to -inf, in place, for every token that is not in `allowed`, uint32 [ceil(V / 32)]."""
     words = torch.from_numpy(allowed.view(np.int32)).to(logits.device)
     bits = torch.arange(logits.shape[-1], device=logits.device)
     logits.masked_fill_((words[bits >> 5] >> (bits & 31)) & 1 == 0, -torch.inf)

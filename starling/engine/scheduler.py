@@ -1,12 +1,12 @@
-"""Who runs in the next step. No clock, no randomness, no model: a step's plan follows from the state alone.
+"""Which sequences run in the next step. No clock, no randomness, no model: the plan follows from the state alone.
 
-One step may be in flight while the next is planned: a sequence whose newest token that step samples decodes on, and is
-told where the token will be instead of what it is.
+One step may be in flight while the next is planned. A sequence whose newest token is still being sampled goes on
+decoding: its work names the row that the token will come from instead of the token itself.
 
-Every running stream decodes in every step. Of a step's prefill budget, half goes to the oldest prompt and the rest to
-those with the least left: a short one is not held up by long ones, one is done before the next rather than all at the
-end, and the long ones' turn comes as they become the oldest. Requests enter in order of arrival; when blocks run short
-the newest is paused, and computed again later, so the oldest always moves and everything ends.
+Every running sequence decodes in every step. Half of a step's prefill budget goes to the oldest prompt, the rest to
+those with the fewest tokens left: long prompts do not hold up short ones, prompts finish one after another rather than
+all at the end, and a long one gets its turn when it becomes the oldest. Requests are admitted in order of arrival. When
+blocks run short, the newest sequence is preempted and recomputed later, so the oldest always advances and all finish.
 """
 
 from collections import deque
@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from starling.engine.cache import BlockCache
 from starling.engine.sequence import FinishReason, Sequence
 
-NO_TOKEN = -1  # in place of one, where a row of logits held no finite number
+NO_TOKEN = -1  # instead of a token id, where a row of logits held no finite number
 
 
 @dataclass(frozen=True)
 class Limits:
     """Sizes of a step."""
 
-    max_running: int  # sequences computed side by side
+    max_running: int  # sequences that run at once
     prefill_tokens: int  # prompt tokens per step, over all sequences
-    speculative_rows: int  # guess only while a step decodes at most this many tokens; 0 turns guessing off
+    speculative_rows: int  # drafts may bring a step to at most this many decoded tokens; 0: no drafts
 
 
 @dataclass(slots=True, eq=False)
@@ -35,13 +35,13 @@ class Work:
     start: int
     count: int
     drafts: list[int]
-    samples: bool  # the last of the tokens is computed, so something new can be sampled
-    source: int = -1  # the token is this one of the ids that the step before samples; -1: it is known
+    samples: bool  # the sequence's last token is among them, so a new one is sampled
+    source: int = -1  # the token is this one of the ids that the previous step samples; -1: it is known
 
 
 @dataclass(slots=True, eq=False)
 class Outcome:
-    """What a step gave one sequence."""
+    """What a step produced for one sequence."""
 
     sequence: Sequence
     tokens: list[int]
@@ -56,7 +56,7 @@ class Counters:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     cached_tokens: int = 0
-    pauses: int = 0
+    preemptions: int = 0
     proposed: int = 0
     accepted: int = 0
 
@@ -65,11 +65,11 @@ class Counters:
 class Scheduler:
     cache: BlockCache
     limits: Limits
-    device_counts: bool = False  # penalties follow tokens in flight (StepRunner.device_counts)
-    waiting: deque[Sequence] = field(default_factory=deque)  # by arrival; the paused come first
+    device_counts: bool = False  # penalties need not wait for tokens in flight (StepRunner.device_counts)
+    waiting: deque[Sequence] = field(default_factory=deque)  # by arrival; the preempted come first
     running: list[Sequence] = field(default_factory=list)  # by arrival
     counters: Counters = field(default_factory=Counters)
-    _in_flight: deque[list[Work]] = field(default_factory=deque)  # planned, and neither completed nor failed
+    _in_flight: deque[list[Work]] = field(default_factory=deque)  # planned, but not yet completed or failed
 
     def fits(self, prompt_length: int, max_tokens: int) -> bool:
         """Whether a request could ever finish, alone on the device."""
@@ -80,7 +80,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> bool:
-        """Take a sequence out at any stage, its blocks given back. False when it is not here (any more)."""
+        """Remove a sequence at any stage and release its blocks. False when it is not here (any more)."""
         if sequence.row >= 0:
             self.running.remove(sequence)
             self.cache.release(sequence)
@@ -93,11 +93,11 @@ class Scheduler:
     def plan(self) -> list[Work] | None:
         """The next step: decodes first, then chunks of prompts. Empty when there is nothing to do.
 
-        None when the step in flight must be completed first. Every plan that holds work is to be started, and then
-        completed or failed, in order; the next may be asked for while one is in flight, and no more.
+        None when the step in flight must complete first. Every plan that holds work must be started, and then
+        completed or failed, in order; at most one may be in flight when the next is asked for.
         """
         assert len(self._in_flight) <= 1
-        if self._in_flight and self._must_know(self._in_flight[0]):
+        if self._in_flight and self._must_wait_for(self._in_flight[0]):
             return None
         decodes = self._plan_decodes()
         if decodes is None:
@@ -106,9 +106,9 @@ class Scheduler:
         prefills = self._plan_prefills({work.sequence.arrival for work in decodes})
         if prefills is None:
             return None
-        # Making room for an older prompt may have paused one that was to decode.
+        # Making room for an older prompt may have preempted a sequence that was to decode.
         decodes = [work for work in decodes if work.sequence.row >= 0]
-        self._guess(decodes)
+        self._add_drafts(decodes)
         plan = decodes + prefills
         sampled_row = 0
         for work in plan:
@@ -126,25 +126,25 @@ class Scheduler:
         return plan
 
     def complete(self, plan: list[Work], sampled: list[list[int]]) -> list[Outcome]:
-        """Book a step's results. `sampled` holds, per work, one token for its last row and one after each draft.
+        """Apply a step's results. `sampled` holds, per work, one token for its last row and one after each draft.
 
-        NO_TOKEN where nothing could be drawn: that sequence ends with "error", and no other.
+        NO_TOKEN where nothing could be drawn: that sequence alone ends with "error".
         """
         outcomes = []
         prefilled = decoded = 0
         for work, candidates in zip(plan, sampled, strict=True):
             sequence = work.sequence
-            if sequence.row < 0:  # removed since; never paused, for that waits until nothing is in flight
+            if sequence.row < 0:  # removed since; not preempted, which waits until nothing is in flight
                 continue
             settled = work.start + work.count
             prefilled += work.count
             if work.samples:
-                right = self._judge(work, candidates) if work.drafts else 0
-                tokens, finish = self._cut(sequence, candidates[: right + 1] if work.drafts else candidates)
+                accepted = self._verify(work, candidates) if work.drafts else 0
+                tokens, finish = self._cut(sequence, candidates[: accepted + 1] if work.drafts else candidates)
                 sequence.tokens += tokens
                 sequence.unknown -= 1
                 if work.drafts:
-                    settled += min(right, len(tokens))
+                    settled += min(accepted, len(tokens))
                     sequence.computed = settled
                 prefilled -= 1
                 decoded += len(tokens)
@@ -160,29 +160,29 @@ class Scheduler:
         self.counters.steps += 1
         self.counters.prefill_tokens += prefilled
         self.counters.decode_tokens += decoded
-        self._leave(plan)
+        self._retire(plan)
         return outcomes
 
     def fail(self, plan: list[Work]) -> list[Sequence]:
         """Remove the sequences of a step that failed, and return those that were still here.
 
-        A step in flight that builds on this one goes on for the others: it shares no block with these, and what it
-        samples for them is dropped.
+        A step in flight that builds on this one continues for the other sequences: they use no block that the failed
+        step wrote, and what it samples for the removed ones is dropped.
         """
-        self._leave(plan)
+        self._retire(plan)
         ended = [work.sequence for work in plan if self.remove(work.sequence)]
         self.cache.forget()
         return ended
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _leave(self, plan: list[Work]) -> None:
-        assert self._in_flight[0] is plan, "steps are completed in the order in which they were planned"
+    def _retire(self, plan: list[Work]) -> None:
+        assert self._in_flight[0] is plan, "steps must complete in the order in which they were planned"
         self._in_flight.popleft()
 
-    def _must_know(self, plan: list[Work]) -> bool:
-        """Whether a sequence can only go on once it is known what `plan`, in flight, samples for it."""
-        guessing = len(plan) <= self.limits.speculative_rows
+    def _must_wait_for(self, plan: list[Work]) -> bool:
+        """Whether some sequence cannot continue before `plan`, which is in flight, has sampled its token."""
+        may_draft = len(plan) <= self.limits.speculative_rows
         for work in plan:
             sequence = work.sequence
             if not work.samples or sequence.row < 0 or sequence.pending == 0:
@@ -191,8 +191,8 @@ class Scheduler:
                 return True
             if sequence.params.penalized and not self.device_counts:
                 return True
-            # A guess that continues the known tokens: it may well hold after one more, and is worth a gap.
-            if guessing and self._drafts(sequence, len(plan)):
+            # A draft that continues the known tokens will often still match after one more, and is worth the wait.
+            if may_draft and self._drafts(sequence, len(plan)):
                 return True
         return False
 
@@ -202,15 +202,15 @@ class Scheduler:
             size = sequence.size
             while sequence.row >= 0 and not self.cache.grow(sequence, size):
                 if self._in_flight:
-                    return None  # what it ends gives room, and who is paused has nothing in flight
-                self._pause(self.running[-1])
+                    return None  # it may free blocks, and what is preempted must have nothing in flight
+                self._preempt(self.running[-1])
             if sequence.row >= 0:
                 source = sequence.sampled_row if sequence.unknown else -1
                 plan.append(Work(sequence, size - 1, 1, [], True, source))
         return plan
 
-    def _guess(self, decodes: list[Work]) -> None:
-        """Add drafts where there is room: what the step must compute has its blocks, so nobody is paused for them."""
+    def _add_drafts(self, decodes: list[Work]) -> None:
+        """Add drafts where there is room. Required work has its blocks already, so no draft causes a preemption."""
         rows = len(decodes)
         for work in decodes:
             sequence = work.sequence
@@ -223,8 +223,8 @@ class Scheduler:
     def _drafts(self, sequence: Sequence, rows: int) -> list[int]:
         if sequence.lookup is None or sequence.constraint is not None:
             return []
-        # The last token of an answer is never worth guessing: it comes with the step anyway.
-        room = sequence.longest - sequence.size - 1
+        # The last token of an answer is not worth drafting: the step that verifies the draft samples it anyway.
+        room = sequence.max_size - sequence.size - 1
         return sequence.lookup.draft(sequence.tokens, min(room, self.limits.speculative_rows - rows))
 
     def _plan_prefills(self, decoding: set[int]) -> list[Work] | None:
@@ -235,24 +235,24 @@ class Scheduler:
         plan = []
         for sequence, count in zip(prompts, chunks, strict=True):
             if count == 0 or sequence.row < 0:
-                continue  # it waits, or is paused for an older one
+                continue  # it waits, or was preempted for an older one
             end = sequence.computed + count
             while not (room := self.cache.grow(sequence, end)) and (newest := self.running[-1]) is not sequence:
                 if self._in_flight:
                     return None
-                self._pause(newest)
+                self._preempt(newest)
             if room:
                 plan.append(Work(sequence, sequence.computed, count, [], samples=count == sequence.pending))
             elif len(self.running) == 1:
                 assert self._in_flight, "a sequence that fits alone found no room alone"
                 return None
-            # Else it waits for the older ones to end: only those that arrived later make way.
+            # Otherwise it waits for older ones to finish: only later arrivals are preempted.
         return plan
 
     def _chunks(self, prompts: list[Sequence]) -> list[int]:
-        """How many tokens of each of `prompts`, by arrival, the step is to compute; 0 for those that wait.
+        """How many tokens of each of `prompts`, by arrival, the step computes; 0 for those that wait.
 
-        A block that is being computed for another is waited for, and shared.
+        A sequence waits for a block that is being computed for another, and then shares it.
         """
         for sequence in prompts:
             if sequence.settled == sequence.computed:
@@ -293,37 +293,37 @@ class Scheduler:
             promised += max(0, need - self.cache.held(sequence))
             self.running.append(sequence)
 
-    def _pause(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         assert self.running[-1] is sequence
         self.running.pop()
         self.cache.release(sequence)
         self.waiting.appendleft(sequence)
-        self.counters.pauses += 1
+        self.counters.preemptions += 1
 
     def _need(self, tokens: int) -> int:
         return self.cache.blocks_needed(tokens, self.limits.prefill_tokens)
 
-    def _judge(self, work: Work, candidates: list[int]) -> int:
-        """How many drafts were right: each is, if it is what the model chose in its place after right ones."""
-        right = 0
-        while right < len(work.drafts) and work.drafts[right] == candidates[right]:
-            right += 1
+    def _verify(self, work: Work, candidates: list[int]) -> int:
+        """How many drafts are accepted: the leading ones that equal what the model chose in their place."""
+        accepted = 0
+        while accepted < len(work.drafts) and work.drafts[accepted] == candidates[accepted]:
+            accepted += 1
         self.counters.proposed += len(work.drafts)
-        self.counters.accepted += right
+        self.counters.accepted += accepted
         if work.sequence.lookup is not None:
-            work.sequence.lookup.judge(len(work.drafts), right, len(work.sequence.tokens) + right + 1)
-        return right
+            work.sequence.lookup.learn(len(work.drafts), accepted, len(work.sequence.tokens) + accepted + 1)
+        return accepted
 
     @staticmethod
     def _cut(sequence: Sequence, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
-        """As many of `tokens` as belong to the answer, and whether it ends there."""
+        """The leading `tokens` that belong to the answer, and why it ends there, if it does."""
         params = sequence.params
         generated = len(sequence.tokens) - sequence.prompt_length
         for token in tokens:
             generated += 1
             if token == NO_TOKEN:
                 return [], "error"
-            if token in params.stop_ids:  # before min_tokens none is drawn, but where a grammar leaves nothing else
+            if token in params.stop_ids:  # drawn before min_tokens only where a grammar leaves nothing else
                 return tokens[: generated - sequence.generated], "stop"
             if generated >= params.max_tokens:
                 return tokens[: generated - sequence.generated], "length"

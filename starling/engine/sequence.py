@@ -10,28 +10,28 @@ from starling.engine.speculation import PromptLookup
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
-MAX_TOP_K = 1 << 31  # more than any vocabulary has, and exact in a float64 and an int64
+MAX_TOP_K = 1 << 31  # larger than any vocabulary, and exact in a float64 and an int64
 
 
 class TokenConstraint(Protocol):
-    """What may come next, for an answer that must follow a grammar. Owned by one sequence."""
+    """Which tokens may come next in an answer that must follow a grammar. Owned by one sequence."""
 
     def mask(self) -> np.ndarray:
-        """int32 [ceil(V / 32)]: bit t of the whole says whether token t may come next. Never empty: the end follows
-        a complete answer, and a fault."""
+        """int32 [ceil(V / 32)]: bit t, counted across the words, says whether token t may come next. Never empty: the
+        end may follow a complete answer, or a fault."""
         ...
 
     def advance(self, token: int) -> None: ...
 
     @property
     def fault(self) -> str | None:
-        """Why the grammar cannot go on, if `advance` or `mask` found that it cannot; the request then fails alone."""
+        """Why the grammar cannot continue, if `advance` or `mask` found that it cannot; this request alone fails."""
         ...
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are chosen. Values are checked above; see starling/request.py for their bounds."""
+    """How one request's tokens are chosen. The layers above check the values; see starling/request.py for bounds."""
 
     max_tokens: int
     stop_ids: frozenset[int]
@@ -49,14 +49,14 @@ class SamplingParams:
     def penalized(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
-    @cached_property  # every step asks
+    @cached_property  # read at every step
     def filters(self) -> tuple[float, int, float, float]:
-        """What Ops.sample is told besides the random number: temperature, top_k, top_p, min_p."""
+        """The arguments of Ops.sample besides the random number: temperature, top_k, top_p, min_p."""
         return self.temperature, min(max(0, self.top_k), MAX_TOP_K), self.top_p, self.min_p
 
 
 class Sequence:
-    """Mutable, and touched by the engine's thread alone."""
+    """Mutable; only the engine's thread touches it."""
 
     __slots__ = (
         "arrival",
@@ -65,8 +65,8 @@ class Sequence:
         "computed",
         "constraint",
         "keys",
-        "longest",
         "lookup",
+        "max_size",
         "params",
         "prompt_length",
         "published",
@@ -86,19 +86,19 @@ class Sequence:
         lookup: PromptLookup | None = None,
     ) -> None:
         self.arrival = arrival  # order of submission; also the identity
-        self.tokens = list(prompt)  # the prompt, then what was generated, as far as it is known
-        self.unknown = 0  # tokens after them that steps in flight sample: one per step
-        self.sampled_row = -1  # of the last of those, among the ids that its step samples
+        self.tokens = list(prompt)  # the prompt, then the generated tokens known so far
+        self.unknown = 0  # further tokens, which steps in flight sample: one per step
+        self.sampled_row = -1  # row of the last of those among the ids that its step samples
         self.prompt_length = len(prompt)
-        self.longest = len(prompt) + params.max_tokens  # tokens that it can grow to
+        self.max_size = len(prompt) + params.max_tokens  # tokens that it can grow to
         self.params = params
         self.constraint = constraint
         self.lookup = lookup
         self.computed = 0  # positions whose keys and values are in the cache once the steps in flight are done
-        self.settled = 0  # those of them that steps already completed have written
-        self.blocks: list[int] = []  # block of each block_size positions; -1 where the window has passed
-        self.keys: list[bytes] = []  # content keys of the full blocks, as far as they were needed
-        self.published = 0  # leading blocks that were offered for sharing
+        self.settled = 0  # those of them that completed steps have written
+        self.blocks: list[int] = []  # one for each block_size positions; -1 once the window has passed it
+        self.keys: list[bytes] = []  # content keys of the full blocks, computed as needed
+        self.published = 0  # leading blocks that are offered for sharing
         self.row = -1  # row of the block-table array while running
         self.cached: int | None = None  # prompt tokens found in the cache before the first was computed
 
@@ -111,11 +111,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that the next steps must compute: 1 while decoding, 0 once its last token is in flight."""
         size = len(self.tokens) + self.unknown
-        return (size if size < self.longest else self.longest - 1) - self.computed
+        return (size if size < self.max_size else self.max_size - 1) - self.computed
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
 
     def __repr__(self) -> str:
-        return f"Sequence({self.arrival}, {self.computed}/{len(self.tokens)}+{self.unknown} of {self.longest})"
+        return f"Sequence({self.arrival}, {self.computed}/{len(self.tokens)}+{self.unknown} of {self.max_size})"

@@ -1,7 +1,7 @@
-"""What the sampling kernels are told of a step's rows of logits: how to draw, penalties, bans, grammars.
+"""The sampling kernels' inputs for a step's rows of logits: how to draw, penalties, bans, grammars.
 
-The kernels count the tokens of penalised sequences in a table, a row for each row of the block tables. Here it is
-known what a row of it holds: whose tokens, and how many of them. What it lacks is named with the step.
+The kernels count the tokens of penalised sequences in a table, with a row for each row of the block tables. This module
+tracks what each row of it holds: whose tokens, and how many. The tokens that it lacks are passed with the step.
 """
 
 from collections.abc import Callable
@@ -10,25 +10,25 @@ import numpy as np
 
 from starling.engine.frame import TAIL
 from starling.engine.inputs import StepInputs
-from starling.engine.sampling import clear, permitted, rows_too_short
+from starling.engine.sampling import clear, permitted, rows_below_min_tokens
 from starling.engine.scheduler import Work
 from starling.engine.sequence import Sequence
 from starling.model.ops.cuda.sampling import SETTINGS, settings_of
 
-ALL = np.uint32(0xFFFFFFFF)  # a word of a mask that forbids nothing
+ALL = np.uint32(0xFFFFFFFF)  # a mask word that forbids nothing
 
 
 class Shaping:
-    """`recount(row, tokens, prompt_length)` makes a row of the table anew."""
+    """`recount(row, tokens, prompt_length)` rebuilds a row of the table."""
 
     def __init__(self, recount: Callable[[int, list[int], int], None]) -> None:
         self._recount = recount
-        self._counted: dict[int, tuple[int, int]] = {}  # row → arrival of its sequence, its tokens in the table
+        self._counted: dict[int, tuple[int, int]] = {}  # row → arrival of its sequence, its tokens counted
 
     def write(
         self, plan: list[Work], inputs: StepInputs, settings: np.ndarray, tail: np.ndarray, masks: np.ndarray
     ) -> int:
-        """Fill uint8 [rows, 64], int32 [tokens] and uint32 [rows, words]; the number of masks that are used."""
+        """Fill uint8 [rows, 64], int32 [tokens] and uint32 [rows, words]; returns the number of masks used."""
         rules = settings.view(SETTINGS)[:, 0]
         rules[:] = 0
         rules[: len(inputs.logit_rows)] = settings_of(
@@ -43,8 +43,8 @@ class Shaping:
                 own = rules[row : row + 1 + len(work.drafts)]
                 if params.penalized:
                     end = self._penalize(work, own, tail, end)
-                short = rows_too_short(work)
-                for first, last, banned in ((0, short, params.stop_ids), (short, len(own), frozenset[int]())):
+                below = rows_below_min_tokens(work)
+                for first, last, banned in ((0, below, params.stop_ids), (below, len(own), frozenset[int]())):
                     if first < last and (banned or constraint is not None):
                         if constraint is None:
                             masks[used] = ALL
@@ -57,7 +57,7 @@ class Shaping:
         return used
 
     def _penalize(self, work: Work, own: np.ndarray, tail: np.ndarray, begin: int) -> int:
-        """The rows `own` of one sequence; where the next one's tail begins."""
+        """Fill in one sequence's rows, `own`; returns where the next one's tail begins."""
         sequence, params = work.sequence, work.sequence.params
         counted = self._counted_tokens(sequence)
         lacking = sequence.tokens[counted:]
@@ -75,9 +75,10 @@ class Shaping:
         return begin + len(tokens)
 
     def _counted_tokens(self, sequence: Sequence) -> int:
-        """How many of its tokens the table holds: all that are known, if it held another sequence's before.
+        """How many of the sequence's tokens the table holds.
 
-        Or the same one's from before a pause, after which it went on in another row for a while.
+        All that are known, recounted, if its row held another sequence's tokens, or its own from before a preemption
+        after which it ran in another row for a while.
         """
         arrival, counted = self._counted.get(sequence.row, (-1, 0))
         if arrival == sequence.arrival and len(sequence.tokens) - counted < TAIL:

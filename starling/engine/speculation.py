@@ -1,12 +1,12 @@
-"""Prompt lookup: guess the next tokens from an earlier occurrence of the last few, and let the model check them.
+"""Prompt lookup: draft the next tokens from an earlier occurrence of the last few, and let the model verify them.
 
-A guess costs rows in a step, so guessing is earned: drafts grow while they are accepted, and stop for longer and
-longer while they are not. (Saxena 2023, "Prompt lookup decoding".)
+Drafts cost rows in a step, so they must pay: they grow while they are accepted, and stop for longer and longer while
+they are not. (Saxena 2023, "Prompt lookup decoding".)
 """
 
-NGRAM = 3  # tokens that must match before a guess is made
-MAX_DRAFT = 8  # tokens guessed at once, at most
-MAX_BACKOFF = 256  # tokens without a guess after repeated failures, at most
+NGRAM = 3  # tokens that must match before a draft is made
+MAX_DRAFT = 8  # most tokens in one draft
+MAX_BACKOFF = 256  # most tokens without a draft after repeated failures
 
 
 class PromptLookup:
@@ -22,7 +22,7 @@ class PromptLookup:
         self._resume_at = 0  # no drafts before the sequence has this many tokens
 
     def draft(self, tokens: list[int], limit: int) -> list[int]:
-        """Up to `limit` tokens that followed the last occurrence of the final n-gram; often none."""
+        """Up to `limit` tokens that followed the latest earlier occurrence of the final n-gram; often none."""
         size = len(tokens)
         if size < self._resume_at or size <= NGRAM or limit <= 0:
             return []
@@ -35,8 +35,8 @@ class PromptLookup:
             return []
         return tokens[found : found + min(self._length, limit)]
 
-    def judge(self, proposed: int, accepted: int, size: int) -> None:
-        """Learn from a draft: `accepted` of its tokens were right; the sequence now has `size` tokens."""
+    def learn(self, proposed: int, accepted: int, size: int) -> None:
+        """Adapt to a verified draft: `accepted` of its tokens were right; the sequence now has `size` tokens."""
         if accepted == proposed:
             self._length = min(MAX_DRAFT, self._length * 2)
             self._backoff = 4

@@ -1,4 +1,4 @@
-"""How long the running step has taken: what health and the refusal of requests go by."""
+"""How long the running step has taken, which decides health and whether requests are refused."""
 
 import time
 
@@ -6,7 +6,7 @@ from starling.errors import EngineStoppedError
 
 
 class StepWatch:
-    """One thread begins and ends steps; any thread asks. `hang_after_s` is how long a step may take."""
+    """One thread begins and ends steps; any thread may ask. `hang_after_s` is how long a step may take."""
 
     def __init__(self, hang_after_s: float) -> None:
         self._hang_after_s = hang_after_s
@@ -28,5 +28,5 @@ class StepWatch:
         """Raises EngineStoppedError while a step hangs."""
         if self.hangs:
             raise EngineStoppedError(
-                "The engine hangs in a step and takes no requests. Ask again; if this stays, restart the container."
+                "The engine hangs in a step and takes no requests. Try again; if this persists, restart the container."
             )

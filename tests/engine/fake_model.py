@@ -54,7 +54,7 @@ class Rule:
     history: list[int] = field(default_factory=list)  # every token so far, if they are penalised
 
     def apply(self, token: int) -> int:
-        """Moved on by all that was said, then to the first that is allowed."""
+        """Shifted by the sum of its history, then moved on to the first allowed token."""
         token = (token + sum(self.history)) % VOCABULARY
         while not self.allowed >> token & 1:
             token = (token + 1) % VOCABULARY
@@ -67,10 +67,10 @@ class Rule:
 
 
 class FakeRunner:
-    """Computes `next_token` for every row, from what the step's own inputs and the blocks hold and nothing else.
+    """Computes `next_token` for every row, from nothing but the step's own inputs and the blocks.
 
     The keys and values of a position are its token. With `overlaps`, a step is computed when its result is asked for,
-    as late as a device may. With `device_counts`, it knows of penalties, bans and grammars what a GPU is told.
+    as late as a device may. With `device_counts`, it knows of penalties, bans and grammars only what a GPU is told.
     """
 
     def __init__(self, books: BlockCache, overlaps: bool = False, device_counts: bool = False) -> None:
@@ -79,10 +79,10 @@ class FakeRunner:
         self.shaping = Shaping(lambda row, tokens, prompt_length: self.recounts.append((row, tokens)))
         self.recounts: list[tuple[int, list[int]]] = []  # of the step that is being started
         self.table: dict[int, list[int]] = {}  # tokens that the device has counted
-        self.draws_nothing: Callable[[], bool] = lambda: False  # asked for every row
+        self.draws_nothing: Callable[[], bool] = lambda: False  # called for every row
         self._books = books
         self._memory = np.full(books.blocks * books.block_size, -1)
-        self._sampled: list[int] = []  # by the step before
+        self._sampled: list[int] = []  # by the previous step
 
     def start(self, plan: list[Work]) -> Step:
         step = ShapedStep(self, plan) if self.device_counts else FakeStep(self, plan)
@@ -91,7 +91,7 @@ class FakeRunner:
         return step
 
     def resolve(self, tokens: Tokens[int]) -> list[int]:
-        """Those that the step before has sampled, put in."""
+        """Replaces references to the previous step's samples by those tokens."""
         return [int(t) if t >= 0 else self._sampled[-1 - t] for t in tokens]
 
     def compute(self, inputs: StepInputs, rules: dict[int, Rule]) -> list[int]:
@@ -130,7 +130,7 @@ class FakeStep:
 
 
 class ShapedStep(FakeStep):
-    """Penalised tokens lie in a table that belongs to the device, as far as no tail brings them."""
+    """Penalised tokens are in a table that belongs to the device, except those that the step's tail brings."""
 
     def _read(self) -> None:
         rows = len(self._inputs.logit_rows)
@@ -188,7 +188,7 @@ class Turn:
     """What one turn of the loop did."""
 
     plan: list[Work] | None
-    outcomes: list[Outcome] = field(default_factory=list)  # of the step before, or of this one if steps do not overlap
+    outcomes: list[Outcome] = field(default_factory=list)  # of the previous step; of this one if steps do not overlap
     failed: list[Sequence] = field(default_factory=list)
 
 
@@ -205,22 +205,22 @@ class Loop:
         return not self.scheduler.running and not self.scheduler.waiting and self.in_flight is None
 
     def step(self, breaks: Literal["start", "result"] | None = None) -> Turn:
-        """`breaks`: the step that is started fails at once, or the one whose result is asked for does then."""
+        """`breaks` fails the step that is started, as it starts, or the one that is collected."""
         turn = Turn(self.scheduler.plan())
         started = None
         if turn.plan:
             started = (turn.plan, self.runner.start(turn.plan))
         if started and breaks == "start":
-            self.land(turn)
+            self.collect(turn)
             turn.failed += self.scheduler.fail(started[0])
             return turn
-        self.land(turn, breaks == "result")
+        self.collect(turn, breaks == "result")
         self.in_flight = started
         if not self.runner.overlaps:
-            self.land(turn, breaks == "result")
+            self.collect(turn, breaks == "result")
         return turn
 
-    def land(self, turn: Turn, breaks: bool = False) -> None:
+    def collect(self, turn: Turn, breaks: bool = False) -> None:
         flight, self.in_flight = self.in_flight, None
         if flight is None:
             return

@@ -1,4 +1,4 @@
-"""One request, one seed: the same logits to the bit and the same tokens, whatever happens around it."""
+"""One request, one seed: bit-identical logits and the same tokens, whatever happens around it."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -42,14 +42,14 @@ def model(request: pytest.FixtureRequest, folder: Path) -> Mistral:
 
 
 class Deferred:
-    """A step that is computed when its result is asked for, as late as a device may."""
+    """A step computed when its result is asked for, as late as a device may."""
 
     def __init__(self, result: Callable[[], list[list[int]]]) -> None:
         self.result = result
 
 
 class Recording:
-    """A model that keeps the logits of its last step, as they were before anything changed them."""
+    """A model that keeps the logits of its last step, before anything changed them."""
 
     def __init__(self, model: Mistral) -> None:
         self._model = model
@@ -62,7 +62,7 @@ class Recording:
 
 
 class LabRunner(Runner):
-    """The runner of a CPU, made to overlap if asked; keeps every logit by sequence and position."""
+    """The CPU's runner, made to overlap if asked; keeps every logit by sequence and position."""
 
     def __init__(self, model: Mistral, cache: KVCache, books: BlockCache, overlaps: bool) -> None:
         self._recording = Recording(model)
@@ -125,7 +125,7 @@ class Lab:
 
 def request(seed: int, length: int = 90) -> tuple[list[int], SamplingParams]:
     dice = random.Random(seed)
-    # A little vocabulary, so that prompt lookup finds something.
+    # A small vocabulary, so that prompt lookup finds something.
     prompt = [dice.randrange(3, 12) for _ in range(length)]
     params = SamplingParams(
         max_tokens=40,
@@ -142,7 +142,7 @@ def request(seed: int, length: int = 90) -> tuple[list[int], SamplingParams]:
 def same_as_alone(
     model: Mistral, seed: int, length: int = 90
 ) -> Iterator[tuple[list[int], SamplingParams, list[tuple[Lab, Sequence]]]]:
-    """Collects (lab, sequence) pairs, and holds each to the answer that the request gets alone."""
+    """Collects (lab, sequence) pairs, and compares each with the answer that the request gets alone."""
     prompt, params = request(seed, length)
     alone = Lab(model, prefill_tokens=512)
     sequence = alone.add(prompt, params)
@@ -186,7 +186,7 @@ def test_with_other_chunk_sizes(model: Mistral, overlaps: bool, seed: int, chunk
         lab.drain()
 
 
-def test_after_pauses(model: Mistral, overlaps: bool, seed: int) -> None:
+def test_after_preemptions(model: Mistral, overlaps: bool, seed: int) -> None:
     with same_as_alone(model, seed, length=12) as (prompt, params, others):
         lab = Lab(
             model, overlaps, blocks=14, block_size=8, prefill_tokens=48
@@ -195,7 +195,7 @@ def test_after_pauses(model: Mistral, overlaps: bool, seed: int) -> None:
             lab.add(*request(seed + 1 + i, length=12))
         others.append((lab, lab.add(prompt, params)))
         lab.drain()
-        assert lab.scheduler.counters.pauses > 0
+        assert lab.scheduler.counters.preemptions > 0
 
 
 def test_with_a_cached_prompt(model: Mistral, overlaps: bool, seed: int) -> None:
@@ -209,7 +209,7 @@ def test_with_a_cached_prompt(model: Mistral, overlaps: bool, seed: int) -> None
         assert [other.cached for _, other in others] == [64, 80]
 
 
-def test_with_guesses(model: Mistral, overlaps: bool, seed: int) -> None:
+def test_with_drafts(model: Mistral, overlaps: bool, seed: int) -> None:
     with same_as_alone(model, seed) as (prompt, params, others):
         for rows in (4, 16):
             lab = Lab(model, overlaps, speculative_rows=rows)
@@ -217,18 +217,18 @@ def test_with_guesses(model: Mistral, overlaps: bool, seed: int) -> None:
             lab.drain()
 
 
-def test_guesses_change_no_answer(model: Mistral, overlaps: bool, seed: int) -> None:
-    """Over many prompts at once, greedy and sampled: plain decoding and guessing agree, and some guesses were right."""
-    plain, guessing = Lab(model), Lab(model, overlaps, speculative_rows=64)
+def test_drafts_change_no_answer(model: Mistral, overlaps: bool, seed: int) -> None:
+    """Over many prompts at once, greedy and sampled: plain and speculative decoding agree, and drafts were proposed."""
+    plain, speculative = Lab(model), Lab(model, overlaps, speculative_rows=64)
     pairs = []
     for i in range(24):
         prompt, params = request(seed + i, length=12 + i)
         prompt = prompt * 2
-        pairs.append((plain.add(prompt, params), guessing.add(prompt, params)))
+        pairs.append((plain.add(prompt, params), speculative.add(prompt, params)))
     plain.drain()
-    guessing.drain()
+    speculative.drain()
     assert [a.tokens for a, _ in pairs] == [b.tokens for _, b in pairs], f"seed {seed}"
-    assert guessing.scheduler.counters.proposed > 0
+    assert speculative.scheduler.counters.proposed > 0
 
 
 def test_the_next_turn_over_generated_tokens(model: Mistral, overlaps: bool, seed: int) -> None:
@@ -278,7 +278,7 @@ def test_under_a_grammar_beside_others(model: Mistral, seed: int) -> None:
 
 
 def test_cancelled_and_failed_neighbours_change_nothing(model: Mistral, overlaps: bool, seed: int) -> None:
-    """Blocks of requests that end with a step in flight go to others at once; room is scarce, so they are taken."""
+    """Blocks of requests that end with a step in flight go to others at once; few are free, so they are reused."""
     dice = random.Random(seed)
     with same_as_alone(model, seed, length=12) as (prompt, params, others):
         lab = Lab(model, overlaps, blocks=24, block_size=8, prefill_tokens=48)
@@ -290,7 +290,7 @@ def test_cancelled_and_failed_neighbours_change_nothing(model: Mistral, overlaps
                 neighbours.append(lab.add(*request(seed + 1 + len(neighbours), length=12)))
             if dice.random() < 0.5:
                 lab.scheduler.remove(dice.choice(neighbours))
-            # A step of the watched one is not to fail.
+            # No step of the watched one may fail.
             if watched in lab.scheduler.running or watched in lab.scheduler.waiting or dice.random() < 0.5:
                 lab.step()
             else:

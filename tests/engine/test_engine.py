@@ -1,4 +1,4 @@
-"""The loop with a model of a few lines: delivery, cancelling at any stage, faults, and the end of the engine."""
+"""The loop with a model of a few lines: delivery, cancelling at any stage, faults, and shutdown."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ CONTEXT = 128
 
 
 class Gated(FakeRunner):
-    """Computes a step once it is let through."""
+    """Computes a step once the gate lets it through."""
 
     def __init__(self, books: BlockCache, overlaps: bool) -> None:
         super().__init__(books, overlaps)
@@ -44,7 +44,7 @@ class Gated(FakeRunner):
 
 
 class Failing(FakeRunner):
-    """Fails the step in which a token of value 6 is computed as part of a prompt, as it starts or as it is computed."""
+    """Fails the step that computes a prompt token of value 6: while it is computed or, `at_start`, as it starts."""
 
     at_start = False
 
@@ -163,7 +163,7 @@ class Undrawable(FakeRunner):
         return [NO_TOKEN if broken[at] else token for at, token in zip(inputs.logit_rows, drawn, strict=True)]
 
 
-def test_logits_that_are_no_numbers_end_their_own_request(overlaps: bool) -> None:
+def test_non_finite_logits_end_their_own_request(overlaps: bool) -> None:
     with running(Undrawable, overlaps) as (engine, _):
         streams = [engine.submit(prompt, params()) for prompt in ([1, 2], [1, 6], [2, 3])]
         ends = [drain(stream) for stream in streams]
@@ -176,7 +176,7 @@ def test_logits_that_are_no_numbers_end_their_own_request(overlaps: bool) -> Non
 
 
 class Breaking(Rhythm):
-    """After three tokens it allows only the end; or fails, as it is told the third or is asked what may follow."""
+    """After three tokens it allows only the end, or fails: in `advance` for the third, or in the next `mask`."""
 
     def __init__(self, by: str) -> None:
         super().__init__()
@@ -202,16 +202,16 @@ def test_a_grammar_that_breaks_ends_its_own_request(by: str, min_tokens: int, ov
         stream = engine.submit([1, 2], asked, Breaking(by))
         other = engine.submit([1, 2, 3], params(20))
         tokens, delivery = drain(stream)
-        if by == "end":  # a grammar that leaves nothing but the end is no fault, and min_tokens cannot hold it back
+        if by == "end":  # a grammar that allows only the end is no fault, and min_tokens cannot hold it back
             assert (delivery.finish, len(tokens), tokens[-1]) == ("stop", 4, 0)
         else:
             assert isinstance(delivery.error, RequestError) and "too large" in str(delivery.error)
         assert drain(other)[0] == expected_answer([1, 2, 3], 20, frozenset({0}))
-        assert engine.occupancy["running"] == 0, "it is not computed to its 60 tokens"
+        assert engine.occupancy["running"] == 0, "it does not run on to its 60 tokens"
 
 
 class FailsWithOneInFlight(Gated):
-    """The third step fails; by then the fourth is started."""
+    """The third step fails; by then the fourth has been started."""
 
     def compute(self, *inputs: Any) -> list[int]:
         sampled = super().compute(*inputs)
@@ -225,8 +225,8 @@ def test_a_step_built_on_one_that_fails_serves_the_others() -> None:
         first = engine.submit([1, 2], params(20, stops=False))
         runner.gate.release(1)
         wait_for(lambda: runner.steps >= 1)
-        # The second and the third step are of the first request alone; the third is started before the second is let
-        # through, and this one comes in before the fourth is planned.
+        # The second and third steps hold the first request alone; the third is started before the second is let
+        # through, and this request arrives before the fourth is planned.
         second = engine.submit([3, 4], params(20, stops=False))
         runner.gate.release(1000)
         tokens, delivery = drain(first)
@@ -246,8 +246,8 @@ class FailsAtFourthStart(FakeRunner):
         return super().start(plan)
 
 
-def test_who_ends_in_the_step_before_one_that_fails_ends_well() -> None:
-    """The fourth step is started before it is known that the third gave the end."""
+def test_a_request_that_ends_in_the_step_before_a_failed_one_ends_well() -> None:
+    """The fourth step is started before it is known that the third ended the request."""
     pairs = [[a, b] for a in range(7) for b in range(7)]
     prompt = next(pair for pair in pairs if len(expected_answer(pair, 20, frozenset({0}))) == 3)
     with running(FailsAtFourthStart, overlaps=True) as (engine, runner):
@@ -275,7 +275,7 @@ def test_tokens_of_a_step_that_is_computed_as_it_starts_come_before_the_next() -
             assert runner.steps == steps
 
 
-def test_a_text_that_is_said_again_is_guessed(overlaps: bool) -> None:
+def test_a_text_that_repeats_is_drafted(overlaps: bool) -> None:
     start = [1, 2, 3, 4, 5]
     prompt = [*start, *expected_answer(start, 12, frozenset()), *start]
     with running(FakeRunner, overlaps) as (engine, _):
@@ -283,11 +283,11 @@ def test_a_text_that_is_said_again_is_guessed(overlaps: bool) -> None:
         assert engine.counters.accepted > 6
 
 
-def test_occupancy_tells_what_runs_and_what_waits(overlaps: bool) -> None:
+def test_occupancy_counts_what_runs_and_what_waits(overlaps: bool) -> None:
     with running(Gated, overlaps, blocks=8, max_running=2) as (engine, runner):
         assert engine.occupancy == {"running": 0, "waiting": 0, "kv_blocks": 8, "kv_blocks_free": 8}
         streams = [engine.submit([token] * 4, params(4, stops=False)) for token in range(3)]
-        runner.gate.release(1)  # the first step may be of the first request alone
+        runner.gate.release(1)  # the first step may hold the first request alone
         wait_for(lambda: len(engine._scheduler.running) == 2 and all(s.blocks for s in engine._scheduler.running))
         held = sum(len(sequence.blocks) for sequence in engine._scheduler.running)
         assert engine.occupancy == {"running": 2, "waiting": 1, "kv_blocks": 8, "kv_blocks_free": 8 - held}
@@ -308,7 +308,7 @@ def test_a_lost_device_ends_everything(overlaps: bool) -> None:
 
 
 def test_a_cancelled_request_leaves_no_step_behind() -> None:
-    """With nobody left to serve, the step in flight is still taken, and the engine does not count as hung."""
+    """With no request left, the step in flight is still collected, and the engine does not count as hung."""
     with running(Gated, overlaps=True, hang_after_s=0.05) as (engine, runner):
         stream = engine.submit([1, 2], params(60, stops=False))
         runner.gate.release(3)
@@ -364,13 +364,13 @@ def test_a_closed_engine_ends_what_runs_and_refuses_the_rest(overlaps: bool) -> 
             delivery = drain(stream)[1]
             assert delivery.finish == "error" and isinstance(delivery.error, EngineStoppedError)
         assert not engine.healthy
-        assert runner.steps == runner.started  # the device does nothing any more
+        assert runner.steps == runner.started  # the device has nothing left to do
         with pytest.raises(EngineStoppedError):
             engine.submit([1], params())
 
 
 class SlowInbox:
-    """An engine's inbox into which a request is put as late as can be: once the engine's thread is gone, or waits."""
+    """An engine's inbox that takes a request as late as possible: once the engine's thread is gone, or is waiting."""
 
     def __init__(self, engine: Engine) -> None:
         self._inbox = engine._inbox
@@ -417,11 +417,11 @@ def test_a_step_that_hangs_is_unhealthy_until_it_ends(overlaps: bool) -> None:
         wait_for(lambda: engine.healthy)
 
 
-def test_broken_books_end_everything(overlaps: bool) -> None:
+def test_broken_bookkeeping_ends_everything(overlaps: bool) -> None:
     class Breaks(Gated):
         def compute(self, *inputs: Any) -> list[int]:
             super().compute(*inputs)
-            self._books._holders = [0] * self._books.blocks  # so that no block can be given back
+            self._books._ref_counts = [0] * self._books.blocks  # so that no block can be released
             raise ArithmeticError("broken")
 
     with running(Breaks, overlaps) as (engine, runner):

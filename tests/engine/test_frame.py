@@ -1,4 +1,4 @@
-"""A step's inputs as the device gets them: nothing of an earlier step is left, whatever the sizes of the two."""
+"""A step's inputs as the device gets them: nothing of an earlier step remains, whatever the sizes of the two."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from starling.engine.scheduler import Work
 from starling.engine.sequence import SamplingParams, Sequence
 
 
-def test_what_a_step_lacks_of_a_frame_is_padding() -> None:
+def test_what_a_step_leaves_of_a_frame_is_padding() -> None:
     books = BlockCache(blocks=8, block_size=4, rows=2, max_positions=16)
     plan = []
     for arrival, prompt in enumerate(([10, 11, 12, 13, 14, 15], [20])):
@@ -31,6 +31,6 @@ def test_what_a_step_lacks_of_a_frame_is_padding() -> None:
         assert found["positions"].tolist() == [5, 0, 0, 0]
         assert found["slots"].tolist() == [*inputs.slots, -1, -1], "nothing is written for padding"
         assert found["query_starts"].tolist() == [0, 1, 2, 2, 2], "it has no queries"
-        assert found["context_lens"].tolist() == [6, 1, 0, 0], "and nothing to look at"
+        assert found["context_lens"].tolist() == [6, 1, 0, 0], "and attends to nothing"
         assert np.array_equal(found["block_tables"][:2, :2], inputs.block_tables)
         assert found["logit_rows"].tolist() == [0, 1, 0, 0, 0]

@@ -1,6 +1,6 @@
-"""The GPU's way of running steps, on emulated kernels: what is drawn is what the plain runner draws, to the token.
+"""The GPU's runner, on emulated kernels: it draws the same tokens as the plain runner.
 
-Capturing a graph needs a GPU; without one the padded steps that it would hold are computed over the same memory.
+Capturing a graph needs a GPU; without one, the padded steps that it would hold are computed over the same memory.
 """
 
 import random
@@ -30,7 +30,7 @@ WINDOW, BLOCKS, BLOCK, VOCABULARY = 40, 64, 16, 67
 
 
 class Alternating:
-    """A grammar: even and odd ids in turn, and nothing but the end after two, which is below min_tokens."""
+    """A grammar: odd and even ids in turn, and only the end after two, which is below min_tokens."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -69,15 +69,15 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 class EarlyRunner(GraphRunner):
-    """Its kernels begin before those before them have run, as they may from sm_90 on."""
+    """Its kernels begin before the previous ones have run, as they may from sm_90 on."""
 
     def _receive(self, plan: list[Work], rows: int) -> InFlight:
         STREAM.synchronize()
         return super()._receive(plan, rows)
 
 
-class Recorder:
-    """The plain runner in the graph runner's place: it waits for every step."""
+class PlainRunner:
+    """The plain runner instead of the graph runner: it waits for every step."""
 
     def __init__(self, model: Mistral, books: BlockCache) -> None:
         self._inner = Runner(model, model.allocate_cache(BLOCKS, BLOCK), books)
@@ -86,7 +86,7 @@ class Recorder:
 
 
 def sequences(seed: int, count: int, speculative: bool) -> list[Sequence]:
-    """Of every kind: greedy and drawn, penalised, not to end yet, under a grammar, repeating itself."""
+    """Of every kind: greedy and sampled, penalised, with min_tokens, under a grammar, repetitive."""
     dice = random.Random(seed)
     found = []
     for arrival in range(count):
@@ -132,7 +132,7 @@ def arriving(
     asked: list[Sequence],
     dice: random.Random,
 ) -> list[list[int]]:
-    """As `answers`, but they come a few at a time, so that steps grow and shrink and grow again."""
+    """Like `answers`, but requests arrive a few at a time, so that steps grow and shrink and grow again."""
     limits = Limits(max_running=8, prefill_tokens=24, speculative_rows=0)
     books = BlockCache(BLOCKS, BLOCK, limits.max_running, 256, WINDOW)
     runner = make(model, books, limits)
@@ -147,7 +147,7 @@ def arriving(
 
 
 def plain(model: Mistral, books: BlockCache, limits: Limits) -> StepRunner:
-    return Recorder(model if model.ops.device.type == "cuda" else replace(model, ops=emulated_ops()), books)
+    return PlainRunner(model if model.ops.device.type == "cuda" else replace(model, ops=emulated_ops()), books)
 
 
 def graphs(model: Mistral, books: BlockCache, limits: Limits) -> StepRunner:
@@ -161,12 +161,12 @@ def test_answers_are_those_of_the_plain_runner(model: Mistral, speculative_rows:
     made = answers(model, graphs, sequences(seed, 7, speculative_rows > 0), speculative_rows=speculative_rows)
     wanted = [
         answers(model, plain, [sequence])[0] for sequence in sequences(seed, 7, speculative=False)
-    ]  # each alone, and no guesses
+    ]  # each alone, and without drafts
     assert made == wanted
 
 
 @pytest.mark.parametrize("make", [plain, graphs])
-def test_logits_that_are_no_numbers_end_their_own_request(
+def test_non_finite_logits_end_their_own_request(
     model: Mistral, make: Callable[[Mistral, BlockCache, Limits], StepRunner]
 ) -> None:
     embedding = model.embedding.clone()
@@ -242,5 +242,5 @@ def test_a_step_that_cannot_be_captured_is_computed_all_the_same(
     monkeypatch.setattr(GraphRunner, "_try_to_capture", on_a_gpu)
     made = answers(model, graphs, sequences(2, 5, False))
     assert made == [answers(model, plain, [sequence])[0] for sequence in sequences(2, 5, False)]
-    told = [record.getMessage().split()[2] for record in caplog.records]
-    assert told and len(told) == len(set(told)), "once for each size"
+    sizes = [record.getMessage().split()[2] for record in caplog.records]
+    assert sizes and len(sizes) == len(set(sizes)), "once for each size"

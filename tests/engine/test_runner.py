@@ -1,4 +1,4 @@
-"""What torch says of the device, and what becomes of it."""
+"""Which of torch's errors mean that the device is lost."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def fault(code: int) -> torch.AcceleratorError:
     return error
 
 
-def test_a_lost_device_is_told_from_one_that_is_full() -> None:
+def test_a_lost_device_is_distinguished_from_a_full_one() -> None:
     with pytest.raises(DeviceError, match="lost"), device_faults():
         raise fault(700)  # cudaErrorIllegalAddress
     with pytest.raises(torch.AcceleratorError), device_faults():

@@ -44,7 +44,7 @@ def draw(
         ({"top_p": 0.71}, {0.999: 2}),
         ({"min_p": 0.49}, {0.999: 2, 0.43: 0, 0.45: 1}),  # keeps p >= 0.2: 4/9, 3/9, 2/9
         ({"min_p": 1.0}, {0.999: 0}),
-        ({"top_k": 3, "top_p": 0.5}, {0.999: 1}),  # top_p is of what top_k left: 4/9 alone is below 0.5
+        ({"top_k": 3, "top_p": 0.5}, {0.999: 1}),  # top_p applies to what top_k left: 4/9 alone is below 0.5
         ({"temperature": 0.5}, {0.52: 0, 0.54: 1, 0.999: 3}),  # p squared: 16, 9, 4, 1 of 30
     ],
 )
@@ -82,7 +82,7 @@ def shaped(logits: list[float], case: Work) -> list[float]:
 
 
 def sample(logits: torch.Tensor, plan: list[Work]) -> list[list[int]]:
-    """By work; `logits` are changed in place."""
+    """Token ids by work; changes `logits` in place."""
     books = BlockCache(64, 16, rows=1, max_positions=16)
     inputs = StepInputs.of(plan, books)
     for rule in rules(plan):
@@ -101,7 +101,7 @@ def test_penalties_as_the_openai_api_and_ctrl_define_them() -> None:
     assert shaped(logits, work(everything, **tokens)) == [1.0, -4.0, -0.25, 0.5]
 
 
-def test_a_draft_is_judged_as_if_it_had_been_generated() -> None:
+def test_a_draft_counts_as_if_it_had_been_generated() -> None:
     setting = params(frequency_penalty=1.0, repetition_penalty=1.5, min_tokens=2)
     logits = [2.0, -2.0, 1.0, 0.5]
     assert shaped(logits, work(setting, [0], [2], drafts=[1])) == shaped(logits, work(setting, [0], [2, 1]))
@@ -113,7 +113,7 @@ def test_min_tokens_bans_the_end() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 8192))
-def test_uniform_lies_in_its_range(seed: int, position: int) -> None:
+def test_uniform_is_in_its_range(seed: int, position: int) -> None:
     assert 0.0 <= uniform(seed, position) < 1.0
 
 
@@ -154,7 +154,7 @@ def test_draws_follow_the_distribution(walk: str) -> None:
     for index in range(draws):
         u = uniform(0, index) if walk.startswith("positions") else uniform(index, 17)
         counts[draw(TABLE, u)] += 1
-    # 3 degrees of freedom: 16.27 is passed once in a thousand; the draws are fixed, so the outcome is too.
+    # 3 degrees of freedom: 16.27 is exceeded once in a thousand; the draws are fixed, so the outcome is too.
     assert chi_square(counts, [0.4, 0.3, 0.2, 0.1], draws) < 16.27
 
 

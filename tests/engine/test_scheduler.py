@@ -12,7 +12,7 @@ from starling.engine.sequence import SamplingParams, Sequence
 from starling.engine.speculation import PromptLookup
 from tests.engine.fake_model import SEEN, VOCABULARY, FakeRunner, Loop, Rhythm, Turn, expected_answer
 
-MAX_POSITIONS = 65  # of no block's size a multiple, but of 1
+MAX_POSITIONS = 65  # a multiple of no block size but 1
 LIVES = 300
 
 
@@ -48,33 +48,33 @@ def step(target: Loop) -> tuple[list[Work], dict[int, list[int]]]:
 
 
 class Foresight(PromptLookup):
-    """Guesses what will come, of varied length, and now and then ends with something else."""
+    """Drafts what will come, in varying lengths, and now and then with a wrong last token."""
 
     def __init__(self, whole: list[int]) -> None:
         super().__init__()
         self._whole = whole  # prompt and answer
-        self.judged: list[tuple[int, int, int]] = []
+        self.learned: list[tuple[int, int, int]] = []
 
     def draft(self, tokens: list[int], limit: int) -> list[int]:
         size = len(tokens)
-        guess = self._whole[size : size + max(0, min(limit, size % 5))]
-        return [*guess[:-1], (guess[-1] + 1) % VOCABULARY] if guess and size % 3 == 0 else guess
+        draft = self._whole[size : size + max(0, min(limit, size % 5))]
+        return [*draft[:-1], (draft[-1] + 1) % VOCABULARY] if draft and size % 3 == 0 else draft
 
-    def judge(self, proposed: int, accepted: int, size: int) -> None:
-        self.judged.append((proposed, accepted, size))
+    def learn(self, proposed: int, accepted: int, size: int) -> None:
+        self.learned.append((proposed, accepted, size))
 
 
 class Life:
-    """Requests come, are computed, are cancelled, finish; sometimes a step fails. A step may be in flight all along."""
+    """Requests arrive, run, are cancelled, finish; sometimes a step fails. A step may be in flight throughout."""
 
     def __init__(self, dice: random.Random) -> None:
         self.dice = dice
-        self.plain = dice.random() < 0.5  # no request asks for what must wait, so that steps overlap for long
+        self.plain = dice.random() < 0.5  # no request has to wait for its token, so that steps overlap for long
         block_size = dice.choice([1, 3, 4, 16])
         self.loop = loop(
             overlaps=dice.random() < 0.7,
             device_counts=dice.random() < 0.5,
-            blocks=dice.randint(40, 160) // block_size,  # a request or a few
+            blocks=dice.randint(40, 160) // block_size,  # enough for a request or a few
             block_size=block_size,
             window=dice.choice([None, None, 5, 16]),
             max_running=dice.randint(1, 5),
@@ -95,12 +95,12 @@ class Life:
         kinds = {self.submit: 4, self.cancel: 1, self.fail: self.dice.choice([0, 0, 1]), self.step: 12}
         for event in self.dice.choices(list(kinds), list(kinds.values()), k=events):
             event()
-            self.books_balance()
+            self.check_invariants()
         for _ in range(5000):
             if self.loop.idle:
                 break
             self.step()
-            self.books_balance()
+            self.check_invariants()
         assert not self.live
         assert self.target.cache.available == self.target.cache.blocks
 
@@ -108,7 +108,7 @@ class Life:
         dice = self.dice
         max_tokens = dice.randint(1, 20)
         prompt = [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 30))]
-        if dice.random() < 0.3:  # a text that is said again, so that guesses hold
+        if dice.random() < 0.3:  # a text that repeats, so that drafts are right
             prompt += expected_answer(prompt, 20, frozenset()) + prompt[-SEEN:]
         if self.prompts and dice.random() < 0.5:  # begins like an earlier one, answer included: the next turn
             prompt = dice.choice(self.prompts)[: dice.randint(1, 40)] + prompt
@@ -154,31 +154,31 @@ class Life:
         ending = {s.arrival for s in running if s.pending == 0}
         oldest = self.live[min(self.live)] if self.live else None
         computed = oldest.computed if oldest is not None else 0
-        pauses = self.target.counters.pauses
+        preemptions = self.target.counters.preemptions
         turn = self.loop.step()
         assert turn.plan or in_flight or not self.live, "with work to do, a step does some"
         assert turn.plan is not None or in_flight
         assert in_flight or not ending
         if turn.plan is not None:
             planned = {w.sequence.arrival for w in turn.plan}
-            paused = {s.arrival for s in self.target.waiting}
+            preempted = {s.arrival for s in self.target.waiting}
             if oldest is not None:
                 moved = oldest.arrival in planned | ending or oldest.computed > computed
-                # Or it waits for blocks that a step in flight computes for another, and has them after it.
-                assert moved or (in_flight and self.waited is not oldest), "the oldest always moves"
+                # Or it waits for blocks that a step in flight computes for another, and gets them after that step.
+                assert moved or (in_flight and self.waited is not oldest), "the oldest always advances"
                 self.waited = None if moved else oldest
             chunks = sum(w.count for w in turn.plan if w.count > 1 or not w.samples)
             assert chunks <= self.target.limits.prefill_tokens
-            assert decoding <= planned | paused
+            assert decoding <= planned | preempted
             assert not planned & ending, "nothing is computed for a token that max_tokens rules out"
             for work in turn.plan:
-                assert work.start + work.count + len(work.drafts) < work.sequence.longest, "nor guessed"
-                assert work.source < 0 or not work.drafts, "a guess goes on from tokens that are known"
+                assert work.start + work.count + len(work.drafts) < work.sequence.max_size, "nor drafted"
+                assert work.source < 0 or not work.drafts, "a draft continues tokens that are known"
             drafts = sum(len(work.drafts) for work in turn.plan)
             rows = sum(work.samples and work.sequence.arrival in decoding for work in turn.plan) + drafts
-            # Who is paused for an older one, and enters again in the same step, does not decode in it.
-            entered_again = self.target.counters.pauses - pauses
-            assert not drafts or rows - entered_again <= self.target.limits.speculative_rows
+            # A sequence that is preempted for an older one, and admitted again in the same step, does not decode in it.
+            admitted_again = self.target.counters.preemptions - preemptions
+            assert not drafts or rows - admitted_again <= self.target.limits.speculative_rows
         self._book(turn)
 
     def _book(self, turn: Turn) -> None:
@@ -189,9 +189,9 @@ class Life:
             if outcome.finish == "error":
                 assert not self.live.pop(outcome.sequence.arrival).blocks
             elif outcome.finish is not None:
-                self._judge(self.live.pop(outcome.sequence.arrival))
+                self._check_answer(self.live.pop(outcome.sequence.arrival))
 
-    def _judge(self, sequence: Sequence) -> None:
+    def _check_answer(self, sequence: Sequence) -> None:
         assert self.answers[sequence.arrival] == self._expected(sequence)
         self.prompts.append(sequence.tokens)
         self.finished += 1
@@ -202,7 +202,7 @@ class Life:
         grammar = Rhythm() if sequence.constraint is not None else None
         return expected_answer(prompt, params.max_tokens, params.stop_ids, grammar, params.min_tokens, params.penalized)
 
-    def books_balance(self) -> None:
+    def check_invariants(self) -> None:
         self.target.cache.check(self.target.running)
         arrivals = [s.arrival for s in [*self.target.running, *self.target.waiting]]
         assert arrivals == sorted(self.live), "in order of arrival, none lost, none twice"
@@ -222,7 +222,7 @@ def test_random_lives() -> None:
             raise
         counters.update(asdict(life.target.counters), finished=life.finished)
     # A life in which nothing much happens finds nothing.
-    for name, each in {"finished": 4, "cached_tokens": 8, "pauses": 0.1, "accepted": 3}.items():
+    for name, each in {"finished": 4, "cached_tokens": 8, "preemptions": 0.1, "accepted": 3}.items():
         assert counters[name] > each * LIVES, counters
 
 
@@ -242,7 +242,7 @@ def test_a_plan_follows_from_the_state_alone(overlaps: bool) -> None:
 
 
 def gaps(target: Loop) -> list[bool]:
-    """Per step until all is done: was it planned only after the step before was complete?"""
+    """Per step until all is done: was it planned only after the previous step was complete?"""
     found = []
     while not target.idle:
         waited = target.in_flight is None
@@ -269,7 +269,7 @@ def test_a_grammar_waits_for_every_token_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
-def test_nobody_waits_for_a_token_that_nothing_follows(cancelled: bool) -> None:
+def test_no_step_waits_for_a_token_that_nothing_follows(cancelled: bool) -> None:
     target = loop(overlaps=True, speculative_rows=0)
     ruled = make(0, [1, 2], 2, constraint=Rhythm())
     target.scheduler.add(ruled)
@@ -290,8 +290,8 @@ def test_penalties_wait_unless_the_device_counts(device_counts: bool) -> None:
     assert sources == ([-1] + [0] * 5 if device_counts else [-1] * 6)
 
 
-def test_a_guess_is_waited_for_when_one_is_ready() -> None:
-    start = [1, 2, 3, 4, 5]  # as many as the next token depends on, so the answer is said again
+def test_a_step_is_waited_for_when_a_draft_is_ready() -> None:
+    start = [1, 2, 3, 4, 5]  # as many as the next token depends on, so the answer repeats
     prompt = [*start, *expected_answer(start, 12, frozenset()), *start]
     counters = []
     for overlaps in (False, True):
@@ -303,7 +303,7 @@ def test_a_guess_is_waited_for_when_one_is_ready() -> None:
     assert counters[0].accepted == counters[1].accepted > 6
 
 
-def test_a_guess_that_has_no_room_is_not_waited_for() -> None:
+def test_no_step_is_waited_for_when_a_draft_has_no_room() -> None:
     target = loop(overlaps=True, speculative_rows=2, prefill_tokens=64)
     for arrival, start in enumerate(([1, 2, 3, 4, 5], [5, 4, 3, 2, 1])):
         prompt = [*start, *expected_answer(start, 12, frozenset()), *start]
@@ -313,7 +313,7 @@ def test_a_guess_that_has_no_room_is_not_waited_for() -> None:
     assert target.scheduler.counters.proposed == 0
 
 
-def test_a_guess_leaves_out_no_more_than_the_last_token() -> None:
+def test_a_draft_leaves_out_no_more_than_the_last_token() -> None:
     class Eager(PromptLookup):
         def draft(self, tokens: list[int], limit: int) -> list[int]:
             return [1] * limit
@@ -323,10 +323,10 @@ def test_a_guess_leaves_out_no_more_than_the_last_token() -> None:
     sequence.lookup = Eager()
     target.scheduler.add(sequence)
     step(target)
-    assert [len(work.drafts) for work in step(target)[0]] == [4], "the first token is there, the last comes by itself"
+    assert [len(work.drafts) for work in step(target)[0]] == [4], "the first token is there, the last is sampled anyway"
 
 
-def test_every_guess_is_judged_and_every_token_counted() -> None:
+def test_every_draft_is_verified_and_every_token_counted() -> None:
     target = loop(speculative_rows=16)
     expected: dict[int, list[tuple[int, int, int]]] = {0: [], 1: [], 2: []}
     lookups = []
@@ -345,16 +345,16 @@ def test_every_guess_is_judged_and_every_token_counted() -> None:
             arrival, right = outcome.sequence.arrival, len(outcome.tokens) - 1
             if drafts[arrival]:
                 expected[arrival].append((drafts[arrival], right, len(outcome.sequence.tokens)))
-    assert [lookup.judged for lookup in lookups] == list(expected.values())
-    judged = [each for judged in expected.values() for each in judged]
-    proposed, accepted = (sum(each[i] for each in judged) for i in range(2))
+    assert [lookup.learned for lookup in lookups] == list(expected.values())
+    drafts_seen = [each for learned in expected.values() for each in learned]
+    proposed, accepted = (sum(each[i] for each in drafts_seen) for i in range(2))
     assert proposed > accepted > 0
     assert target.scheduler.counters == Counters(
         steps=steps, prefill_tokens=3 * 29, decode_tokens=3 * 12, proposed=proposed, accepted=accepted
     )
 
 
-def test_a_stop_id_as_the_last_token_that_there_is_room_for_is_a_stop() -> None:
+def test_a_stop_id_as_the_last_allowed_token_is_a_stop() -> None:
     prompt = next(p for p in ([a, b] for a in range(7) for b in range(7)) if len(stopped(p)) == 3)
     for max_tokens, finish in ((2, "length"), (3, "stop")):
         target = loop()
@@ -364,78 +364,78 @@ def test_a_stop_id_as_the_last_token_that_there_is_room_for_is_a_stop() -> None:
         assert [outcome.finish for outcome in turn.outcomes] == [finish]
 
 
-def test_a_pause_waits_for_the_step_in_flight() -> None:
+def test_a_preemption_waits_for_the_step_in_flight() -> None:
     target = loop(overlaps=True, blocks=12, block_size=4, speculative_rows=0)
     sequences = [make(arrival, [arrival + 1] * 6, 24) for arrival in range(4)]
     for sequence in sequences:
         target.scheduler.add(sequence)
     while not target.idle:
-        in_flight, pauses = target.in_flight, target.scheduler.counters.pauses
+        in_flight, preemptions = target.in_flight, target.scheduler.counters.preemptions
         target.step()
         target.scheduler.cache.check(target.scheduler.running)
-        assert in_flight is None or target.scheduler.counters.pauses == pauses
+        assert in_flight is None or target.scheduler.counters.preemptions == preemptions
         assert all(sequence.unknown == 0 for sequence in target.scheduler.waiting)
-    assert target.scheduler.counters.pauses > 0
-    assert target.scheduler.counters.cached_tokens == 0, "what a paused one finds again was not cached for its caller"
+    assert target.scheduler.counters.preemptions > 0
+    assert target.scheduler.counters.cached_tokens == 0, "what is found again after preemption was not cached"
     for arrival, sequence in enumerate(sequences):
         assert sequence.cached == 0
         assert sequence.tokens[6:] == expected_answer([arrival + 1] * 6, 24, frozenset())
 
 
-def test_a_guess_is_waited_for_when_there_is_no_room_for_another() -> None:
-    """Two rows are free for guesses while one sequence decodes; beside a prompt's chunks the one row is taken."""
+def test_a_draft_in_flight_is_waited_for_when_there_is_no_room_for_another() -> None:
+    """One sequence and its draft fill two rows; with a prompt's chunk in the step, another draft has no row left."""
     start = [1, 2, 3, 4, 5]
     prompt = [*start, *expected_answer(start, 12, frozenset()), *start]
     target = loop(overlaps=True, speculative_rows=2, prefill_tokens=40)
-    guessing = make(0, prompt, 16, lookup=True)
-    target.scheduler.add(guessing)
+    drafting = make(0, prompt, 16, lookup=True)
+    target.scheduler.add(drafting)
     others = 0
     while not target.idle:
-        if len(target.scheduler.running) == 1 and guessing.generated and others < 4:
+        if len(target.scheduler.running) == 1 and drafting.generated and others < 4:
             others += 1
             target.scheduler.add(make(others, [6] * 60, 1))  # two chunks
         target.step()
         target.scheduler.cache.check(target.scheduler.running)
     assert others and target.scheduler.counters.accepted > 0
-    assert guessing.tokens == prompt + expected_answer(prompt, 16, frozenset())
+    assert drafting.tokens == prompt + expected_answer(prompt, 16, frozenset())
 
 
-def test_cancelling_a_guess_in_flight_leaves_the_others_their_own_tokens() -> None:
+def test_cancelling_a_draft_in_flight_leaves_the_others_their_own_tokens() -> None:
     start = [1, 2, 3, 4, 5]
     prompt = [*start, *expected_answer(start, 12, frozenset()), *start]
     target = loop(overlaps=True)
-    guessing, plain = make(0, prompt, 16, lookup=True), make(1, [6, 2], 16)
-    for sequence in (guessing, plain):
+    drafting, plain = make(0, prompt, 16, lookup=True), make(1, [6, 2], 16)
+    for sequence in (drafting, plain):
         target.scheduler.add(sequence)
     while not any(work.drafts for work in target.step().plan or []):
         pass
-    assert target.scheduler.remove(guessing)
+    assert target.scheduler.remove(drafting)
     while not target.idle:
         target.step()
     assert plain.tokens[2:] == expected_answer([6, 2], 16, frozenset())
 
 
-def test_a_pause_for_a_prompt_waits_too() -> None:
+def test_a_preemption_for_a_prompt_waits_too() -> None:
     """The older one's chunks outgrow what is free while the newer one's token is in flight."""
     target = loop(overlaps=True, blocks=16, block_size=4, speculative_rows=0, prefill_tokens=4)
     older, newer = make(0, [1] * 50, 4), make(1, [2] * 3, 40)
     target.scheduler.add(older)
     target.step()
-    target.scheduler.running.append(newer)  # let in before its turn, as when an older one has grown since
+    target.scheduler.running.append(newer)  # admitted before its turn, as when an older one has grown since
     target.scheduler.cache.admit(newer)
     while not target.idle:
         target.step()
         target.scheduler.cache.check(target.scheduler.running)
         assert all(sequence.unknown == 0 for sequence in target.scheduler.waiting)
-    assert target.scheduler.counters.pauses > 0
+    assert target.scheduler.counters.preemptions > 0
     assert older.tokens[50:] == expected_answer([1] * 50, 4, frozenset())
     assert newer.tokens[3:] == expected_answer([2] * 3, 40, frozenset())
 
 
-def test_nobody_is_paused_for_a_guess() -> None:
-    """The last free block is the newer one's, which needs it for its next token, and not the older one's guesses'."""
+def test_no_sequence_is_preempted_for_a_draft() -> None:
+    """The last free block goes to the newer sequence, for its next token, and not to the older one's drafts."""
 
-    def pauses(speculative_rows: int) -> list[int]:
+    def preemptions(speculative_rows: int) -> list[int]:
         target = loop(blocks=5, block_size=16, prefill_tokens=256, speculative_rows=speculative_rows)
         prompt = [1, 2, 3] * 9
         older, newer = make(0, prompt, 20), make(1, [4] * 31, 20)
@@ -446,15 +446,15 @@ def test_nobody_is_paused_for_a_guess() -> None:
         while newer.size < 34:
             plan, _ = step(target)
             drafts += sum(len(work.drafts) for work in plan)
-            found.append(target.scheduler.counters.pauses)
+            found.append(target.scheduler.counters.preemptions)
         assert bool(drafts) == bool(speculative_rows)
         return found
 
-    assert pauses(8) == pauses(0) == [0, 0, 0]
+    assert preemptions(8) == preemptions(0) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_who_has_nothing_to_draw_from_ends_alone_and_is_not_trusted(overlaps: bool) -> None:
+def test_a_sequence_that_nothing_can_be_drawn_for_ends_alone_and_its_blocks_are_not_reused(overlaps: bool) -> None:
     target = loop(overlaps, prefill_tokens=64)
     assert isinstance(target.runner, FakeRunner)
     broken, other = make(0, [3] * 30, 8), make(1, [4] * 30, 8)
@@ -475,8 +475,8 @@ def test_who_has_nothing_to_draw_from_ends_alone_and_is_not_trusted(overlaps: bo
     assert again.cached == 0
 
 
-def test_nothing_idle_is_trusted_once_a_step_has_failed() -> None:
-    """What a chunk has written is only judged when a token is drawn at the prompt's end."""
+def test_no_idle_block_is_reused_once_a_step_has_failed() -> None:
+    """What a chunk has written is only checked when a token is drawn at the prompt's end."""
     target = loop(prefill_tokens=8)
     target.scheduler.add(make(0, [3] * 30, 4))
     for _ in range(2):
@@ -522,7 +522,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     target.scheduler.add(make(0, list(range(60)), 2))
     target.scheduler.add(make(1, [1, 2, 3, 4], 2))
     _, tokens = step(target)
-    assert 1 in tokens, "equal shares: the short one is answered in the first step"
+    assert 1 in tokens, "half of the step is left for it: the short one is answered in the first step"
 
 
 def first_tokens(target: Loop) -> list[int]:
@@ -581,8 +581,8 @@ def test_what_is_being_computed_for_one_is_shared_by_all(window: int | None, ove
     assert target.scheduler.counters.cached_tokens == 3 * 32
 
 
-def test_nobody_waits_for_a_block_that_it_has_begun_itself() -> None:
-    """Both begin with three tokens of a block of four; the older one ends it in the second step."""
+def test_no_sequence_waits_for_a_block_that_it_has_begun_itself() -> None:
+    """Both begin with three tokens of a block of four; the older one completes it in the second step."""
     target = loop(prefill_tokens=6, block_size=4, speculative_rows=0)
     prompt = [1, 2, 3, 4, 5, 6, 0] * 3
     target.scheduler.add(make(0, prompt, 3))
@@ -590,7 +590,7 @@ def test_nobody_waits_for_a_block_that_it_has_begun_itself() -> None:
     assert first_tokens(target)[1] == 3
 
 
-def test_blocks_of_others_come_before_any_of_its_own() -> None:
+def test_blocks_of_others_are_shared_only_before_any_of_its_own() -> None:
     cache = BlockCache(8, 4, 2, MAX_POSITIONS)
     older, younger = sequences = [make(arrival, [1] * 12, 1) for arrival in range(2)]
     for sequence in sequences:
@@ -600,10 +600,10 @@ def test_blocks_of_others_come_before_any_of_its_own() -> None:
     cache.advance(older)
     cache.catch_up(younger)
     cache.check(sequences)
-    assert younger.computed == 0, "the room that it was given comes first"
+    assert younger.computed == 0, "the room that it has of its own comes first"
 
 
-def test_room_that_is_shared_is_asked_for_once() -> None:
+def test_room_that_is_shared_is_counted_once() -> None:
     target = loop(blocks=12, block_size=4, prefill_tokens=40, speculative_rows=0)
     target.scheduler.add(make(0, [1] * 33, 3))  # nine blocks, eight of them full
     target.step()
@@ -612,7 +612,7 @@ def test_room_that_is_shared_is_asked_for_once() -> None:
     target.step()
     assert len(target.scheduler.running) == 4, "each needs one block more"
     first_tokens(target)
-    assert target.scheduler.counters.pauses == 0
+    assert target.scheduler.counters.preemptions == 0
 
 
 def test_the_oldest_prompt_ends_if_that_takes_less_than_another_needs() -> None:
@@ -635,10 +635,10 @@ def test_what_a_short_prompt_leaves_goes_to_the_oldest() -> None:
     [
         (50, 20, None),  # 14 blocks each in the end
         (52, 27, None),  # 13 for the prompt, and one for what comes after it
-        (52, 10, 8),  # 6 at its fullest, however many the window has passed
+        (52, 10, 8),  # 6 at most, however many the window has passed
     ],
 )
-def test_nobody_enters_who_would_be_paused_for_a_prompt_that_is_half_read(
+def test_no_request_is_admitted_that_a_half_read_prompt_would_preempt(
     length: int, blocks: int, window: int | None
 ) -> None:
     target = loop(blocks=blocks, block_size=4, window=window, prefill_tokens=8, speculative_rows=0)
@@ -649,7 +649,7 @@ def test_nobody_enters_who_would_be_paused_for_a_prompt_that_is_half_read(
         step(target)
         assert target.scheduler.running == [first]
     first_tokens(target)
-    assert target.scheduler.counters.pauses == 0
+    assert target.scheduler.counters.preemptions == 0
 
 
 def test_the_next_turn_computes_only_what_is_new() -> None:
@@ -702,10 +702,10 @@ def test_blocks_that_hold_nothing_to_share_go_first() -> None:
         while not target.idle:
             step(target)
         found.append(sequence.cached)
-    assert found == [0, 0, 0, 12], "the third took the two blocks that were begun and not full"
+    assert found == [0, 0, 0, 12], "the third took the two blocks that were only partly filled"
 
 
-def test_of_a_prefix_the_end_goes_first() -> None:
+def test_the_end_of_a_prefix_goes_first() -> None:
     target = loop(blocks=8, speculative_rows=0)
     for arrival, prompt in enumerate(([1] * 25, [2] * 17)):  # 6 full blocks and one begun; then 5 in all
         target.scheduler.add(make(arrival, prompt, 1))
@@ -718,7 +718,7 @@ def test_of_a_prefix_the_end_goes_first() -> None:
 
 
 @pytest.mark.parametrize("evicted", range(13))
-def test_behind_a_window_a_prefix_counts_if_all_that_is_seen_is_left(evicted: int) -> None:
+def test_with_a_window_a_prefix_counts_if_all_that_can_be_seen_is_left(evicted: int) -> None:
     target = loop(blocks=12, block_size=4, window=8, speculative_rows=0)
     prompt = [i % 7 for i in range(41)]
 
@@ -758,14 +758,14 @@ def test_what_can_never_fit_is_known_at_once() -> None:
     assert target.fits(10, 6)
     assert not target.fits(10, 7)
     windowed = scheduler(blocks=6, block_size=4, window=8, prefill_tokens=8)
-    assert windowed.fits(40, 20), "blocks passed by the window are given back"
+    assert windowed.fits(40, 20), "blocks passed by the window are released"
     assert scheduler(blocks=4, block_size=4, window=8, prefill_tokens=8).fits(10, 6), "it never fills its window"
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("window", [5, 6, 7, 8, 11])
 def test_what_fits_in_a_window_finishes_alone(window: int, overlaps: bool) -> None:
-    """In exactly the blocks that it is said to need, however its chunks are cut."""
+    """In exactly as many blocks as `blocks_needed` says, however its chunks are cut."""
     prompt = [1, 2, 3, 4, 5, 6, 0] * 7
     for block_size in (1, 2, 3, 4, 5):
         for chunk in (1, 2, 3, 4, 7, 8):

@@ -1,4 +1,4 @@
-"""What the device is told of penalties: its own counts and a step's tail are together what a sequence has said."""
+"""What the device knows for penalties: its own counts and a step's tail together are all tokens of a sequence."""
 
 import numpy as np
 
@@ -11,8 +11,8 @@ from starling.engine.shaping import Shaping
 from starling.model.ops.cuda.sampling import SETTINGS
 
 
-def test_a_row_that_a_sequence_comes_back_to_is_counted_anew() -> None:
-    """Other tests see this between sequences; no scheduler of today brings one back to a row that it has left."""
+def test_a_row_that_a_sequence_returns_to_is_recounted() -> None:
+    """Other tests cover a change of sequence; today's scheduler never brings one back to a row that it has left."""
     recounted = []
     shaping = Shaping(lambda row, tokens, prompt_length: recounted.append((row, len(tokens))))
     books = BlockCache(blocks=64, block_size=16, rows=2, max_positions=256)
@@ -27,8 +27,8 @@ def test_a_row_that_a_sequence_comes_back_to_is_counted_anew() -> None:
     assert recounted == [(0, 2), (1, 2 + 3 * TAIL), (0, 2 + 6 * TAIL)]
 
 
-def test_rows_that_a_step_lacks_are_told_nothing() -> None:
-    """In a captured step they are drawn from all the same; what an earlier one has left there would count tokens."""
+def test_rows_that_a_step_leaves_unused_are_cleared() -> None:
+    """A captured step draws from them anyway; settings that an earlier one has left there would count tokens."""
     books = BlockCache(blocks=4, block_size=16, rows=1, max_positions=64)
     sequence = Sequence(0, [1, 2], SamplingParams(9, frozenset(), seed=0, frequency_penalty=0.5))
     sequence.row = 0

@@ -102,7 +102,7 @@ def test_a_hung_step_turns_the_health_check_for_as_long_as_it_hangs(broken: Brea
 
 def test_a_failed_step_ends_its_requests_and_nothing_else(broken: Breakable) -> None:
     broken.break_it("fail-step")
-    with pytest.raises(AnswerError, match=r"step failed: RuntimeError\. The server goes on") as error:
+    with pytest.raises(AnswerError, match=r"step failed: RuntimeError\. The server is still running") as error:
         broken.ask()
     assert "a secret" not in str(error.value)
     wait_for(lambda: "a secret of the step" in broken.server.log)  # with its traceback, for the operator
