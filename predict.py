@@ -1,8 +1,8 @@
-"""Cog's face: inputs → a request; a stream of text back.
+"""The Cog predictor: inputs become a request, and its text streams back.
 
-Cog reads the signature of `predict` from this source and never runs it: `Input` is called by its bare name, bounds and
-defaults are literals, and a description is one literal without a backslash. starling/request.py decides the bounds
-and defaults; a test holds the two equal.
+Cog reads the signature of `predict` from this source without running it. So `Input` is called by its bare name, bounds
+and defaults are literals, and each description is a single literal without a backslash. starling/request.py decides the
+bounds and defaults; a test holds the two equal.
 """
 
 import os
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from starling.generation import Generation
     from starling.service import Service
 
-LOG_GRACE_S = 0.5  # coglet ends the worker at once when setup fails; what it has not read of the log by then is lost
+LOG_GRACE_S = 0.5  # when setup fails, coglet ends the worker at once, and loses any log output it has not read by then
 METRICS = (
     "input_token_count", "output_token_count", "cached_token_count", "time_to_first_token", "tokens_per_second",
     "finish_reason", "seed",
@@ -31,7 +31,7 @@ METRICS = (
 
 class Predictor(BasePredictor):
     def setup(self) -> None:  # type: ignore[override]
-        """Load the model. Cog keeps one line of what is raised here, so the whole traceback is printed."""
+        """Load the model. Cog keeps only one line of an exception raised here, so print the whole traceback."""
         try:
             configure_logs()
             install_cancellation()
@@ -43,12 +43,12 @@ class Predictor(BasePredictor):
             raise
 
     def load_service(self, settings: Settings) -> "Service":
-        from starling.service import Service  # here, so that a failed import is printed with its traceback too
+        from starling.service import Service  # here, so that a failed import also gets its traceback printed
 
         return Service.load(settings)
 
     async def healthcheck(self) -> bool:
-        """True while the engine makes progress. Async: a dead event loop then fails it too."""
+        """True while the engine makes progress. Async, so that a dead event loop fails it too."""
         return self.service.healthy
 
     @streaming
@@ -56,52 +56,59 @@ class Predictor(BasePredictor):
     async def predict(
         self,
         prompt: str = Input(default="", description="What to ask. May be blank if messages end with a user turn."),
-        system_prompt: str = Input(default="", description="Instructions that the conversation starts with."),
+        system_prompt: str = Input(default="", description="Instructions placed before the conversation."),
         messages: list[dict[str, str]] = Input(
             default=[], description="Earlier turns, oldest first, each with role (system, user, assistant) and content."
         ),
         mode: str = Input(
-            default="chat", choices=["chat", "code"], description="chat, or code for programming questions."
+            default="chat", choices=["chat", "code"], description="chat for general use, code for programming tasks."
         ),
-        max_tokens: int = Input(default=512, ge=1, le=8192, description="The answer stops at this many tokens."),
-        min_tokens: int = Input(default=0, ge=0, le=8192, description="The answer does not end by itself before this."),
-        temperature: float = Input(default=0.7, ge=0, le=5, description="Higher is more varied. 0 is greedy."),
+        max_tokens: int = Input(default=512, ge=1, le=8192, description="Maximum number of tokens in the answer."),
+        min_tokens: int = Input(
+            default=0, ge=0, le=8192, description="Minimum tokens in the answer. A schema or regex can end it sooner."
+        ),
+        temperature: float = Input(
+            default=0.7, ge=0, le=5, description="Higher is more varied. 0 is greedy: always the likeliest token."
+        ),
         top_p: float = Input(
-            default=0.95, ge=0, le=1, description="Keep the likeliest tokens up to this share of probability. 1 is off."
+            default=0.95, ge=0, le=1, description="Keep the likeliest tokens adding up to this probability. 1 is off."
         ),
         top_k: int = Input(default=0, ge=-1, description="Keep this many of the likeliest tokens. 0 and -1 are off."),
         min_p: float = Input(
-            default=0.0, ge=0, le=1, description="Drop tokens below this share of the likeliest one's chance. 0 is off."
+            default=0.0, ge=0, le=1, description="Drop tokens below this fraction of the top probability. 0 is off."
         ),
         presence_penalty: float = Input(
             default=0.0, ge=-2, le=2, description="Above 0, tokens already in the answer become less likely. 0 is off."
         ),
         frequency_penalty: float = Input(
-            default=0.0, ge=-2, le=2, description="Above 0, the same, more with each occurrence. 0 is off."
+            default=0.0, ge=-2, le=2, description="Like presence_penalty, but grows with each occurrence. 0 is off."
         ),
         repetition_penalty: float = Input(
-            default=1.0, ge=0.1, le=10, description="Above 1, tokens of prompt and answer become less likely. 1 is off."
+            default=1.0, ge=0.1, le=10, description="Above 1, tokens in prompt or answer become less likely. 1 is off."
         ),
         stop_sequences: str = Input(
-            default="", description='Texts that end the answer, separated by commas, or as a JSON list: ["one", "two"].'
+            default="", description='Strings that end the answer: comma-separated, or a JSON list like ["one", "two"].'
         ),
         seed: int | None = Input(
-            default=None, ge=0, le=4294967295, description="Repeats an answer. Blank is random; the metrics tell which."
+            default=None,
+            ge=0,
+            le=4294967295,
+            description="The same seed repeats an answer. If blank, a random one is used and reported in the metrics.",
         ),
         prompt_template: str | None = Input(
             default=None,
-            description="Raw text sent in place of the chat format, with {prompt} and, if wanted, {system_prompt}.",
+            description="Raw text used instead of the chat format. Must contain {prompt}; may contain {system_prompt}.",
         ),
         max_new_tokens: int | None = Input(
             default=None, ge=1, le=8192, deprecated=True, description="The old name of max_tokens."
         ),
-        json_schema: str | None = Input(default=None, description="A JSON Schema that the answer follows."),
-        regex: str | None = Input(default=None, description="A regular expression that the whole answer matches."),
+        json_schema: str | None = Input(default=None, description="A JSON Schema that the answer must follow."),
+        regex: str | None = Input(default=None, description="A regular expression that the whole answer must match."),
     ) -> ConcatenateIterator[str]:
-        """Answer a prompt. A coroutine that returns a generator: coglet streams nothing else side by side."""
+        """Answer a prompt. A coroutine that returns a generator: the only form that coglet streams concurrently."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
         discard_folders()
-        # Taken here: on the thread that drains the generator, `self.scope` is that of whichever prediction began last.
+        # Read here: on the thread that drains the generator, `self.scope` belongs to whichever prediction began last.
         scope = self.scope
 
         def record(generation: "Generation") -> None:
