@@ -2,8 +2,8 @@
 
     <s> [system<|end_of_turn|>] GPT4 Correct User: text<|end_of_turn|> GPT4 Correct Assistant:
 
-without the spaces between the parts; `Code User` and `Code Assistant` for coding. Each piece of text is encoded on its
-own and the control tokens are put in by id, so no text can become one.
+without the spaces between the parts. Code mode uses `Code User` and `Code Assistant`. Each piece of text is encoded
+separately and control tokens are inserted by id, so no text can turn into one.
 """
 
 import re
@@ -54,7 +54,7 @@ class Chat:
         return ids + self._tokenizer.encode(f"{condition} Assistant:")
 
     def _from_template(self, template: str, request: Request) -> list[int]:
-        """The caller's own format: control tokens written in the template count, those in the values do not."""
+        """The caller's own format. Control tokens are recognised in the template, but not in the values."""
         values = {"prompt": request.prompt, "system_prompt": request.system_prompt}
         pieces = template.removeprefix(BEGIN).split(END_OF_TURN)
         ids = [self._bos]

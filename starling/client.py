@@ -1,4 +1,4 @@
-"""Ask a running server over HTTP, and read its answer as it is made."""
+"""Ask a running server over HTTP, and read its answer as it is generated."""
 
 import json
 import time
@@ -11,19 +11,19 @@ from httpx_sse import EventSource
 
 from starling.errors import StarlingError
 
-# A slot is free again slightly after its answer, so a full server is asked again for this long.
+# A slot is freed slightly after its answer ends, so a request to a full server is retried for this long.
 BUSY_RETRY_S = 2.0
 BUSY_PAUSE_S = 0.05
-# A proxy that the environment names is for other machines: httpx would ask it for this one's addresses too.
+# A proxy set in the environment is for reaching other machines, but httpx would use it for loopback addresses too.
 LOOPBACK_WITHOUT_PROXY = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
 
 
 class AnswerError(StarlingError):
-    """The server refused the request or failed on it; the message is what it said."""
+    """The request was refused or failed, or the server cannot be reached; the message says why."""
 
 
 class Answer:
-    """One streamed prediction. Iterate over its text once; the rest is known when that ends."""
+    """One streamed prediction. Iterate over its text once; the other fields are final when that ends."""
 
     def __init__(self, events: EventSource) -> None:
         self.id = ""
@@ -32,7 +32,7 @@ class Answer:
         self._events = events
 
     def __iter__(self) -> Iterator[str]:
-        """Chunks of text. Raises AnswerError when the prediction fails or the connection ends before it."""
+        """Chunks of text. Raises AnswerError if the prediction fails or the connection closes before it completes."""
         for event in self._events.iter_sse():
             data = json.loads(event.data)
             match event.event:
@@ -53,7 +53,7 @@ class Answer:
 class Client:
     """A server at a base URL, such as http://127.0.0.1:5000. Safe to use from many threads.
 
-    Raises AnswerError for what is no URL.
+    Raises AnswerError if that is not a valid URL.
     """
 
     def __init__(self, url: str, timeout_s: float = 600) -> None:
@@ -61,7 +61,7 @@ class Client:
         try:
             self._http = httpx.Client(base_url=url, timeout=timeout_s, limits=limits, mounts=LOOPBACK_WITHOUT_PROXY)
         except httpx.InvalidURL as error:
-            raise AnswerError(f"{url!r} is no address ({error}); give one like http://127.0.0.1:5000") from error
+            raise AnswerError(f"{url!r} is not a valid URL ({error}); use one like http://127.0.0.1:5000") from error
 
     def close(self) -> None:
         self._http.close()
@@ -70,8 +70,8 @@ class Client:
     def stream(self, **inputs: Any) -> Iterator[Answer]:
         """Start a prediction. Leaving the block before the answer has ended cancels it on the server.
 
-        Raises AnswerError when the request is refused, when no server answers, when its connection breaks, and for
-        inputs that JSON cannot carry.
+        Raises AnswerError if the request is refused, no server answers, the connection breaks, or the inputs cannot be
+        sent as JSON.
         """
         headers = {"Accept": "text/event-stream"}
         try:

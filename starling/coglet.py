@@ -1,17 +1,17 @@
-"""How streaming, concurrency and cancelling meet in Cog's server (coglet).
+"""How streaming, concurrency and cancellation work together in Cog's server (coglet).
 
-coglet streams side by side only what `async def predict` *returns* as a sync generator, and it drains that generator
+coglet streams concurrently only what `async def predict` *returns* as a sync generator, and it drains that generator
 on a thread of its own, after the coroutine has ended. It cancels a prediction by calling `.cancel()` on the future
-that `asyncio.run_coroutine_threadsafe` gave it, which by then is done, so nothing would reach the generator. Therefore
-`install_cancellation` wraps that function once: each future carries a `CancelSignal`, and `predict` finds its own
-through `current_signal`.
+that `asyncio.run_coroutine_threadsafe` returned. By then that future is done, so the call would not reach the
+generator. `install_cancellation` therefore wraps that function: each future carries a `CancelSignal`, and `predict`
+finds its own through `current_signal`.
 
-A prediction that is cancelled before that future exists is hit otherwise: coglet raises CancelationException in the
-thread that serves it, at whatever line that thread has reached. Both places where that can be our line turn it into a
-cancelled prediction; else it would end as a failed one. Where it is a line of the future's own, coglet goes by the
-error's text, so the exception gets one that says "cancelled".
+A prediction that is cancelled before that future exists is stopped in another way: coglet raises CancelationException
+in the thread that serves it, at whatever line that thread has reached. `_submit` and `drain`, where that line can be
+ours, turn it into a cancelled prediction; otherwise the prediction would end as failed. If the line is in the future's
+own code, coglet goes by the error's text, so we give the exception a text that says "cancelled".
 
-For each prediction coglet makes folders for files that come and go, and leaves them, 12 kB of disk each time:
+For each prediction coglet creates folders for input and output files and leaves them behind, 12 kB of disk each time;
 `discard_folders` removes them.
 """
 
@@ -35,7 +35,7 @@ FOLDERS = Path("/tmp/coglet/predictions")  # fixed in coglet
 
 
 class CancelSignal:
-    """Says once, from any thread, that the caller wants no more."""
+    """Tells a prediction, from any thread, that its caller has cancelled it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,7 +50,7 @@ class CancelSignal:
             action()
 
     def connect(self, action: Callable[[], None]) -> None:
-        """Have `action` called when the signal fires: at once if it has fired already."""
+        """Call `action` when the signal fires, or at once if it already has."""
         with self._lock:
             self._action = action
             fired = self._fired
@@ -58,7 +58,7 @@ class CancelSignal:
             action()
 
     def disconnect(self) -> None:
-        """From here on nothing is left to stop, nor kept for it."""
+        """Drop the action: there is nothing left to stop, and nothing to keep alive."""
         with self._lock:
             self._action = None
 
@@ -68,22 +68,22 @@ _run_coroutine_threadsafe = asyncio.run_coroutine_threadsafe
 
 
 def current_signal() -> CancelSignal:
-    """The signal of the prediction that this coroutine serves; outside coglet one that never fires."""
+    """The signal of the prediction that this coroutine serves; outside coglet, one that never fires."""
     return _signal.get() or CancelSignal()
 
 
 def install_cancellation() -> None:
-    """Make every future that coglet gets from now on carry a signal. Calling it again changes nothing."""
+    """Make every future that coglet gets from now on carry a signal. Idempotent."""
     asyncio.run_coroutine_threadsafe = _submit  # type: ignore[assignment]
     CancelationException.__str__ = lambda error: "cancelled"  # type: ignore[method-assign]
 
 
 def _submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> "Future[T]":
-    """asyncio.run_coroutine_threadsafe, whose future also fires a signal when it is cancelled."""
+    """asyncio.run_coroutine_threadsafe, but cancelling the future also fires its signal."""
     try:
         return _submit_with_signal(coroutine, loop)
     except CancelationException:
-        # If the coroutine runs all the same, what it returns is drained by nobody, and starts nothing.
+        # If the coroutine runs anyway, nobody drains the generator that it returns, so nothing starts.
         future: Future[T] = Future()
         future.cancel()
         future.set_running_or_notify_cancel()
@@ -110,8 +110,8 @@ def _submit_with_signal(coroutine: Coroutine[Any, Any, T], loop: asyncio.Abstrac
 def discard_folders() -> None:
     """Remove the folders of the prediction that this coroutine serves.
 
-    Neither is needed from here on: inputs too large for coglet's pipe (6 MiB) have been read from their file, and no
-    chunk of an answer is as large. Those of an ID that is a path are left: it may lead to what is not coglet's.
+    They are no longer needed: inputs too large for coglet's pipe (6 MiB) have already been read from their file, and no
+    chunk of an answer is that large. If the ID is a path, its folders are left alone: they may not be coglet's.
     """
     names = {variable.name: value for variable, value in copy_context().items()}
     prediction_id = names.get("_coglet_prediction_id", "")
@@ -124,7 +124,7 @@ def discard_folders() -> None:
 
 
 class Generation(Protocol):
-    """What the service hands out for one request."""
+    """What the service returns for one request."""
 
     def __iter__(self) -> Iterator[str]: ...
     def cancel(self) -> None: ...
@@ -135,15 +135,15 @@ G = TypeVar("G", bound=Generation)
 
 
 def drain(start: Callable[[], G], record: Callable[[G], None], signal: CancelSignal) -> Iterator[str]:
-    """Start a generation and yield its text; when it has ended by itself, record it.
+    """Start a generation, yield its text and, if it runs to its end, record it.
 
-    Nothing happens before the first `next`: a prediction that is cancelled before coglet drains it has started
-    nothing. Everything is raised here rather than in the coroutine, where coglet takes any error whose text holds the
-    word "cancelled" for a cancelled prediction.
+    Nothing happens before the first `next`, so a prediction that is cancelled before coglet drains it never starts.
+    All errors are raised here rather than in the coroutine, where coglet would treat any error whose text contains
+    "cancelled" as a cancellation.
 
-    Raises asyncio.CancelledError, which coglet reports as "canceled" with the text so far; RequestError for the
-    caller; other StarlingErrors as they are. An error of any other kind is logged and reported without its text,
-    which may quote the prompt's.
+    Raises asyncio.CancelledError, which coglet reports as "canceled" with the text so far; RequestError if the caller
+    is at fault; other StarlingErrors, which are also logged. Any other error is logged, and reported without its text,
+    which may quote the prompt.
     """
     try:
         generation = start()
@@ -152,8 +152,8 @@ def drain(start: Callable[[], G], record: Callable[[G], None], signal: CancelSig
             yield from generation
             record(generation)
         finally:
-            # The future, its `cancel` and the signal hold one another: what they lead to would stay until Python's
-            # next full collection, which is rare.
+            # The future, its `cancel` and the signal form a reference cycle, and whatever they refer to would stay
+            # alive until Python's next full garbage collection, which is rare.
             signal.disconnect()
             generation.close()
     except (GenerationCancelled, CancelationException):

@@ -1,6 +1,6 @@
-"""The tree of errors. A message says the value, the rule and the remedy; it never quotes a prompt."""
+"""The exception hierarchy. A message gives the value, the rule and the remedy; it never quotes a prompt."""
 
-# What mends an ImportError of what serves nobody: the reference engine, quantizing, perplexity.
+# The remedy for packages missing outside of serving: for the reference engine, quantizing and perplexity.
 INSTALL_REFERENCE = (
     "Run: .venv/bin/pip install setuptools && .venv/bin/pip install --no-build-isolation -r requirements-reference.txt"
 )
@@ -11,10 +11,10 @@ class StarlingError(Exception):
 
 
 class NotInstalledError(StarlingError):
-    """Packages are missing that only requirements-reference.txt brings. `before` opens the message."""
+    """A package is missing that only requirements-reference.txt installs. The message begins with `before`."""
 
     def __init__(self, error: ImportError, before: str = "") -> None:
-        super().__init__(error, before)  # as they came: unpickled, an exception is made again from these
+        super().__init__(error, before)  # unformatted, because unpickling rebuilds the exception from its args
 
     def __str__(self) -> str:
         error, before = self.args
@@ -22,15 +22,15 @@ class NotInstalledError(StarlingError):
 
 
 class RequestError(StarlingError, ValueError):
-    """What a caller asked for cannot be done: bad input, a prompt that leaves no room."""
+    """The request cannot be served as it stands: bad input, or a prompt that leaves no room for an answer."""
 
 
 class NoRoomError(RequestError):
-    """Prompt and answer together are longer than the context or the KV cache. A chat's front knows it by this name."""
+    """Prompt and answer together exceed the context or the KV cache. The terminal recognises it by this name."""
 
 
 class CheckpointError(StarlingError):
-    """A checkpoint's files are missing, damaged, or of a kind that is not implemented."""
+    """A checkpoint's files are missing, damaged or not of a supported kind."""
 
 
 class WeightsError(StarlingError):
@@ -42,17 +42,17 @@ class DeviceError(StarlingError):
 
 
 class EngineError(StarlingError):
-    """The engine could not finish a request for a reason that is not the caller's."""
+    """The engine could not finish a request, through no fault of the caller."""
 
 
 class EngineStoppedError(EngineError):
-    """The engine is shut down, dead or hung, and takes no more requests."""
+    """The engine is shut down, dead or hung, and accepts no more requests."""
 
 
-class GenerationCancelled(StarlingError):  # noqa: N818 - an outcome that was asked for, not a fault
-    """The generation was cancelled while somebody waited for its text."""
+class GenerationCancelled(StarlingError):  # noqa: N818 - an outcome that was asked for, not an error
+    """The generation was cancelled while its text was being read."""
 
 
 def unforeseen(error: Exception) -> EngineError:
-    """What a caller is told of an error that nobody raised on purpose: its kind, since its text may quote a prompt."""
+    """What a caller is told about an unexpected error: only its type, since its text may quote a prompt."""
     return EngineError(f"The server failed on this request ({type(error).__name__}). Its log has the traceback")

@@ -1,4 +1,4 @@
-"""One answer in the making: deliveries of tokens in, chunks of text out."""
+"""One answer as it is generated: deliveries of tokens in, chunks of text out."""
 
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -13,29 +13,29 @@ from starling.stops import StopMatcher
 from starling.tokenizer import IncrementalDecoder
 
 Ending = Literal["stop", "length", "stop_sequence"]
-# Chunks after the first are sent this far apart at least: a reader sees no difference, a server does.
+# Minimum time between chunks after the first. Readers see no difference, but it saves the server work.
 COALESCE_S = 0.04
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What one request came to."""
+    """The outcome of one request."""
 
     text: str
-    finish_reason: Ending | None  # None: it was cut off
+    finish_reason: Ending | None  # None: the answer was cut off
     input_token_count: int
     output_token_count: int  # without the token that ends the turn
     cached_token_count: int  # prompt tokens that were still in the cache
     time_to_first_token: float  # seconds from submission
-    tokens_per_second: float  # from the first token to the last; of a single token, from submission
+    tokens_per_second: float  # from the first token to the last; for a single token, from submission
     seed: int
 
 
 class Generation(Iterator[str]):
-    """One answer in the making: chunks of text, the first at once and later ones about 40 ms apart.
+    """One answer as it is generated: chunks of text, the first at once and later ones about 40 ms apart.
 
-    Iterating raises GenerationCancelled after `cancel`, RequestError when the grammar cannot go on, EngineError when
-    the engine failed. `result` is set once iteration has ended by itself.
+    Iterating raises GenerationCancelled after `cancel`, RequestError if the grammar cannot continue, EngineError if
+    the engine fails. `result` is set once the answer is complete.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Generation(Iterator[str]):
         seed: int,
         on_end: Callable[["Generation", str], None] = lambda generation, outcome: None,
     ) -> None:
-        """`on_end` is called once, when an iteration that has begun ends: with a finish reason, "cancelled",
-        "disconnected" or an error's name.
+        """`on_end` is called once, when an iteration that has begun ends, with the outcome: a finish reason,
+        "cancelled", "disconnected" or an error's name.
         """
         self.request = request
         self.result: GenerationResult | None = None
@@ -57,8 +57,8 @@ class Generation(Iterator[str]):
         self._decoder = decoder
         self._reply = ReplyStart()
         self._stops = StopMatcher(request.stop_sequences)
-        # Each token wakes this thread only where it may be the last by its text: 32 threads that wake for every step
-        # take Python's lock from the engine as often.
+        # Wake for every token only if its text can end the answer: 32 threads that wake at every step would take the
+        # GIL from the engine just as often.
         self._patient = not request.stop_sequences
         self._min_tokens = request.min_tokens
         self._input_token_count = input_token_count
@@ -75,11 +75,11 @@ class Generation(Iterator[str]):
         return next(self._chunks)
 
     def cancel(self) -> None:
-        """Stop the generation; from any thread."""
+        """Stop the generation. Safe from any thread."""
         self._stream.cancel()
 
     def close(self) -> None:
-        """Stop the generation if it still runs; the iterator ends."""
+        """Stop the generation if it is still running, and end the iterator."""
         self._chunks.close()
         self._stream.cancel()  # in case it was never iterated
 
@@ -90,7 +90,7 @@ class Generation(Iterator[str]):
     def _coalesce(self) -> Generator[str, None, None]:
         buffer, sent_s = "", -COALESCE_S
         finish: Ending | None = None
-        outcome = "disconnected"  # what it is if nobody asks for the next chunk
+        outcome = "disconnected"  # unless the answer ends or fails before its reader leaves
         try:
             while finish is None:
                 pause_s = max(0.0, sent_s + COALESCE_S - time.monotonic())
@@ -101,14 +101,14 @@ class Generation(Iterator[str]):
                 if delivery is not None:
                     text, finish = self._take(delivery)
                     buffer += text
-                else:  # all that has come is in the buffer
+                else:  # everything received so far is in the buffer
                     self._text.append(buffer)
                     yield buffer
                     buffer, sent_s = "", time.monotonic()
             self._text.append(buffer)
             self.result = self.summary(finish)
             outcome = finish
-            if finish == "stop_sequence":  # the engine does not know it, and would compute on for a slow reader
+            if finish == "stop_sequence":  # the engine does not see it, and would keep generating for a slow reader
                 self._stream.cancel()
             if buffer:
                 yield buffer
@@ -124,13 +124,13 @@ class Generation(Iterator[str]):
             self._on_end(self, outcome)
 
     def _take(self, delivery: Delivery) -> tuple[str, Ending | None]:
-        """The text that a delivery adds, and why the answer ends with it, if it does."""
+        """The text that a delivery adds, and the finish reason if the answer ends with it."""
         finish = delivery.finish
         if delivery.error is not None:
             raise delivery.error
         if finish == "cancelled":
             raise GenerationCancelled("The generation was cancelled.")
-        assert finish != "error"  # which would have had one
+        assert finish != "error"  # such a delivery carries its error
         self._cached_tokens = delivery.cached_tokens
         tokens = delivery.tokens[:-1] if finish == "stop" else delivery.tokens
         self._last_s = time.monotonic()
@@ -143,7 +143,7 @@ class Generation(Iterator[str]):
             if self._stops.matched is not None:
                 return text, "stop_sequence"
         if finish == "stop":
-            text += self._show(self._decoder.flush())  # at "length", a character that was cut short is left out
+            text += self._show(self._decoder.flush())  # at "length", an incomplete character is dropped
             if self._stops.matched is not None:
                 return text, "stop_sequence"
         if finish is not None:
@@ -152,11 +152,11 @@ class Generation(Iterator[str]):
 
     def _show(self, text: str) -> str:
         text = self._reply.feed(text)
-        # A stop counts only once min_tokens have been made; what came before it is plain text.
+        # Stop sequences are matched only in text after the first min_tokens tokens.
         return self._stops.feed(text) if self._tokens > self._min_tokens else text
 
     def summary(self, finish: Ending | None = None) -> GenerationResult:
-        """What has been made so far."""
+        """The result as of now."""
         first_s = self._first_s or self._last_s
         since, made = (first_s, self._tokens - 1) if self._tokens > 1 else (self._submitted_s, self._tokens)
         return GenerationResult(

@@ -1,4 +1,4 @@
-"""Answers that must follow a JSON Schema or a regular expression: which tokens may come next, through llguidance."""
+"""Answers constrained by a JSON Schema or a regular expression: llguidance computes which tokens may come next."""
 
 import json
 import math
@@ -15,63 +15,64 @@ from starling.errors import RequestError
 from starling.request import MAX_REGEX_BYTES, Request, byte_count
 from starling.tokenizer import Tokenizer
 
-# One space or line break at most between two parts: without a bound, a small model can write spaces for ever.
+# At most one space or line break between two JSON tokens: without a bound, a small model can write spaces for ever.
 WHITESPACE = r"[ \n]"
 
-# How llguidance reads a schema. oneOf is taken as anyOf: it cannot tell that only one alternative matches where a $ref
-# leads to them, say. Without \u a text has one spelling, so no declared key comes back as an additional one; control
-# characters without a short escape cannot be written then.
+# How llguidance reads a schema. oneOf is treated as anyOf, because llguidance cannot always tell that only one
+# alternative matches (behind a $ref, for example). Without \u escapes a string has only one spelling, so no declared
+# key can reappear as an additional one; but control characters without a short escape cannot be written.
 OPTIONS = {
     "whitespace_flexible": True,
     "whitespace_pattern": WHITESPACE,
     "coerce_one_of": True,
     "json_allowed_escapes": 'nrbtf\\"',
 }
-# What llguidance makes an answer follow.
+# Keywords that llguidance enforces.
 KEYWORDS = {
     "$ref", "additionalProperties", "allOf", "anyOf", "const", "enum", "exclusiveMaximum", "exclusiveMinimum",
     "format", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minLength",
     "minProperties", "minimum", "multipleOf", "oneOf", "pattern", "patternProperties", "prefixItems", "properties",
     "required", "type",
 }  # fmt: skip
-# What JSON Schema knows besides, and an answer is not made to follow: llguidance refuses these by name.
+# JSON Schema's other constraints, which cannot be enforced: llguidance refuses them by name.
 REFUSED = {
     "contains", "dependencies", "dependentRequired", "dependentSchemas", "else", "if", "maxContains", "minContains",
     "not", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
 }  # fmt: skip
-NAMING = {"$defs", "definitions", "patternProperties", "properties"}  # whose keys are names, whatever they are
+NAMING = {"$defs", "definitions", "patternProperties", "properties"}  # the keys of these are names, not keywords
 FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
 
-# Masks are computed on the engine's thread, where every answer waits for them: with llguidance's own limits up to
-# 0.6 s for one of a hostile schema, with these 0.06 s. 120 tools of 8 arguments (61 KiB of schema), 2,000 required
-# properties or 2,000 values of an enum stay within them. A state of the lexer takes 1 to 2 kB while the answer lasts.
+# Masks are computed on the engine's thread, where every answer waits for them. A hostile schema can make one mask take
+# 0.6 s with llguidance's default limits, 0.06 s with these. 120 tools with 8 arguments each (61 KiB of schema), 2,000
+# required properties or an enum of 2,000 values stay within them. A lexer state takes 1 to 2 kB while the answer lasts.
 LIMITS = LLParserLimits(
     step_lexer_fuel=300_000, step_max_items=10_000, max_grammar_size=10_000, max_lexer_states=50_000
 )
-# What none of its limits bounds as it compiles. Each pattern of properties is compared with each other (500 take 30 s).
-# Patterns that hold for one text are joined, and each may double what that takes (24 take 55 s and 4 GB; of 12 and more
-# none were seen that it could join in the end). A long one takes the square of its length (64 KiB: 13 s). And each
-# remainder is a state (999,983 take 6 s and 400 MB; of 150 numbers below the limit none took more than 1.2 s); of a
-# large one between large bounds (86,400 within a year) the search may still end with the fuel, in the answer.
+# What llguidance's limits do not bound is the cost of compiling. Each pattern in patternProperties is compared with
+# every other (500 take 30 s). Patterns that apply to one string are joined, and each may double the cost (24 take 55 s
+# and 4 GB; no set of 12 or more was seen that it could join in the end). A pattern costs the square of its length
+# (64 KiB: 13 s). Each remainder of multipleOf is a state (999,983 take 6 s and 400 MB; of 150 numbers below the limit,
+# none took more than 1.2 s); for a large one between large bounds (86,400 within a year), the answer may still run out
+# of fuel.
 MAX_PATTERNS = 16
 MAX_PATTERN_BYTES = MAX_REGEX_BYTES
 MAX_MULTIPLE = 100_000
-LARGEST_INTEGER = 2**53  # its constants are float64
-JOINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}  # two schemas may hold for one value
-# How llguidance's errors begin: a line and column of the grammar that we wrote.
+LARGEST_INTEGER = 2**53  # llguidance's constants are float64
+JOINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}  # through these, two schemas may apply to one value
+# What llguidance's errors begin with: a line and column in the grammar that we generated.
 PLACE = r'^at \d+\(\d+\): (invalid regex ".*" \(in regex\): |failed to compile JSON schema: )?'
-# What does not say to whoever wrote the schema or regex what to change.
+# Errors that do not tell the author of the schema or regex what to change.
 REWORDED = {
     r"Failed to generate regex for (\w+) range: .*": r"a bound (\1) is too large; 17 digits are safe",
     r".*NoExtensionBias.*": "no text matches it",
-    r"lookarounds not supported yet; \w+": r"^ and $ can stand only at its ends or an alternative's, \\b nowhere,",
+    r"lookarounds not supported yet; \w+": r"^ and $ may stand only at its ends or an alternative's, and \\b nowhere,",
 }
 
 
 class GrammarConstraint:
-    """The state of one answer in its grammar; satisfies the engine's TokenConstraint.
+    """The state of one answer in its grammar; implements the engine's TokenConstraint.
 
-    The space before the answer is allowed and not part of it (starling/chat.py drops it).
+    The space before the answer is allowed but is not part of it (starling/chat.py drops it).
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
@@ -88,7 +89,7 @@ class GrammarConstraint:
 
     @property
     def fault(self) -> str | None:
-        """What went wrong inside the grammar (it grew too complex, say); the request cannot go on."""
+        """What went wrong inside the grammar (it grew too complex, for example); the request cannot continue."""
         return _brief(self._matcher.get_error() or "") or None
 
 
@@ -100,7 +101,7 @@ class Grammars:
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, stop_ids)), eos_token=sorted(stop_ids))
 
     def constraint(self, request: Request) -> GrammarConstraint | None:
-        """The request's constraint, or None. Raises RequestError with the grammar's fault. Takes up to four seconds."""
+        """The request's constraint, or None. Raises RequestError if its grammar is at fault. Takes up to 4 seconds."""
         if request.json_schema is not None:
             name, grammar = "json_schema", _json_grammar(request.json_schema)
         elif request.regex is not None:
@@ -109,7 +110,7 @@ class Grammars:
             return None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise RequestError(f"{name} cannot be followed: {_brief(matcher.get_error())}. Mend or simplify it.")
+            raise RequestError(f"{name} cannot be followed: {_brief(matcher.get_error())}. Fix or simplify it.")
         return GrammarConstraint(matcher, self._vocab_size)
 
 
@@ -122,28 +123,28 @@ def _json_grammar(schema: str) -> str:
 
     try:
         parsed = json.loads(schema, object_hook=keep)
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python reads
+    except (ValueError, RecursionError) as error:  # ValueError also for integers with more digits than Python reads
         raise RequestError(f"json_schema is not JSON: {error}. Give a JSON Schema as text.") from None
     if not isinstance(parsed, dict):
         raise RequestError(f"json_schema is {schema.strip()[:100]}; give an object that is a JSON Schema.")
     if parsed and not (KEYWORDS | REFUSED) & parsed.keys():
         raise RequestError(
-            f"json_schema's keys ({', '.join(parsed)[:200]}) are none that an answer can follow. Put the schema itself "
-            'at the top, as in {"type": "object", …}; {} stands for any JSON.'
+            f"json_schema has no keyword that an answer can follow (its keys: {', '.join(parsed)[:200]}). Put the "
+            'schema itself at the top level, as in {"type": "object", …}; {} allows any JSON.'
         )
     _check_cost(objects)
     _check_counts(objects)
     _check_constants(parsed)
-    _drop_what_asks_nothing(parsed)
+    _drop_no_ops(parsed)
     try:
         schema = json.dumps({**parsed, "x-guidance": OPTIONS}, allow_nan=False)
     except ValueError:  # Python reads NaN, Infinity and 1e400
-        raise RequestError("json_schema holds a number that is not finite, which is no JSON. Mend it.") from None
+        raise RequestError("json_schema contains a number that is not finite, so it is not JSON. Fix it.") from None
     return LLMatcher.grammar_from_lark(f'start: " "? body\nbody: %json {schema}\n')
 
 
 def _check_cost(objects: list[dict[str, Any]]) -> None:
-    """Raises RequestError for a schema of these objects that would take long to compile."""
+    """Raises RequestError if a schema of these objects could take too long to compile."""
     named = [each for found in objects if isinstance(each := found.get("patternProperties"), dict)]
     patterns = sum(map(len, named))
     if patterns > MAX_PATTERNS:
@@ -154,31 +155,31 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
     texts = {str(found[key]) for found in objects for key in ("pattern", "format") if key in found}
     if len(texts) > MAX_PATTERNS and any(map(_joins, objects)):
         raise RequestError(
-            f"json_schema has {len(texts)} different patterns and formats, some of which allOf, anyOf, oneOf, $ref or "
-            f"patternProperties may join for one text; then at most {MAX_PATTERNS} are accepted. Drop some."
+            f"json_schema has {len(texts)} different patterns and formats, and allOf, anyOf, oneOf, $ref or "
+            f"patternProperties may apply several to one string; then at most {MAX_PATTERNS} are accepted. Drop some."
         )
     size = sum(map(byte_count, texts.union(*named)))
     if size > MAX_PATTERN_BYTES:
         raise RequestError(
-            f"json_schema's patterns hold {size} bytes; at most {MAX_PATTERN_BYTES} are accepted. Shorten them."
+            f"json_schema's patterns have {size} bytes in all; at most {MAX_PATTERN_BYTES} are accepted. Shorten them."
         )
     multiples: list[Any] = [each for found in objects if type(each := found.get("multipleOf")) in (int, float)]
     digits = set(map(_digits, multiples))
-    # Two that hold for one number are joined to their least common multiple; of 0.25 and 0.5 that is 25 * 2 here.
+    # Two that apply to one number are joined into their least common multiple.
     joined = 1
-    for each in digits:  # not all in one call, which of large ones holds Python's lock for half a second
+    for each in digits:  # not all in one call, which for large ones holds the GIL for half a second
         joined = min(math.lcm(joined, each), MAX_MULTIPLE + 1)
     if not any(JOINING & found.keys() for found in objects):
         joined = min(joined, sum(digits))
     if joined > MAX_MULTIPLE:
         raise RequestError(
-            f"json_schema's values of multipleOf come to more than {MAX_MULTIPLE}, decimal points not counted: "
-            "in sum, or as their least common multiple where two may hold for one number. Use smaller or fewer ones."
+            f"json_schema's multipleOf values come to more than {MAX_MULTIPLE}, ignoring decimal points: their sum, or "
+            "their least common multiple where two may apply to one number. Use smaller or fewer ones."
         )
 
 
 def _joins(found: dict[str, Any]) -> bool:
-    """Whether this object, as a schema, may lay two others on one value, or itself beside another."""
+    """Whether this object, as a schema, may apply two others to one value, or another in addition to itself."""
     if "patternProperties" in found:
         return True
     parts = len(each) if isinstance(each := found.get("allOf"), list) else 0
@@ -187,20 +188,20 @@ def _joins(found: dict[str, Any]) -> bool:
 
 
 def _check_counts(objects: list[dict[str, Any]]) -> None:
-    """Raises RequestError where a key that repeats could be counted twice: llguidance lets those repeat that properties
-    and required do not name. That is harmless elsewhere, since one schema holds for both values."""
+    """Raises RequestError where a repeated key could be counted twice: llguidance lets a key repeat if neither
+    properties nor required names it. Elsewhere that is harmless, since one schema applies to both values."""
     for found in objects:
         minimum, required = found.get("minProperties"), found.get("required")
         named = len(set(map(str, required))) if isinstance(required, list) else 0
         if type(minimum) is int and minimum > named + 1:
             raise RequestError(
-                f"json_schema has minProperties {minimum} beside {named} required keys; at most one more than those is "
+                f"json_schema has minProperties {minimum} with {named} required keys; at most one more than those is "
                 "accepted, since other keys could repeat. Name more keys in required, or lower it."
             )
 
 
 def _check_constants(schema: dict[str, Any]) -> None:
-    """Raises RequestError for an integer that llguidance would round: the answer could not be it."""
+    """Raises RequestError for an integer constant that llguidance would round: no answer could equal it."""
     for found in _schemas(schema):
         pending = [found.get("const"), found.get("enum")]
         while pending:
@@ -216,8 +217,9 @@ def _check_constants(schema: dict[str, Any]) -> None:
                     pending += values
 
 
-def _drop_what_asks_nothing(schema: dict[str, Any]) -> None:
-    """And llguidance refuses: a false uniqueItems; formats it does not know, which to JSON Schema are annotations."""
+def _drop_no_ops(schema: dict[str, Any]) -> None:
+    """Drop what constrains nothing, yet llguidance refuses: a false uniqueItems, and formats that it does not know,
+    which are annotations in JSON Schema."""
     for found in _schemas(schema):
         if found.get("uniqueItems") is False:
             del found["uniqueItems"]
@@ -226,7 +228,7 @@ def _drop_what_asks_nothing(schema: dict[str, Any]) -> None:
 
 
 def _schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The schema and those inside it, whatever keyword they stand under."""
+    """The schema and every schema nested in it, under any keyword."""
     pending: list[Any] = [schema]
     while pending:
         match pending.pop():
@@ -235,37 +237,37 @@ def _schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 for key, each in found.items():
                     if key in NAMING and isinstance(each, dict):
                         pending += each.values()
-                    elif key not in ("const", "enum"):  # which hold values, no schemas
+                    elif key not in ("const", "enum"):  # which hold values, not schemas
                         pending.append(each)
             case list() as found:
                 pending += found
 
 
 def _digits(number: float) -> int:
-    """Its decimal digits, 25 of 0.25; 1 where it is 0 or infinite, which llguidance refuses."""
+    """The number without its decimal point: 25 for 0.25; 1 if it is 0 or infinite, which llguidance refuses."""
     digits = re.sub(r"\D", "", f"{Decimal(repr(number).removesuffix('.0')):f}")
     return int(digits or 0) or 1
 
 
 def _regex_grammar(regex: str) -> str:
-    """The regex stands alone in a terminal: so ^ and $ at its ends, or those of its alternatives, mean the answer's, a
-    flag holds in it only, and a comment ends with it."""
+    """The regex gets a terminal of its own. So ^ and $ at its ends, or at those of its alternatives, mean the ends of
+    the answer; a flag applies only inside it; and a comment ends with it."""
     if not re.fullmatch(r"(\\.|[^\\])*", regex):
         raise RequestError(r"regex has a backslash at the end of a line, where it escapes nothing. Write \\ or \n.")
-    # Not llguidance's regex_to_lark, which writes \n for a line break: that would end no comment of (?x).
+    # Not llguidance's regex_to_lark, which writes a line break as \n, and that would not end a (?x) comment.
     slashed = re.sub(r"\\.|/", lambda unit: r"\/" if unit[0] == "/" else unit[0], regex)
     try:
         return LLMatcher.grammar_from_lark(f'start: ANSWER\nANSWER: " "? REGEX\nREGEX: /{slashed}/\n')
     except UnicodeEncodeError:
-        raise RequestError("regex holds a lone surrogate, which is no character; send valid Unicode.") from None
+        raise RequestError("regex contains a lone surrogate, which is not a character; send valid Unicode.") from None
 
 
 def _brief(error: str) -> str:
-    """What helps in an error of llguidance: neither its state and the grammar that we wrote, which come after it, nor
-    a place in that grammar, which comes before it, nor carets below a regular expression."""
+    """The useful part of an llguidance error: without its state and our generated grammar, which follow it, the
+    position in that grammar, which precedes it, and the carets below a regular expression."""
     said = re.split(r"<state>|\n\s*1 \| ", error)[0]
     said = re.sub(r"regex parse error:\n    (.*)\n.*\nerror: (.*)", r"\2 in regex /\1/", said)
-    said = re.sub(r"(?s)regex parse error:.*\nerror: ", "", said)  # of several lines
+    said = re.sub(r"(?s)regex parse error:.*\nerror: ", "", said)  # of a regex with several lines
     said = re.sub(PLACE, "", " ".join(said.split()))
     for theirs, ours in REWORDED.items():
         said = re.sub(theirs, ours, said)
@@ -273,7 +275,7 @@ def _brief(error: str) -> str:
 
 
 class _Vocabulary:
-    """The tokens' bytes, in the form that llguidance asks for."""
+    """The tokens' bytes, in the form that llguidance expects."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> None:
         self.eos_token_id = min(stop_ids)
@@ -286,8 +288,8 @@ class _Vocabulary:
         self._lead = tokenizer.encode("\n") if tokenizer.decode(tokenizer.encode("a")) == " a" else []
 
     def __call__(self, text: bytes) -> list[int]:
-        """Ids of text in the middle of an answer. SentencePiece would put a space before it: a line break, taken off
-        again with that space, stands there instead."""
+        """Ids of text in the middle of an answer. SentencePiece would put a space before it, so encode it after a line
+        break, and strip the tokens of both."""
         if not self._lead:
             return self._tokenizer.encode(text.decode("utf-8", errors="replace"))
         ids = self._tokenizer.encode("\n" + text.decode("utf-8", errors="replace"))

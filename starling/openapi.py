@@ -1,9 +1,9 @@
-"""predict.py's source → what Cog makes of it: the OpenAPI document that its server validates requests with.
+"""predict.py's source → the OpenAPI document that Cog makes of it, and its server validates requests with.
 
-`cog build` reads a predictor's signature without running it and writes .cog/openapi_schema.json into the image. Its
-server needs that file for streaming and for validation, and outside an image nothing makes it. This module reads the
-source in the same way and builds the same document, for the types that Starling's predictor uses. What Cog would
-silently drop or corrupt (a computed default, an f-string, a backslash in a description) is refused here.
+`cog build` reads a predictor's signature without running it and writes .cog/openapi_schema.json into the image. Cog's
+server needs that file for streaming and validation, but outside an image nothing creates it. This module reads the
+source in the same way and builds the same document, for the types that Starling's predictor uses. It refuses what Cog
+would silently drop or corrupt (a computed default, an f-string, a backslash in a description).
 
     python -m starling.openapi predict.py > openapi.json
 """
@@ -30,12 +30,12 @@ CONSTRAINTS = {"ge": "minimum", "le": "maximum", "min_length": "minLength", "max
 
 
 class SignatureError(StarlingError):
-    """predict.py's signature holds something that Cog would not read as it is meant."""
+    """predict.py's signature contains something that Cog would misread."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One input, as its annotation and its Input(...) say."""
+    """One input, as declared by its annotation and its Input(...)."""
 
     name: str
     schema: dict[str, Any]  # of the type alone
@@ -45,7 +45,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Signature:
-    """What Cog knows of a predictor."""
+    """What Cog knows about a predictor."""
 
     inputs: tuple[Field, ...]
     streaming: bool
@@ -63,7 +63,7 @@ def read_signature(source: str, class_name: str = "Predictor") -> Signature:
 
 
 def slots(predictor: Path) -> int:
-    """Requests at a time of the predict.py at `predictor`: COG_MAX_CONCURRENCY in an image that holds it."""
+    """How many requests the predict.py at `predictor` takes at a time: COG_MAX_CONCURRENCY in its image."""
     return read_signature(predictor.read_text(encoding="utf-8")).concurrency
 
 
@@ -100,7 +100,7 @@ def _field(argument: ast.arg, default: ast.expr) -> Field:
     schema = _schema(required)
     if schema is None:
         raise SignatureError(
-            f"line {argument.lineno}: {argument.arg} is annotated {annotation!r}, which is not built in"
+            f"line {argument.lineno}: {argument.arg} is annotated {annotation!r}, which is not supported here"
         )
     nullable = annotation != required
     if options["default"] is None and not nullable:
@@ -112,7 +112,7 @@ def _field(argument: ast.arg, default: ast.expr) -> Field:
 
 
 def _check_default(argument: ast.arg, options: dict[str, Any]) -> None:
-    """Cog does not notice a default outside its own bounds."""
+    """Cog does not check defaults against their bounds."""
     default = options["default"]
     if isinstance(default, int | float) and not options.get("ge", default) <= default <= options.get("le", default):
         raise SignatureError(f"line {argument.lineno}: the default of {argument.arg}, {default}, is outside its bounds")
@@ -126,7 +126,7 @@ def _schema(annotation: str) -> dict[str, Any] | None:
 
 
 def _literal(node: ast.expr) -> Any:
-    """A literal's value, if Cog reads the same from its text."""
+    """The value of a literal that Cog would read the same way."""
     try:
         value = ast.literal_eval(node)
     except ValueError:

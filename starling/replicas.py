@@ -2,9 +2,9 @@
 
     STARLING_WEIGHTS=weights/demo python -m starling.replicas --least 1 --most 4
 
-It answers as Cog's server does at POST /predictions, as JSON or as a stream of events. A replica holds a whole model
-and takes as many requests as COG_MAX_CONCURRENCY says; Ray starts more replicas when more than that run or wait for
-each, and ends idle ones. A request whose replica dies is begun again on another unless its text has begun to stream.
+It answers POST /predictions as Cog's server does, with JSON or a stream of events. Each replica holds a whole model
+and takes up to COG_MAX_CONCURRENCY requests at a time. Ray starts replicas when more than that are running or waiting
+per replica, and stops idle ones. A request whose replica dies restarts on another unless its text has begun to stream.
 """
 
 import argparse
@@ -37,7 +37,7 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
 except ImportError as error:
     sys.exit(
-        f"{error.name} is not installed, and replicas run on Ray Serve. Run: pip install -r requirements-replicas.txt"
+        f"{error.name} is not installed, but replicas need Ray Serve. Run: pip install -r requirements-replicas.txt"
     )
 
 if TYPE_CHECKING:
@@ -45,15 +45,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A request's text is 1 MiB at most (starling/request.py); with all but ASCII escaped, JSON makes up to three of it.
+# A request's text is 1 MiB at most (starling/request.py); JSON that escapes all but ASCII makes up to three of it.
 MAX_BODY_BYTES = 4 << 20
-ATTEMPTS = 5  # replicas that may die under one request before it fails
+ATTEMPTS = 5  # replicas on which a request is tried before it fails
 RETRY_PAUSE_S = 0.2
 Event = dict[str, Any]
 
 
 class Replica:
-    """One model. A stream is {"chunk": text}… and then {"result": metrics} or {"error": message, "again": bool}."""
+    """One model. Streams {"chunk": text}… and finally {"result": metrics} or {"error": message, "again": bool}."""
 
     def __init__(self, settings: Settings) -> None:
         from starling.logs import configure
@@ -81,14 +81,14 @@ class Replica:
             logger.exception("a request failed")
             yield {"error": str(unforeseen(error)), "again": False}
         finally:
-            # Its thread goes on where the caller leaves meanwhile, and a grammar takes seconds to compile.
+            # A caller may leave while the thread is still starting the answer: compiling a grammar takes seconds.
             if starting is not None:
                 starting.add_done_callback(_cancel)
 
     async def check_health(self) -> None:
-        """Ray asks now and then, and replaces a replica that raises."""
+        """Ray calls this periodically, and replaces a replica that raises."""
         if not self._service.healthy:
-            raise RuntimeError("The engine makes no progress.")
+            raise RuntimeError("The engine is not making progress.")
 
 
 def _cancel(starting: "Future[Generation]") -> None:
@@ -97,7 +97,7 @@ def _cancel(starting: "Future[Generation]") -> None:
 
 
 class Front:
-    """Checks a request, passes it to a replica, and begins it again elsewhere when that one dies too early."""
+    """Checks a request, passes it to a replica, and restarts it on another if that one dies before its text begins."""
 
     def __init__(self, replicas: DeploymentHandle) -> None:
         self._replicas = replicas.options(method_name="stream", stream=True)
@@ -106,7 +106,7 @@ class Front:
         if http.url.path == "/health-check":
             return JSONResponse({"status": "READY"})
         if http.url.path != "/predictions" or http.method != "POST":
-            return JSONResponse({"error": "POST /predictions, or GET /health-check"}, 404)
+            return JSONResponse({"error": "Use POST /predictions or GET /health-check"}, 404)
         try:
             fields = fields_of(await body_of(http))
         except RequestError as error:
@@ -118,13 +118,13 @@ class Front:
         return JSONResponse(await as_one(identity, self._answer(fields)))
 
     async def _answer(self, fields: dict[str, Any]) -> AsyncIterator[Event]:
-        """A replica's stream, of the first replica that does not fail before its first chunk."""
+        """The stream of the first replica that does not fail before its first chunk."""
         begun = False
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 async for event in self._replicas.remote(fields):
                     if event.get("again") and not begun and attempt < ATTEMPTS:
-                        logger.warning("a replica could not begin a request (%s): again on another", event["error"])
+                        logger.warning("a replica could not begin a request (%s); retrying on another", event["error"])
                         break
                     begun = begun or "chunk" in event
                     yield event
@@ -134,12 +134,12 @@ class Front:
                 if begun or attempt == ATTEMPTS:
                     yield {"error": "The replica died while it answered. Ask again.", "again": False}
                     return
-                logger.warning("a replica died before its answer began (%s): again on another", type(error).__name__)
+                logger.warning("a replica died before its answer began (%s); retrying on another", type(error).__name__)
             await asyncio.sleep(RETRY_PAUSE_S)
 
 
 class BodyError(RequestError):
-    """A body that is too long or no JSON. `status`: what Cog's server answers then."""
+    """A body that is too long or not JSON. `status`: the HTTP status with which Cog's server answers it."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -147,7 +147,7 @@ class BodyError(RequestError):
 
 
 async def body_of(http: HttpRequest) -> bytes:
-    """The body, of which no more is read than is accepted. Raises BodyError."""
+    """The body. Stops reading when it exceeds what is accepted. Raises BodyError."""
     body = bytearray()
     async for part in http.stream():
         body += part
@@ -160,22 +160,22 @@ def fields_of(body: bytes) -> dict[str, Any]:
     """Cog's body, {"input": {…}} → a request's fields, checked. Raises RequestError."""
     try:
         content = json.loads(body)
-    except (ValueError, RecursionError):  # the latter of brackets within brackets, a thousand deep
+    except (ValueError, RecursionError):  # RecursionError: brackets nested a thousand deep
         raise BodyError("The body is not JSON", 400) from None
     try:
         fields = content["input"]
     except (TypeError, KeyError):
         raise RequestError('The body is not of the form {"input": {…}}') from None
     if not isinstance(fields, dict):
-        raise RequestError("input is no object. Give the inputs by name")
+        raise RequestError("input is not an object. Give the inputs by name")
     known = Request.model_fields.keys() | OLD_NAMES
-    fields = {name: value for name, value in fields.items() if name in known}  # as Cog: others are dropped
+    fields = {name: value for name, value in fields.items() if name in known}  # like Cog, drop others
     Request.parse(**fields)
     return fields
 
 
 async def as_sent_events(identity: str, events: AsyncIterator[Event]) -> AsyncIterator[str]:
-    """The events that Cog's server sends."""
+    """The server-sent events that Cog's server would send."""
 
     def sent(name: str, **data: Any) -> str:
         return f"event: {name}\ndata: {json.dumps({'id': identity, **data})}\n\n"
@@ -191,7 +191,7 @@ async def as_sent_events(identity: str, events: AsyncIterator[Event]) -> AsyncIt
 
 
 async def as_one(identity: str, events: AsyncIterator[Event]) -> dict[str, Any]:
-    """The whole prediction, as Cog's server answers."""
+    """The whole prediction, as Cog's server would return it."""
     prediction: dict[str, Any] = {"id": identity, "output": [], "status": "failed", "error": None, "metrics": {}}
     async for event in events:
         if "chunk" in event:
@@ -213,12 +213,12 @@ def application(settings: Settings, least: int, most: int, cores: float, gpus: f
             "min_replicas": least,
             "max_replicas": most,
             "initial_replicas": least,
-            "target_ongoing_requests": settings.max_concurrency,  # those that wait count too
+            "target_ongoing_requests": settings.max_concurrency,  # waiting ones count too
         },
         ray_actor_options={"num_cpus": cores, "num_gpus": gpus},
         health_check_period_s=2,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=120,  # streams finish
+        graceful_shutdown_timeout_s=120,  # lets streams finish
     )
     front = serve.deployment(Front, name="front", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
     return front.bind(replica.bind(settings))
@@ -229,9 +229,9 @@ def main() -> None:
         prog="python -m starling.replicas", description="Replicas behind one address, on Ray Serve."
     )
     parser.add_argument("--least", type=int, default=1, help="replicas that always run")
-    parser.add_argument("--most", type=int, default=4, help="replicas under load")
-    parser.add_argument("--cores", type=float, default=1, help="CPU cores that Ray sets aside for a replica")
-    parser.add_argument("--gpus", type=float, default=0, help="GPUs that Ray sets aside for a replica")
+    parser.add_argument("--most", type=int, default=4, help="replicas at most, under load")
+    parser.add_argument("--cores", type=float, default=1, help="CPU cores that Ray reserves for each replica")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs that Ray reserves for each replica")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=5000, help="(default: %(default)s)")
     options = parser.parse_args()
@@ -240,7 +240,7 @@ def main() -> None:
     as_in_an_image = {"COG_MAX_CONCURRENCY": str(slots(Path(__file__).parent.parent / "predict.py"))}
     try:
         settings = Settings.from_env(as_in_an_image | os.environ)
-        locate_weights(settings)  # once, before Ray starts: else each replica would fail, or fetch them for itself
+        locate_weights(settings)  # once, before Ray starts, or each replica would fail or fetch them itself
     except StarlingError as error:
         sys.exit(str(error))
     serve.start(http_options={"host": options.host, "port": options.port})

@@ -1,4 +1,4 @@
-"""What a caller may ask. The one place that knows bounds and defaults."""
+"""What a caller may ask for. The single source of bounds and defaults."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -9,13 +9,13 @@ from starling.errors import RequestError
 
 MAX_TOKENS = 8192  # the model's context, in tokens
 MAX_SEED = 2**32 - 1
-# More text than 8,192 tokens can stand for; refused before it costs any work.
+# More than this is more text than 8,192 tokens can hold, and is refused before it costs any work.
 MAX_TEXT_BYTES = 1 << 20
 MAX_MESSAGES = 1024
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
 MAX_SCHEMA_BYTES = 64 << 10
-MAX_REGEX_BYTES = 16 << 10  # to compile it takes the square of its length: a second at most
+MAX_REGEX_BYTES = 16 << 10  # compile time grows with the square of the length: a second at most
 OLD_NAMES = {"max_new_tokens": "max_tokens"}
 
 
@@ -29,7 +29,7 @@ class Message(BaseModel):
 
 
 def parse_stop_sequences(value: Any) -> Any:
-    """A JSON list of strings, or comma-separated text whose spaces count, or a list already → a list."""
+    """A JSON list of strings, comma-separated text (spaces count) or a list → a list."""
     if value is None:
         return []
     if not isinstance(value, str):
@@ -84,7 +84,7 @@ class Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _as_given(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """A blank text is one that is not given, but for stop sequences, in which spaces count; old names are known."""
+        """Treat blank texts as not given, except in stop_sequences, where spaces count. Map old names to new ones."""
         given = {
             name: value
             for name, value in fields.items()
@@ -94,7 +94,7 @@ class Request(BaseModel):
             value = given.pop(old, None)
             if value is None:
                 continue
-            default = cls.model_fields[name].default  # Cog's form sends it where nothing is given
+            default = cls.model_fields[name].default  # Cog's form sends it when nothing is given
             both = (given.get(name, default), value)
             if all(isinstance(each, int) for each in both) and both[0] not in (value, default):
                 raise ValueError(f"{name} is {both[0]} and {old}, its old name, is {value}. Give one of them")
@@ -111,9 +111,9 @@ class Request(BaseModel):
             + sum(byte_count(message.content) for message in self.messages)
         )
         if text_bytes > MAX_TEXT_BYTES:
-            often = ", each as often as the template has it" if template else ""
+            repeats = ", counting every use in the template" if template else ""
             raise ValueError(
-                f"prompt, system_prompt, messages and prompt_template hold {text_bytes} bytes together{often}; "
+                f"prompt, system_prompt, messages and prompt_template hold {text_bytes} bytes together{repeats}; "
                 f"at most {MAX_TEXT_BYTES} are accepted. Shorten them"
             )
         for name, most in (("json_schema", MAX_SCHEMA_BYTES), ("regex", MAX_REGEX_BYTES)):
@@ -121,7 +121,7 @@ class Request(BaseModel):
             if grammar is not None and byte_count(grammar) > most:
                 raise ValueError(f"{name} is longer than {most} bytes. Shorten it")
         if self.json_schema is not None and self.regex is not None:
-            raise ValueError("json_schema and regex are both given; an answer can follow one of them. Drop the other")
+            raise ValueError("json_schema and regex are both given; an answer can follow only one. Drop one")
         if not self.prompt and not self.messages:
             raise ValueError(
                 "neither prompt nor messages is given. Give a prompt, or messages that end with a user turn"
@@ -132,7 +132,7 @@ class Request(BaseModel):
                 "End with a user turn, or give the next one as prompt"
             )
         if any(message.role == "system" for message in self.messages[1:]):
-            raise ValueError("messages hold a system turn that is not the first. Put it first, or use system_prompt")
+            raise ValueError("messages have a system turn that is not the first. Put it first, or use system_prompt")
         if self.system_prompt and self.messages and self.messages[0].role == "system":
             raise ValueError("system_prompt is given and messages begin with a system turn. Give one of them")
         if self.min_tokens > self.max_tokens:
@@ -155,15 +155,15 @@ class Request(BaseModel):
 
 
 def byte_count(text: str) -> int:
-    """In UTF-8, where a lone surrogate counts too."""
+    """Bytes in UTF-8; lone surrogates count too."""
     return len(text.encode("utf-8", errors="surrogatepass"))
 
 
 def _fault(error: Any) -> str:
-    """One pydantic error in our words: no long input is ever quoted, since it may be a prompt."""
+    """One pydantic error in our words. Only numbers and booleans are quoted: text may be a prompt."""
     where = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "too_long":  # of a list; pydantic would tell how it keeps one
+    if error["type"] == "too_long":  # of a list; pydantic's own message would call it a tuple
         message = "{actual_length} are given; at most {max_length} are accepted. Drop some".format(**error["ctx"])
     value = error.get("input")
     shown = f" is {value!r}:" if isinstance(value, int | float | bool) and where else ""

@@ -1,4 +1,4 @@
-"""Text in, text out: the one way to the model, for Cog, the command line and Python alike."""
+"""Text in, text out: the only way to the model, for Cog, the command line and Python alike."""
 
 import json
 import logging
@@ -29,12 +29,12 @@ from starling.weights import locate_weights
 
 logger = logging.getLogger(__name__)
 
-# One real prediction before the first caller's: it touches every page and every kernel once.
+# A real prediction before the first caller's, to touch every page and every kernel once.
 WARM_UP = Request(prompt="Hello", max_tokens=2, temperature=0)
 
 
 class TokenEngine(Protocol):
-    """What the service asks of an engine: `Engine`, or the reference that it is compared with."""
+    """What the service needs from an engine: from `Engine`, or from the reference that it is compared with."""
 
     def check(self, prompt: list[int], max_tokens: int) -> None: ...
 
@@ -67,7 +67,7 @@ class Service:
 
     @classmethod
     def load(cls, settings: Settings) -> "Service":
-        """Find the weights, fetching them if that is allowed, and load them. Raises StarlingError."""
+        """Find the weights, downloading them if allowed, and load them. Raises StarlingError."""
         startup = Startup()
         with startup.lap("weights"):
             located = locate_weights(settings)
@@ -79,18 +79,18 @@ class Service:
 
     @classmethod
     def from_folder(cls, folder: Path, settings: Settings | None = None, startup: Startup | None = None) -> "Service":
-        """Load the AWQ checkpoint in `folder`. Raises StarlingError when it cannot be served."""
+        """Load the AWQ checkpoint in `folder`. Raises StarlingError if it cannot be served."""
         settings, startup = settings or Settings(), startup or Startup()
         config = ModelConfig.from_folder(folder)
         with startup.lap("tokenizer"):
             tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
-            _end_of_turn(tokenizer)  # said before gigabytes are read for nothing
+            _end_of_turn(tokenizer)  # fail before gigabytes are read for nothing
         engine = load_engine(folder, settings, startup)
         with startup.lap("grammars"):
             return cls(engine, tokenizer, config.bos_token_id, frozenset(config.eos_token_ids))
 
     def generate(self, request: Request) -> Generation:
-        """Start an answer. Raises RequestError at once for what cannot run, EngineStoppedError when nothing can."""
+        """Start an answer. Raises RequestError at once if it cannot run, EngineStoppedError if nothing can."""
         prompt = self._chat.prompt_ids(request)
         self._engine.check(prompt, request.max_tokens)  # before a grammar is compiled, which may take seconds
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
@@ -110,7 +110,7 @@ class Service:
         stream = self._engine.submit(prompt, params, self._grammars.constraint(request))
         try:
             return Generation(stream, IncrementalDecoder(self._tokenizer), request, len(prompt), seed, self._journal)
-        except BaseException:  # Cog cancels by an exception at any moment: nobody else holds the stream yet
+        except BaseException:  # Cog may cancel by raising at any line, and nobody else holds the stream yet
             stream.cancel()
             raise
 
@@ -128,7 +128,7 @@ class Service:
 
     @property
     def occupancy(self) -> dict[str, int]:
-        """How busy the engine is: sequences running and waiting, KV blocks in all and available."""
+        """How busy the engine is: running and waiting sequences, total and available KV blocks."""
         return self._engine.occupancy
 
     @property
@@ -137,7 +137,7 @@ class Service:
         return replace(self._engine.counters)
 
     def _journal(self, generation: Generation, outcome: str) -> None:
-        """One line of JSON per finished request, for operators. Never a word of what was asked or answered."""
+        """Log one line of JSON per finished request, for operators. It never contains any of the request's texts."""
         summary = generation.summary()
         request = generation.request
         line = {
@@ -152,7 +152,7 @@ class Service:
             "mode": request.mode,
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
-            "seed": summary.seed,  # also among the answer's metrics: by it the two are matched
+            "seed": summary.seed,  # also in the answer's metrics, so that the two can be matched
             "constrained": request.json_schema is not None or request.regex is not None,
             **self.occupancy,
         }
@@ -163,17 +163,17 @@ class Service:
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> int:
-    """The token that ends a turn. Raises CheckpointError for a model that was trained on another chat format."""
+    """The token that ends a turn. Raises CheckpointError for a model trained on another chat format."""
     try:
         return tokenizer.token_id(END_OF_TURN)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error} Only models of the chat format of OpenChat 3.5 are served, as Starling is one; this is another."
+            f"{error} Only models with OpenChat 3.5's chat format, such as Starling, can be served; this is not one."
         ) from error
 
 
 def load_engine(folder: Path, settings: Settings, startup: Startup | None = None) -> TokenEngine:
-    """The engine that `settings` choose, over the AWQ checkpoint in `folder`. Raises StarlingError."""
+    """The engine that `settings` select, with the AWQ checkpoint in `folder`. Raises StarlingError."""
     startup = startup or Startup()
     if settings.engine == "reference":
         with startup.lap("model"):
@@ -224,14 +224,14 @@ def _runner(model: Mistral, cache: KVCache, books: BlockCache, limits: Limits) -
 
 def _load_reference(folder: Path, settings: Settings) -> TokenEngine:
     try:
-        from starling.reference import ReferenceEngine  # transformers: seconds to import, and not installed to serve
+        from starling.reference import ReferenceEngine  # transformers takes seconds to import, and serving does without
     except ImportError as error:
         raise NotInstalledError(error, before="STARLING_ENGINE is reference, and ") from error
     return ReferenceEngine.from_folder(folder, settings)
 
 
 def _plan_blocks(model: Mistral, ops: Ops, settings: Settings, limits: Limits) -> int:
-    """KV blocks to allocate: what every running sequence can use at most, or what memory allows if that is less."""
+    """KV blocks to allocate: as many as all running sequences can use, or fewer if memory does not allow that."""
     config, size = model.config, settings.block_size
     per_block = KVCache.bytes_per_block(config, size, ops.kv_dtype)
     positions = config.max_position_embeddings
@@ -241,7 +241,7 @@ def _plan_blocks(model: Mistral, ops: Ops, settings: Settings, limits: Limits) -
     blocks = min(most, budget // per_block)
     if blocks < 1:
         raise DeviceError(
-            f"The KV cache may take {budget} bytes, and one block of {size} positions needs {per_block}. "
+            f"The KV cache may take {budget} bytes, but one block of {size} positions needs {per_block}. "
             "Free some memory, or raise STARLING_KV_CACHE_BYTES."
         )
     if settings.kv_cache_bytes and blocks * per_block > (room := kv_cache_room(ops.device, step_bytes)):

@@ -1,4 +1,4 @@
-"""What a start is made of: how long each part took, and one line of JSON that says what runs."""
+"""The start-up report: one line of JSON that says what is running and how long each part took to start."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ class Startup:
     def __init__(self) -> None:
         self.began_s = process_began_s()
         self.laps_s: dict[str, float] = {"imports": time.time() - self.began_s}
-        self.operations = "reference"  # whose own engine computes; else which operations, and on which device
+        self.operations = "reference"  # its engine has its own; otherwise which ones, and their device
 
     @contextmanager
     def lap(self, name: str) -> Iterator[None]:
@@ -38,7 +38,7 @@ class Startup:
             self.laps_s[name] = time.monotonic() - began_s
 
     def report(self, located: Located, settings: Settings, occupancy: dict[str, int]) -> None:
-        """Log what has started: versions, device, weights, settings, and seconds per lap."""
+        """Log what is running: versions, device, weights, settings, and seconds per lap."""
         line = {
             "event": "start",
             "versions": {"starling": __version__, "python": platform.python_version()} | versions(),
@@ -59,7 +59,7 @@ class Startup:
 def process_began_s() -> float:
     """When this process began: seconds since the epoch, to a hundredth.
 
-    psutil's create_time counts from a time of boot that is cut to whole seconds, so it is up to a second early.
+    psutil's create_time counts from a boot time truncated to whole seconds, so it is up to a second early.
     """
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     since_boot_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # starttime, the 22nd field of proc(5)
@@ -67,7 +67,7 @@ def process_began_s() -> float:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what is answered and how, where they are installed."""
+    """Versions of the packages that determine what is answered and how, if installed."""
     found = {}
     for package in PACKAGES:
         try:
@@ -78,7 +78,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The CPU's name as the kernel tells it."""
+    """The CPU's name as the kernel reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -88,7 +88,7 @@ def processor() -> str:
 
 
 def shown(settings: Settings) -> dict[str, Any]:
-    """Environment variable → value, of all that is not left to choose itself; without secrets."""
+    """Environment variable → value, except where None lets the server choose; secrets are hidden."""
     values = settings.model_dump(mode="json", exclude_none=True)
     fields = type(settings).model_fields
     return {str(fields[name].alias): "(set)" if name in MAY_HOLD_SECRETS else value for name, value in values.items()}

@@ -18,7 +18,7 @@ class StopMatcher:
         if not self._stops:
             return text
         self._held += text
-        # The stop that is complete first wins, as if the text had come one character at a time.
+        # The stop that completes first wins, as if the text had arrived one character at a time.
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             _, at, self.matched = min(found)
@@ -34,10 +34,10 @@ class StopMatcher:
         return held
 
     def _possible_start(self) -> int:
-        """Length of the longest end of the held text that a stop begins with."""
+        """Length of the longest suffix of the held text that is a prefix of a stop."""
         longest = min(max(map(len, self._stops)) - 1, len(self._held))
         for size in range(longest, 0, -1):
-            end = self._held[-size:]
-            if any(stop.startswith(end) for stop in self._stops):
+            suffix = self._held[-size:]
+            if any(stop.startswith(suffix) for stop in self._stops):
                 return size
         return 0

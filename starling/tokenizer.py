@@ -1,4 +1,4 @@
-"""tokenizer.json → token ids and back. Text becomes text tokens only; control tokens are asked for by name."""
+"""Text → token ids and back, by tokenizer.json. Text becomes text tokens only; control tokens are looked up by name."""
 
 import codecs
 import json
@@ -16,14 +16,14 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name for a byte
 
 
 class Tokenizer:
-    """The text of one checkpoint, as ids below `vocab_size` (the rows of its embedding table).
+    """One checkpoint's tokenizer, with ids below `vocab_size` (the rows of its embedding table).
 
-    The added tokens of tokenizer.json (`<s>`, `<|end_of_turn|>` and the like) are taken out of the encoder, and so
-    are merges that would spell one. So no text can become a control token, whatever it says.
+    The added tokens of tokenizer.json (`<s>`, `<|end_of_turn|>` and the like) are removed from the encoder, as are
+    merges that would produce one. So no text can become a control token, whatever it says.
     """
 
     def __init__(self, raw: dict[str, Any], vocab_size: int, source: str = "tokenizer.json") -> None:
-        """`raw`: tokenizer.json as parsed; it is changed. Raises CheckpointError naming what is not implemented."""
+        """`raw`: tokenizer.json as parsed; modified here. Raises CheckpointError naming what is not implemented."""
         self.vocab_size = vocab_size
         try:
             model, decoder = raw["model"], json.dumps(raw["decoder"])
@@ -36,7 +36,7 @@ class Tokenizer:
             raw |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
             self._encoder = Encoder.from_str(json.dumps(raw))
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{source} is not a whole tokenizer.json: {error!r}. Fetch it again.") from error
+            raise CheckpointError(f"{source} is not a complete tokenizer.json: {error!r}. Fetch it again.") from error
         except Exception as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -47,7 +47,7 @@ class Tokenizer:
         largest = max(text_pieces.values(), default=-1)
         if largest >= vocab_size:
             raise CheckpointError(
-                f"{source} has token id {largest}, the embedding table has {vocab_size} rows: they belong to "
+                f"{source} has token id {largest}, but the embedding table has {vocab_size} rows: they belong to "
                 "different models. Fetch both again."
             )
         self._bytes = _byte_table(text_pieces, decoder, vocab_size, source)
@@ -59,22 +59,24 @@ class Tokenizer:
         return cls(read_json_object(path), vocab_size, source=str(path))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without a beginning-of-text token. Raises RequestError for text that is not Unicode."""
+        """The ids of `text`, without a beginning-of-text token. Raises RequestError if it is not valid Unicode."""
         try:
-            # As a batch of one: `encode` holds Python's lock all the while, for a second at the longest text allowed,
-            # and with it every stream and the engine.
+            # As a batch of one: `encode` holds the GIL throughout, for a second with the longest text allowed, and so
+            # would stall every stream and the engine.
             (encoded,) = self._encoder.encode_batch_fast([text], add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             # A lone half of a surrogate pair: JSON can carry it as an escape, UTF-8 cannot.
-            raise RequestError("The text holds a lone surrogate, which is no character; send valid Unicode.") from error
+            raise RequestError(
+                "The text contains a lone surrogate, which is not a character; send valid Unicode."
+            ) from error
         ids: list[int] = encoded.ids
         return ids
 
     def token_id(self, content: str) -> int:
-        """The id of a control token by its name. Raises CheckpointError when there is none in the embedding table."""
+        """The id of the control token of this name. Raises CheckpointError if it has none in the embedding table."""
         token = self._controls.get(content)
         if token is None:
-            names = sorted(self._controls)  # of Llama 3: 256
+            names = sorted(self._controls)  # Llama 3 has 256
             found = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise CheckpointError(f"{self._source} has no token {content!r}; it has {found or 'none'}.")
         if not 0 <= token < self.vocab_size:
@@ -85,11 +87,11 @@ class Tokenizer:
         return token
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds to a text; nothing for a control token or an unused row of the embedding table."""
+        """What a token adds to a text: nothing if it is a control token or an unused row of the embedding table."""
         return self._bytes[token]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`, its leading space kept; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `tokens`, with its leading space; bytes that are not valid UTF-8 become U+FFFD."""
         return b"".join(self._bytes[token] for token in tokens).decode("utf-8", errors="replace")
 
 
@@ -110,9 +112,9 @@ class IncrementalDecoder:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one printable character: that character → the byte.
+    """Printable character → the byte that it stands for in byte-level BPE.
 
-    Bytes that print as themselves in Latin-1 keep their character, the others follow from U+0100 on (GPT-2's table).
+    Bytes that are printable in Latin-1 are written as that character, the others as U+0100 onwards (GPT-2's table).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -120,7 +122,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def _byte_table(pieces: dict[str, int], decoder: str, vocab_size: int, source: str) -> list[bytes]:
-    """Each id's bytes. `decoder`: the decoder of tokenizer.json as JSON, which tells how pieces spell bytes."""
+    """Each id's bytes. `decoder`: the decoder of tokenizer.json as JSON, which says how pieces spell bytes."""
     table = [b""] * vocab_size
     alphabet = byte_alphabet()
     byte_level = '"ByteLevel"' in decoder
@@ -140,5 +142,5 @@ def _byte_table(pieces: dict[str, int], decoder: str, vocab_size: int, source: s
 
 
 def _product(merge: str | Sequence[str]) -> str:
-    """What a merge makes; older files write a pair as one string with a space between."""
+    """The piece that a merge produces. Older files write the pair as one string, separated by a space."""
     return "".join(merge.split(" ") if isinstance(merge, str) else merge)

@@ -1,6 +1,6 @@
-"""Makes tokenizer.json files, for checkpoints that come without one: from a tokenizer.model, or from pieces.
+"""Builds tokenizer.json files for checkpoints that lack one: from a tokenizer.model, or from pieces.
 
-Nothing that serves needs this; the demo model, the benchmarks and the tests do.
+Serving does not need this; the demo model, the benchmarks and the tests do.
 """
 
 import importlib.util
@@ -14,20 +14,20 @@ CONTROL_TOKENS = ("<|end_of_turn|>", "<|pad_0|>")  # what Starling's checkpoint 
 
 
 def starling_tokenizer() -> dict[str, Any]:
-    """The tokenizer.json of Starling-LM-7B-alpha, made from the tokenizer.model that mistral-common carries.
+    """The tokenizer.json of Starling-LM-7B-alpha, made from the tokenizer.model that mistral-common ships.
 
-    That file is byte-identical to the checkpoint's own. Raises WeightsError when the package is not installed.
+    That file is byte-identical to the checkpoint's own. Raises WeightsError if the package is not installed.
     """
     spec = importlib.util.find_spec("mistral_common")
     if spec is None or spec.origin is None:
-        raise WeightsError("mistral-common is not installed; pip install --no-deps mistral-common brings it.")
+        raise WeightsError("mistral-common is not installed. Run: pip install --no-deps mistral-common")
     return from_sentencepiece(Path(spec.origin).parent / "data" / "tokenizer.model.v1", CONTROL_TOKENS)
 
 
 def from_sentencepiece(path: Path, control_tokens: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A SentencePiece BPE model with byte fallback → the tokenizer.json that encodes alike.
+    """A SentencePiece BPE model with byte fallback → a tokenizer.json that encodes identically.
 
-    `control_tokens` take the ids after the model's own pieces.
+    `control_tokens` get the ids after the model's own pieces.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -35,8 +35,8 @@ def from_sentencepiece(path: Path, control_tokens: tuple[str, ...] = ()) -> dict
     size = model.get_piece_size()
     pieces = [model.id_to_piece(i) for i in range(size)]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    # SentencePiece joins the neighbours whose product scores best, however it splits; so every split is a merge, in
-    # the order of the products' scores.
+    # SentencePiece merges the neighbours whose product scores best, however that splits. So every split becomes a
+    # merge, in the order of the products' scores.
     mergeable = [i for i in range(size) if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))]
     merges: list[list[str]] = []
     for i in sorted(mergeable, key=lambda i: -model.get_score(i)):
@@ -90,7 +90,7 @@ def from_sentencepiece(path: Path, control_tokens: tuple[str, ...] = ()) -> dict
 
 
 def byte_level(vocab: dict[str, int], merges: list[list[str]], controls: dict[str, int]) -> dict[str, Any]:
-    """A byte-level BPE tokenizer.json: `vocab` and `merges` in GPT-2's alphabet, numbers cut into digits."""
+    """A byte-level BPE tokenizer.json: `vocab` and `merges` in GPT-2's alphabet, numbers split into digits."""
     return {
         "version": "1.0",
         "truncation": None,

@@ -1,4 +1,4 @@
-"""What several rooms' tests share."""
+"""Fixtures and set-up that all tests share."""
 
 import os
 import random
@@ -13,23 +13,23 @@ from hypothesis import settings
 
 from starling import demo
 
-# Ctrl-C is tested on processes that inherit this, and what a shell starts with & ignores it.
+# Ctrl-C is tested on child processes, which inherit this: a shell's background jobs (&) ignore SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Every server that a test asks is on this machine: a proxy that the environment names is for others.
+# Every server that the tests call is on this machine, and a proxy set in the environment is for other machines.
 os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
-# What the caller's own servers and downloads are set up with is not for those of the tests.
+# Settings for the developer's own servers and downloads must not reach those of the tests.
 for name in [name for name in os.environ if name.startswith(("STARLING_", "HF_")) and name != "STARLING_TEST_SEED"]:
     del os.environ[name]
-# A slow machine is no fault of the code.
+# A slow machine is not the code's fault.
 settings.register_profile("starling", deadline=None, print_blob=True)
 settings.load_profile("starling")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Asked for the GPU's tests alone, import no file that holds none: a machine with a GPU may lack what others need.
+    """With `-m gpu`, import only files with GPU tests: a GPU machine may lack packages that the other tests need.
 
-    The GPU's tests need torch, transformers, safetensors, pydantic, huggingface_hub, psutil, tqdm and hypothesis;
-    neither Cog nor anything of its server, the tokenizer or the grammars.
+    GPU tests need torch, transformers, safetensors, pydantic, huggingface_hub, psutil, tqdm and hypothesis, but not Cog
+    or anything that its server, the tokenizer or the grammars need.
     """
     if config.option.markexpr != "gpu":
         return None
@@ -44,12 +44,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         try:
             torch.cuda.synchronize()
         except torch.AcceleratorError:
-            pytest.skip("the GPU was lost to this process in a test before")
+            pytest.skip("an earlier test in this process lost the GPU")
 
 
 @pytest.fixture
 def rng() -> random.Random:
-    """Fresh in every test; torch and the random module draw from the same seed."""
+    """Newly seeded in every test; torch and the random module get the same seed."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # shown when the test fails
     random.seed(seed)
@@ -59,7 +59,7 @@ def rng() -> random.Random:
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small real model's checkpoint, made once a run: of two workers, one makes it for both."""
+    """The small real model's checkpoint, built once per run: one xdist worker builds it for all."""
     folder = tmp_path_factory.mktemp("weights") / "demo"
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return demo.prepare(folder)
@@ -68,22 +68,22 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def disk_events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """("synced", inode) and ("renamed", inode, new name), in order, of what this process tells the disk."""
+    """This process's fsyncs and renames, in order: ("synced", inode) and ("renamed", inode, new name)."""
     events: list[tuple[object, ...]] = []
     fsync = os.fsync
 
-    def noting_sync(file: int) -> None:
+    def recording_sync(file: int) -> None:
         events.append(("synced", os.fstat(file).st_ino))
         fsync(file)
 
-    def noting(rename: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
-        def noting_rename(old: Path, new: Path) -> None:
+    def recording(rename: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def recording_rename(old: Path, new: Path) -> None:
             events.append(("renamed", Path(old).stat().st_ino, Path(new).name))
             rename(old, new)
 
-        return noting_rename
+        return recording_rename
 
-    monkeypatch.setattr(os, "fsync", noting_sync)
+    monkeypatch.setattr(os, "fsync", recording_sync)
     for name in ("rename", "replace"):
-        monkeypatch.setattr(os, name, noting(getattr(os, name)))
+        monkeypatch.setattr(os, name, recording(getattr(os, name)))
     return events

@@ -117,7 +117,7 @@ def test_every_metric_is_one_of_a_result() -> None:
         ("x: int", "needs a default"),
         ("x: int = 3", "not a plain Input"),
         ("x: int = cog.Input(default=3)", "not a plain Input"),
-        ("x: tuple = Input(default=None)", "not built in"),
+        ("x: tuple = Input(default=None)", "not supported"),
         ("x: int = Input(default=None)", "None"),
         ("x: int = Input(default=9, le=8)", "bounds"),
         ("x: int = Input(default=9, ge=10)", "bounds"),

@@ -200,7 +200,7 @@ def streamed(sent: list[str]) -> httpx.Response:
         (b"{", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[]", "not of the form"),
-        (b'{"input": 1}', "no object"),
+        (b'{"input": 1}', "not an object"),
         (b'{"input": {"prompt": "a", "top_p": 2}}', "top_p is 2"),
     ],
 )
@@ -272,7 +272,7 @@ def test_an_answer_streams_and_comes_whole(cluster: Cluster) -> None:
         (b"{", 400, "not JSON"),
         (b"[" * 100_000, 400, "not JSON"),
         (b"[]", 422, "not of the form"),
-        (b'{"input": 1}', 422, "no object"),
+        (b'{"input": 1}', 422, "not an object"),
         (json.dumps({"input": {"prompt": ""}}).encode(), 422, "neither"),
         (json.dumps({"input": {"prompt": "a" * (4 << 20)}}).encode(), 413, "longer than 4194304 bytes"),
     ],

@@ -102,7 +102,7 @@ def test_a_template_s_values_are_counted_as_often_as_it_has_them() -> None:
     fits = (MAX_TEXT_BYTES - len(template)) // 2000
     Request.parse(prompt="x" * fits, system_prompt="y" * fits, prompt_template=template)
     for longer in ({"prompt": "x" * 2 * fits}, {"system_prompt": "y" * 2 * fits}):
-        with pytest.raises(RequestError, match="as often as the template has it"):
+        with pytest.raises(RequestError, match="counting every use in the template"):
             Request.parse(**{"prompt": "x" * fits, "system_prompt": "y" * fits, **longer}, prompt_template=template)
 
 

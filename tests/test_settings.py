@@ -72,4 +72,4 @@ def test_a_misspelt_name_is_told(caplog: pytest.LogCaptureFixture) -> None:
         Settings.from_env({"STARLING_THREADS": "2", "HOME": "/root"})
         assert not caplog.messages
         Settings.from_env({"STARLING_THREAD": "2", "STARLING_PORT": "tcp://10.0.0.1:5000", "HOME": "/root"})
-    assert caplog.messages == ["Unknown settings, without effect: STARLING_PORT, STARLING_THREAD"]
+    assert caplog.messages == ["Ignored unknown settings: STARLING_PORT, STARLING_THREAD"]

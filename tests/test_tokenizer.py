@@ -165,7 +165,7 @@ def test_a_control_token_beyond_the_embedding_table_cannot_be_had() -> None:
 
 @pytest.mark.parametrize("rows", [31000, 31999])
 def test_a_vocabulary_larger_than_the_embedding_table_is_refused(rows: int) -> None:
-    with pytest.raises(CheckpointError, match=f"token id 31999, the embedding table has {rows} rows"):
+    with pytest.raises(CheckpointError, match=f"token id 31999, but the embedding table has {rows} rows"):
         Tokenizer(copy.deepcopy(starling_json()), rows)
 
 
@@ -189,7 +189,7 @@ def test_files_at_fault_are_named(tmp_path: Path) -> None:
     whole = json.dumps(starling_json())
     for broken, message in [
         (whole[: len(whole) // 2], "cannot be read as JSON"),
-        ("{}", "not a whole tokenizer.json"),
+        ("{}", "not a complete tokenizer.json"),
         ("[]", "holds a list, not an object"),
         (json.dumps(starling_json() | {"normalizer": {"type": "Nonsense"}}), "cannot be read"),
     ]:

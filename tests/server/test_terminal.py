@@ -137,7 +137,7 @@ def test_an_output_that_takes_no_more_ends_it_without_a_traceback(echo: Echo) ->
             "The connection to http://127.0.0.1:1 failed: [Errno 111] Connection refused",
         ),
         (("--url", "localhost:5000"), "Request URL has an unsupported protocol"),
-        (("--url", "http://localhost:port"), "'http://localhost:port' is no address (Invalid port: 'port')"),
+        (("--url", "http://localhost:port"), "'http://localhost:port' is not a valid URL (Invalid port: 'port')"),
         (("--weights", "/absent"), "STARLING_WEIGHTS names '/absent', which is not a folder."),
         (("--weights", "/absent", "--temperature", "nan"), "temperature is nan: Input should be a finite number"),
         (("--weights", "/absent", "--temperature", "9"), "temperature is 9.0: Input should be less than or equal to 5"),
