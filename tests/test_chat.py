@@ -1,4 +1,4 @@
-"""Prompts, id for id: the golden lists of the model card and of OpenChat's own tests."""
+"""Prompts, id for id, against golden lists from the model card and OpenChat's own tests."""
 
 from functools import cache
 from typing import Any
@@ -75,11 +75,11 @@ def test_golden_ids(request_fields: dict[str, Any], golden: list[int]) -> None:
         ),
     ],
 )
-def test_a_template_reaches_the_same_ids(request_fields: dict[str, Any], golden: list[int]) -> None:
+def test_an_equivalent_template_gives_the_same_ids(request_fields: dict[str, Any], golden: list[int]) -> None:
     assert ids(**request_fields) == golden
 
 
-def test_template_values_are_put_in_literally_and_once() -> None:
+def test_template_values_are_inserted_literally_and_once() -> None:
     braces = "{0} {prompt} {system_prompt} {x!r} %s {{}}"
     template = "{system_prompt}|{prompt}|{other} {{prompt}}"
     built = ids(prompt=braces, system_prompt=braces, prompt_template=template)
@@ -87,7 +87,7 @@ def test_template_values_are_put_in_literally_and_once() -> None:
     assert text == f" {braces}|{braces}|{{other}} {{{braces}}}"
 
 
-def test_of_a_template_only_the_first_beginning_of_text_counts() -> None:
+def test_only_a_template_s_first_beginning_of_text_counts() -> None:
     built = ids(prompt="Hi", prompt_template="<s><s>{prompt}<|end_of_turn|>")
     assert [built.count(BOS), built[-1]] == [1, END_OF_TURN]
     assert chat()._tokenizer.decode(built) == " <s>Hi"  # type: ignore[attr-defined]

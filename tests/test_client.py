@@ -1,4 +1,4 @@
-"""The client's waits, without a server."""
+"""The client's timeouts, without a server."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ EVENTS = {"content-type": "text/event-stream"}
 
 
 class Stalled(httpx.SyncByteStream):
-    """One chunk of text, then nothing for as long as is waited."""
+    """One chunk of text, then nothing until the timeout."""
 
     def __iter__(self) -> Iterator[bytes]:
         yield b'event: output\ndata: {"chunk": "one "}\n\n'
@@ -20,7 +20,7 @@ class Stalled(httpx.SyncByteStream):
 
 
 @pytest.mark.parametrize(("options", "timeout_s"), [({}, 600), ({"timeout_s": 7.5}, 7.5)])
-def test_every_wait_for_the_server_has_an_end(
+def test_every_wait_for_the_server_has_a_timeout(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, float], timeout_s: float
 ) -> None:
     waits = []
@@ -38,7 +38,7 @@ def test_every_wait_for_the_server_has_an_end(
     assert waits == [dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)] * 2
 
 
-def test_a_wait_that_ends_in_vain_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timeout_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def handle(transport: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
         if b"stalls" in request.content:
             return httpx.Response(200, headers=EVENTS, stream=Stalled())

@@ -1,4 +1,4 @@
-"""Cancelling reaches the generation whenever it comes, on a real event loop as coglet uses one."""
+"""Cancellation reaches the generation whenever it comes, on a real event loop used as coglet uses one."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ class Counting:
 
 @pytest.fixture
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop on a thread of its own, with cancellation installed for as long."""
+    """An event loop on a thread of its own, with cancellation installed meanwhile."""
     original = asyncio.run_coroutine_threadsafe
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -77,11 +77,11 @@ def test_cancelling_a_future_that_is_done_stops_its_generator(loop: asyncio.Abst
     assert counting.closed == 1
 
 
-def test_nothing_of_an_answer_that_has_ended_is_kept(loop: asyncio.AbstractEventLoop) -> None:
+def test_nothing_of_a_finished_answer_is_kept_alive(loop: asyncio.AbstractEventLoop) -> None:
     async def predict(counting: Counting) -> Iterator[str]:
         return drain(lambda: counting, nothing, current_signal())
 
-    gc.disable()  # what takes a collection to be found stays for long in a server
+    gc.disable()  # in a server, what only the garbage collector can free lives long
     try:
         counting = Counting(length=3)
         ended = weakref.ref(counting)
@@ -126,7 +126,7 @@ def test_cancelling_before_the_generator_is_drained(loop: asyncio.AbstractEventL
 
 
 def test_a_cancellation_that_hits_before_the_first_chunk_closes() -> None:
-    """coglet raises it in the thread that drains, at any line."""
+    """coglet raises it in the draining thread, at any line."""
 
     class Struck(CancelSignal):
         def connect(self, action: Callable[[], None]) -> None:
@@ -138,8 +138,8 @@ def test_a_cancellation_that_hits_before_the_first_chunk_closes() -> None:
     assert counting.closed == 1
 
 
-def test_what_coglet_raises_to_cancel_says_so(loop: asyncio.AbstractEventLoop) -> None:
-    """It may raise this where it waits for the coroutine, and takes an error there for a cancel by this word."""
+def test_coglet_s_cancellation_exception_says_cancelled(loop: asyncio.AbstractEventLoop) -> None:
+    """coglet may raise it while waiting for the coroutine, and treats an error there as a cancellation by this word."""
     assert "cancelled" in str(CancelationException())
 
 
@@ -161,15 +161,15 @@ def test_cancelling_a_coroutine_that_still_runs(loop: asyncio.AbstractEventLoop)
     ended.wait()
 
 
-def test_a_signal_is_its_predictions_alone(loop: asyncio.AbstractEventLoop) -> None:
-    """The thread that submits serves other predictions after it."""
+def test_a_signal_does_not_leak_into_the_next_prediction(loop: asyncio.AbstractEventLoop) -> None:
+    """The thread that submits one prediction later serves others."""
     before = copy_context()
     asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
     assert dict(copy_context()) == dict(before)
 
 
 def test_a_cancellation_that_hits_as_the_future_is_made_cancels_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """coglet raises it in the thread that submits, at any line."""
+    """coglet raises it in the submitting thread, at any line."""
 
     class Struck(Future[None]):
         @property
@@ -207,7 +207,7 @@ def test_a_whole_answer_is_recorded_then_closed() -> None:
     assert counting.closed == 1
 
 
-def test_leaving_in_the_middle_closes() -> None:
+def test_closing_the_stream_midway_closes_the_generation() -> None:
     counting = Counting()
     chunks = drain(lambda: counting, nothing, CancelSignal())
     next(chunks)
@@ -245,7 +245,7 @@ def test_the_folders_of_a_prediction_are_removed_if_they_are_empty(folders: Path
 
 
 @pytest.mark.parametrize("prediction_id", ["", ".", "..", "../else", "a/b"])
-def test_an_id_that_is_a_path_leads_to_no_folder_of_others(folders: Path, prediction_id: str) -> None:
+def test_an_id_that_is_a_path_removes_no_other_folder(folders: Path, prediction_id: str) -> None:
     (folders / "a").mkdir(parents=True)
     for kind in ("inputs", "outputs"):
         (folders / prediction_id / kind).mkdir(parents=True)

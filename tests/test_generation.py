@@ -1,4 +1,4 @@
-"""One answer by itself: its stream is fed by hand, on a clock that moves only while somebody waits."""
+"""One answer in isolation: its stream is fed by hand, on a clock that advances only while something waits."""
 
 from collections import deque
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ TOKENIZER = Tokenizer(tokenizer_json.byte_level(byte_alphabet() | {"<end>": END}
 
 
 class Feed:
-    """An engine's stream whose deliveries come at given times, and the clock."""
+    """An engine's stream whose deliveries arrive at given times, and the clock."""
 
     def __init__(self, *deliveries: tuple[float, Delivery]) -> None:
         self.now_s = 0.0
@@ -30,7 +30,7 @@ class Feed:
         return self.now_s
 
     def get(self, timeout_s: float | None = None) -> Delivery | None:
-        assert timeout_s is None or not self._timed_out, "what has nothing to show sleeps until a token comes"
+        assert timeout_s is None or not self._timed_out, "with nothing to show, it must sleep until a token comes"
         due_s, delivery = self._coming[0]
         self._timed_out = timeout_s is not None and due_s > self.now_s + timeout_s
         if self._timed_out:
@@ -50,7 +50,7 @@ class Feed:
 
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Begins an answer whose chunks are 4 s apart at least, and keeps what it says of its end in `.ends`."""
+    """Begins an answer whose chunks are at least 4 s apart, and records its reported outcomes in `.ends`."""
 
     def begin(feed: Feed, **fields: Any) -> Generation:
         monkeypatch.setattr("starling.generation.time", SimpleNamespace(monotonic=feed.monotonic))
@@ -105,7 +105,7 @@ def test_what_might_have_become_a_stop_sequence_is_shown_at_the_end(answer: Any,
     assert generation.result.finish_reason == finish
 
 
-def test_a_stop_sequence_may_be_what_a_broken_character_is_shown_as(answer: Any) -> None:
+def test_the_replacement_for_a_broken_character_can_match_a_stop_sequence(answer: Any) -> None:
     generation = answer(Feed((0, Delivery([*said("a🦜").tokens[:-1], END], "stop"))), stop_sequences=["\ufffd"])
     assert "".join(generation) == "a"
     assert generation.result.finish_reason == "stop_sequence"
@@ -121,7 +121,7 @@ def test_a_stop_sequence_may_be_what_a_broken_character_is_shown_as(answer: Any)
         (Delivery([], "error", EngineError("it broke")), "EngineError"),
     ],
 )
-def test_every_end_is_told_once(answer: Any, last: Delivery, outcome: str) -> None:
+def test_every_outcome_is_reported_once(answer: Any, last: Delivery, outcome: str) -> None:
     generation = answer(Feed((0, said("a")), (1, last)), stop_sequences=["."])
     assert next(generation) == "a"
     if last.finish in ("cancelled", "error"):
@@ -135,19 +135,19 @@ def test_every_end_is_told_once(answer: Any, last: Delivery, outcome: str) -> No
     assert answer.ends == [outcome]
 
 
-def test_leaving_stops_the_computing(answer: Any) -> None:
+def test_closing_midway_stops_the_generation(answer: Any) -> None:
     generation = answer(feed := Feed((0, said("a")), (1, said("b", "stop"))))
     next(generation)
     generation.close()
     assert feed.cancelled and list(generation) == [] and answer.ends == ["disconnected"]
 
 
-def test_who_leaves_before_the_first_chunk_stops_the_computing(answer: Any) -> None:
+def test_closing_before_the_first_chunk_stops_the_generation(answer: Any) -> None:
     answer(feed := Feed((0, said("a", "stop")))).close()
     assert feed.cancelled
 
 
-def test_a_fault_of_our_own_stops_the_computing(answer: Any) -> None:
+def test_an_error_of_our_own_stops_the_generation(answer: Any) -> None:
     generation = answer(feed := Feed((0, Delivery([END + 1]))))  # no such token
     with pytest.raises(IndexError):
         next(generation)

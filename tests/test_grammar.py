@@ -1,4 +1,4 @@
-"""Which texts a schema or regex lets through, token by token, without a model."""
+"""Which texts a schema or regex allows, token by token, without a model."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def grammars(demo_folder: Path) -> Grammars:
 
 @pytest.fixture(scope="module")
 def follows(demo_folder: Path, grammars: Grammars) -> Follows:
-    """Whether an answer under this schema can be this text, whole."""
+    """Whether this whole text is a valid answer under this schema."""
     tokenizer = Tokenizer.from_folder(demo_folder, 49152)
 
     def ask(text: str, schema: dict[str, Any]) -> bool:
@@ -43,7 +43,7 @@ def follows(demo_folder: Path, grammars: Grammars) -> Follows:
 
 @pytest.mark.parametrize("name", ["b", "é", "\n", '"'])
 def test_a_declared_key_comes_once(follows: Follows, name: str) -> None:
-    """Another value for it, in whatever spelling, would be checked as an additional property."""
+    """A second value for it, under any spelling, would be checked as an additional property."""
     schema = {"properties": {name: {"type": "integer"}}}
     key, escaped = json.dumps(name, ensure_ascii=False), f'"\\u{ord(name):04x}"'
     assert follows(f'{{{key}:1,"c":"x","c":2}}', schema)
@@ -67,8 +67,8 @@ def test_keys_that_may_repeat_are_not_counted(follows: Follows, keys: dict[str, 
         follows("{}", {"items": OPEN | keys | {"minProperties": named + 2}})
 
 
-def test_parts_are_a_space_or_a_line_break_apart_at_most(follows: Follows) -> None:
-    """Else a small model may write spaces for ever."""
+def test_at_most_one_space_or_line_break_separates_json_tokens(follows: Follows) -> None:
+    """Otherwise a small model may write spaces for ever."""
     for text in ('{"a":1}', '{ "a": 1 }', '{\n"a": 1\n}'):
         assert follows(text, {})
     for text in ('{"a":  1}', '{\n "a": 1}', '{\t"a": 1}'):
@@ -96,7 +96,7 @@ def test_a_known_format_is_followed(follows: Follows, name: str) -> None:
     assert not follows('"no such text"', {"type": "string", "format": name})
 
 
-def test_an_unknown_format_says_nothing(follows: Follows) -> None:
+def test_an_unknown_format_is_ignored(follows: Follows) -> None:
     for name in ("password", "uuid4", "uri-reference"):
         assert follows('"no such text"', {"$defs": {"a": {"type": "string", "format": name}}, "$ref": "#/$defs/a"})
         assert follows('["x"]', {"items": {"anyOf": [{"type": "string", "format": name}]}})
@@ -117,7 +117,7 @@ def test_an_unknown_format_says_nothing(follows: Follows) -> None:
         {"$defs": {"a": {"type": "string"}}, "title": "A"},
     ],
 )
-def test_a_schema_that_says_nothing_is_refused(follows: Follows, schema: dict[str, Any]) -> None:
+def test_a_schema_without_a_known_keyword_is_refused(follows: Follows, schema: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=r"no keyword .* \(its keys: .*\)\. Put the schema itself at the top"):
         follows("{}", schema)
     assert follows("{}", {})
@@ -129,8 +129,8 @@ def test_what_cannot_be_followed_is_refused_by_name(follows: Follows, keyword: s
         follows("1", {keyword: {}})
 
 
-def test_patterns_that_meet_in_no_text_are_not_counted(follows: Follows) -> None:
-    """As generators write them: a property that may be null, and one that a $ref describes."""
+def test_patterns_that_never_apply_to_the_same_string_are_not_counted(follows: Follows) -> None:
+    """As schema generators write them: properties that may be null, and properties that a $ref describes."""
     named = {f"Kind{i}": {"type": "string", "pattern": f"^{i}[a-z]*$", "title": "Kind"} for i in range(20)}
     fields = {f"a{i}": {"anyOf": [{"$ref": f"#/$defs/Kind{i}"}, {"type": "null"}], "default": None} for i in range(20)}
     fields |= {f"b{i}": {"$ref": f"#/$defs/Kind{i}", "description": "A kind."} for i in range(20)}
@@ -140,21 +140,21 @@ def test_patterns_that_meet_in_no_text_are_not_counted(follows: Follows) -> None
     assert not follows('{"c3": "2z"}', schema)
 
 
-def test_values_need_not_be_unique_where_nobody_asks(follows: Follows) -> None:
+def test_a_false_unique_items_is_ignored(follows: Follows) -> None:
     assert follows("[[1, 1]]", {"uniqueItems": False, "items": {"type": "array", "uniqueItems": False}})
     assert follows('{"uniqueItems": 1}', {"type": "object", "properties": {"uniqueItems": {"const": 1}}})
 
 
 @pytest.mark.parametrize("keyword", sorted(KEYWORDS - {"const"}))
-def test_every_keyword_is_llguidances(follows: Follows, keyword: str) -> None:
-    """It reads each, and so refuses what is no value of it. (Anything is one of const.)"""
+def test_llguidance_knows_every_keyword(follows: Follows, keyword: str) -> None:
+    """It reads each of them, and so refuses an invalid value. (Any value is valid for const.)"""
     with pytest.raises(RequestError, match="cannot be followed"):
         follows("[0]", {keyword: {"$ref": "#/no"}})
 
 
 def test_multiples_count_by_their_digits(follows: Follows) -> None:
     assert follows("100000", {"multipleOf": 100000}), "the most that is accepted"
-    assert follows("86400", {"multipleOf": 86400.0}), "which is no larger than 86400"
+    assert follows("86400", {"multipleOf": 86400.0}), "86400.0 counts as 86400"
     apart = {"properties": {"day": {"multipleOf": 86400}, "half": {"multipleOf": 43200}}}
     assert follows('{"day":86400,"half":43200}', apart), "one is a multiple of the other"
     assert follows("0.0000003", {"multipleOf": 1e-7})
@@ -165,7 +165,7 @@ def test_multiples_count_by_their_digits(follows: Follows) -> None:
 
 @pytest.mark.parametrize("schema", [{"properties": 5}, {"patternProperties": 5}, {"required": 5, "minProperties": 2}])
 def test_a_keyword_with_a_value_of_another_type_is_refused(follows: Follows, schema: dict[str, Any]) -> None:
-    """And breaks nothing that looks into it before."""
+    """And does not break our own checks, which come first."""
     with pytest.raises(RequestError, match=r"cannot be followed|Name more keys"):
         follows("{}", schema)
 
@@ -179,14 +179,14 @@ def test_a_keyword_with_a_value_of_another_type_is_refused(follows: Follows, sch
     ids=["schema", "regex"],
 )
 def test_a_grammar_is_followed_in_starlings_own_tokens(text: str, fields: dict[str, str]) -> None:
-    """SentencePiece writes a space before a text, and characters without a piece as bytes."""
+    """SentencePiece puts a space before a text, and writes characters without a piece as bytes."""
     tokenizer = Tokenizer(tokenizer_json.starling_tokenizer(), 32002)
     constraint = Grammars(tokenizer, frozenset({32000, END})).constraint(Request.parse(prompt="x", **fields))
     assert constraint is not None
     for token in [*tokenizer.encode(text), None]:
         mask = constraint.mask()
         ends = [bool(mask[end // 32] >> end % 32 & 1) for end in (END, 32000)]
-        assert ends == [token is None] * 2, "it may end with any of the ids that end it, and only when it is whole"
+        assert ends == [token is None] * 2, "it may end with either stop id, but only when it is complete"
         if token is not None:
             assert mask[token // 32] >> token % 32 & 1
             constraint.advance(token)
@@ -207,7 +207,7 @@ def test_a_constant_that_would_be_rounded_is_refused(follows: Follows, key: str)
 
 @pytest.mark.parametrize("name", ["const", "enum", "format", "properties"])
 @pytest.mark.parametrize("keyword", ["$defs", "definitions", "patternProperties", "properties"])
-def test_a_name_is_not_taken_for_a_keyword(follows: Follows, keyword: str, name: str) -> None:
+def test_a_name_is_not_mistaken_for_a_keyword(follows: Follows, keyword: str, name: str) -> None:
     referred = keyword in ("$defs", "definitions")
 
     def named(schema: dict[str, Any]) -> dict[str, Any]:

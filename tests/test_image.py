@@ -1,4 +1,4 @@
-"""What the image would hold: rendered from cog.yaml as `cog build` would, and held against the server's needs."""
+"""The image: rendered from cog.yaml as `cog build` would, and checked against what the server needs."""
 
 import ast
 import importlib.metadata
@@ -15,11 +15,11 @@ from tests.test_requirements import BROUGHT
 ROOT = Path(__file__).parent.parent
 FILES = ["cog.yaml", "cog-cpu.yaml"]
 MADE_BY_COG = {REQUIREMENTS, SCHEMA}
-SMALL_BYTES = 200_000  # of one file of ours
+SMALL_BYTES = 200_000  # for a single file of ours
 
 
 def ignore_patterns() -> list[tuple[re.Pattern[str], bool]]:
-    """.dockerignore's lines in order: what matches, and whether that is left out."""
+    """.dockerignore's lines, in order: a pattern, and whether what it matches is left out."""
     lines = (line.strip() for line in (ROOT / ".dockerignore").read_text().splitlines())
     found = []
     for line in lines:
@@ -157,7 +157,7 @@ def file_of(module: str) -> Path | None:
 
 
 def reachable(*start: str) -> tuple[set[Path], set[str]]:
-    """Files of ours that the modules import, directly or not, and the foreign packages that those need."""
+    """Our files that the modules import, directly or indirectly, and the third-party packages those import."""
     ours: set[Path] = set()
     foreign: set[str] = set()
     waiting = list(start)
@@ -181,7 +181,7 @@ def normal(distribution: str) -> str:
 
 
 def named(config: CogYaml) -> set[str]:
-    """What the image installs by name, without what that brings along."""
+    """What the image installs by name, without the dependencies of that."""
     asked, _, _ = requirements(config).partition(BROUGHT)
     return {normal(line.split("==")[0]) for line in asked.splitlines() if "==" in line} | set(MANAGED)
 
@@ -205,7 +205,7 @@ def test_the_image_installs_only_what_the_server_imports() -> None:
     assert named(CogYaml.read(ROOT / "cog.yaml")) <= needed | set(MANAGED)
 
 
-# -- what would slip in --------------------------------------------------------------------------------------------
+# -- what could slip in --------------------------------------------------------------------------------------------
 
 
 def test_the_kernels_sources_and_the_lock_are_sent() -> None:

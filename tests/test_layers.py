@@ -1,4 +1,4 @@
-"""The house: imports point down only."""
+"""The architecture: imports point down only."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Which parts of starling each room may import, beside itself and errors.
+# Which parts of starling each room may import, besides itself and errors.
 ROOMS = {
     "starling/model/ops": {
         "starling.file_system", "starling.model.awq", "starling.model.batch", "starling.model.control_groups",
@@ -29,7 +29,7 @@ ROOMS = {
     "starling/json_file.py": set(),
     "starling/errors.py": set(),
 }  # fmt: skip
-# What no room of the serving path imports at its top: slow, or not installed there.
+# What no room of the serving path imports: slow to load, or not installed for serving.
 HEAVY = {"transformers", "awq", "accelerate", "datasets", "sentencepiece", "gguf", "mistral_common", "huggingface_hub"}
 
 

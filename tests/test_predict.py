@@ -1,4 +1,4 @@
-"""The form that Cog shows agrees with what a request may hold, and with what Cog reads in the source."""
+"""The form that Cog shows agrees with what a request may hold, and with what Cog reads from the source."""
 
 import inspect
 import json
@@ -125,7 +125,7 @@ def test_every_metric_is_one_of_a_result() -> None:
         ("*, x: int = Input(default=9)", "needs a default"),
     ],
 )
-def test_what_cog_would_read_otherwise_is_refused(signature: str, fault: str) -> None:
+def test_what_cog_would_misread_is_refused(signature: str, fault: str) -> None:
     with pytest.raises(SignatureError, match=fault):
         read_signature(f"class Predictor:\n  def predict(self, {signature}) -> ConcatenateIterator[str]: ...")
 
@@ -143,7 +143,7 @@ def test_what_cog_would_read_otherwise_is_refused(signature: str, fault: str) ->
         ("class Another:\n  def predict(self) -> ConcatenateIterator[str]: ...", "no class Predictor"),
     ],
 )
-def test_a_predictor_that_cog_would_read_otherwise_is_refused(source: str, fault: str) -> None:
+def test_a_predictor_that_cog_would_misread_is_refused(source: str, fault: str) -> None:
     with pytest.raises(SignatureError, match=fault):
         read_signature(source)
 

@@ -1,7 +1,7 @@
-"""What replicas do of their own, without Ray; then two of them on Ray Serve: one is killed, and no request that had
-not begun to stream is lost.
+"""What replicas do themselves, without Ray; then two of them on Ray Serve: one is killed, and no request is lost that
+had not begun to stream.
 
-The latter are slow, and Ray is installed by nothing else:
+The latter tests are slow, and nothing else installs Ray:
     pip install -r requirements-replicas.txt
     pytest -m slow tests/test_replicas.py
 """
@@ -93,7 +93,7 @@ def on_ray(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.slow(pytest.mark.skipif(missing, reason="needs ray[serve], of requirements-replicas.txt")(test))
 
 
-def test_without_ray_its_installation_is_told() -> None:
+def test_without_ray_it_says_how_to_install_it() -> None:
     hidden = "import runpy, sys; sys.modules['ray'] = None; runpy.run_module('starling.replicas', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
@@ -115,7 +115,7 @@ RAY = {
 
 @pytest.fixture
 def replicas(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """starling.replicas where Ray is not installed: of Ray it finds the names, and the tests say what they do."""
+    """starling.replicas where Ray is not installed: it finds only Ray's names, and the tests supply the behaviour."""
     for name, members in RAY.items():
         module = ModuleType(name)
         vars(module).update({member: type(member, (Exception,), {"Application": None}) for member in members})
@@ -128,7 +128,7 @@ def replicas(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 class Replicas:
-    """What a front is given: each request goes to the next of `scripts`, whose errors are raised and events sent."""
+    """A front's replicas: each request gets the next of `scripts`, whose errors are raised and events yielded."""
 
     def __init__(self, *scripts: list[Any]) -> None:
         self.asked = 0
@@ -151,7 +151,7 @@ DIED = {"error": "The replica died while it answered. Ask again.", "again": Fals
 
 
 @pytest.mark.parametrize("how", ["RayActorError", "DeploymentUnavailableError", "again"])
-def test_a_request_begins_again_elsewhere_until_its_text_has_begun(replicas: ModuleType, how: str) -> None:
+def test_a_request_restarts_elsewhere_until_its_text_has_begun(replicas: ModuleType, how: str) -> None:
     fault = FULL if how == "again" else getattr(replicas, how)()
     told = FULL if how == "again" else DIED
     for scripts, asked, events in (
@@ -212,8 +212,8 @@ def test_a_body_is_checked_before_a_replica_is_asked(replicas: ModuleType, body:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_who_leaves_stops_the_computing(replicas: ModuleType, begun: bool) -> None:
-    """Also while the answer is still being started, which goes on for a while on a thread of its own."""
+def test_a_caller_that_leaves_stops_the_generation(replicas: ModuleType, begun: bool) -> None:
+    """Even while the answer is still being started on a thread of its own, which takes a while."""
     started, cancelled = threading.Event(), threading.Event()
 
     class Endless:
@@ -285,8 +285,8 @@ def test_what_cannot_run_is_refused(cluster: Cluster, content: bytes, status: in
 
 
 @on_ray
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's, as it is imported
-def test_of_a_body_that_is_too_long_the_rest_is_not_read() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from importing Ray
+def test_the_rest_of_a_body_that_is_too_long_is_not_read() -> None:
     from starlette.requests import Request
 
     from starling.replicas import MAX_BODY_BYTES, BodyError, body_of
@@ -305,7 +305,7 @@ def test_of_a_body_that_is_too_long_the_rest_is_not_read() -> None:
 
 @on_ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_fault_of_our_own_ends_its_request_with_an_error() -> None:
+def test_an_error_of_our_own_ends_its_request_with_an_error() -> None:
     from starling.replicas import Replica
 
     class Broken(Replica):
@@ -321,8 +321,8 @@ def test_a_fault_of_our_own_ends_its_request_with_an_error() -> None:
 
 
 @on_ray
-def test_a_killed_replica_loses_nothing_that_had_not_begun(cluster: Cluster) -> None:
-    """More requests than both replicas take: some stream, some wait. One replica is killed in the midst of it."""
+def test_a_killed_replica_loses_no_request_that_had_not_begun(cluster: Cluster) -> None:
+    """More requests than both replicas take: some stream, some wait. Meanwhile one replica is killed."""
     begun: list[int] = []
 
     def ask(number: int) -> str:

@@ -1,4 +1,4 @@
-"""What may be asked: bounds and defaults, stop sequences as people write them, faults in plain words."""
+"""What may be asked for: bounds and defaults, stop sequences as people write them, faults in plain words."""
 
 from typing import Any
 
@@ -97,7 +97,7 @@ def test_the_bytes_of_all_texts_are_counted_together() -> None:
             Request.parse(**{**texts, "prompt": f"{texts['prompt']}x"})
 
 
-def test_a_template_s_values_are_counted_as_often_as_it_has_them() -> None:
+def test_a_template_s_values_are_counted_at_every_use() -> None:
     template = "{prompt}" * 1000 + "{system_prompt}" * 1000
     fits = (MAX_TEXT_BYTES - len(template)) // 2000
     Request.parse(prompt="x" * fits, system_prompt="y" * fits, prompt_template=template)
@@ -106,7 +106,7 @@ def test_a_template_s_values_are_counted_as_often_as_it_has_them() -> None:
             Request.parse(**{"prompt": "x" * fits, "system_prompt": "y" * fits, **longer}, prompt_template=template)
 
 
-def test_a_blank_text_is_not_set_but_for_stop_sequences() -> None:
+def test_a_blank_text_counts_as_not_given_except_in_stop_sequences() -> None:
     blank = dict.fromkeys(("prompt", "system_prompt", "prompt_template", "json_schema", "regex", "mode"), " \n")
     request = Request.parse(messages=[USER], stop_sequences=" ", **blank)
     assert request == Request.parse(messages=[USER], stop_sequences=[" "])

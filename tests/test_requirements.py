@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 BROUGHT = "# What those bring along"
-OF_CUDA = ("cuda-", "nvidia-", "triton")  # torch for CUDA brings these, and says itself in which versions
+OF_CUDA = ("cuda-", "nvidia-", "triton")  # dependencies of torch for CUDA, which pins their versions itself
 
 
 def pins(name: str) -> dict[str, str]:
@@ -21,13 +21,13 @@ def pins(name: str) -> dict[str, str]:
 
 
 def named(name: str) -> set[str]:
-    """What a file asks for, without what that brings along."""
+    """What a file asks for, without the dependencies of that."""
     ours, _, _ = (ROOT / name).read_text().partition(BROUGHT)
     return set(re.findall(r"^(.*)==", ours, re.M))
 
 
 def brought(name: str, found: set[str]) -> set[str]:
-    """Adds to `found` what `name` needs, directly or not, and leaves to it what it pins itself."""
+    """Adds to `found` the direct and indirect dependencies of `name`, except those that a package pins itself."""
     for text in requires(name) or []:
         needed = Requirement(text)
         pinned = any(each.operator == "==" and "*" not in each.version for each in needed.specifier)
@@ -61,7 +61,7 @@ def test_every_requirement_is_pinned() -> None:
             assert not line or line.startswith("#") or pinned, f"{path.name}: {line}"
 
 
-def test_the_oldest_python_that_is_promised_can_install_every_pin() -> None:
+def test_the_oldest_supported_python_can_install_every_pin() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     oldest = project["requires-python"].removeprefix(">=").partition(",")[0]
     for path in ROOT.glob("requirements*.txt"):
@@ -69,17 +69,17 @@ def test_the_oldest_python_that_is_promised_can_install_every_pin() -> None:
             try:
                 wanted = metadata(name.partition("[")[0]).get("Requires-Python", "")
             except PackageNotFoundError:
-                continue  # of the reference or the replicas
+                continue  # a requirement of the reference or the replicas
             assert SpecifierSet(wanted).contains(f"{oldest}.0"), f"{name} needs Python {wanted}"
 
 
-def test_the_reference_is_pinned_as_the_tests_have_it() -> None:
+def test_the_reference_has_the_same_pins_as_the_tests() -> None:
     reference, dev = pins("requirements-reference.txt"), pins("requirements-dev.txt")
     assert {name: reference[name] for name in ("accelerate", "transformers")}.items() <= dev.items()
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-cpu.txt"])
-def test_what_the_named_bring_along_is_pinned_too(name: str) -> None:
+def test_dependencies_of_the_named_packages_are_pinned_too(name: str) -> None:
     pinned = {canonicalize_name(package) for package in pins(name)}
     asked = {canonicalize_name(package) for package in named(name)}
     needed = set().union(*(brought(package, set()) for package in asked))
@@ -88,4 +88,4 @@ def test_what_the_named_bring_along_is_pinned_too(name: str) -> None:
 
 def test_the_pins_are_what_is_tested() -> None:
     for package, wanted in pins("requirements-cpu.txt").items():
-        assert package == "torch" or version(package) == wanted  # torch: there are builds with other names
+        assert package == "torch" or version(package) == wanted  # torch's version depends on the build

@@ -44,7 +44,7 @@ FRANCE = "What is the capital of France?"
 
 
 def test_the_readmes_examples_run(demo_folder: Path, service: Service) -> None:
-    """They are sampled; but the seed that is printed gives the same answer here."""
+    """They are sampled, but the printed seed gives the same answer here."""
     code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -67,14 +67,14 @@ def test_the_readmes_examples_run(demo_folder: Path, service: Service) -> None:
     assert third.startswith("\n") and third.endswith("\n")
 
 
-LEAVES_IN_AN_ANSWER = """
+EXITS_MID_ANSWER = """
 import atexit
 import os
 from starling.request import Request
 from starling.service import Service
 from starling.settings import Settings
 
-atexit.register(lambda: print("computing on" if service.healthy else "closed"))  # after what was registered later
+atexit.register(lambda: print("still running" if service.healthy else "closed"))  # runs after what is registered later
 service = Service.load(Settings.from_env(os.environ))
 answers = [service.generate(Request.parse(prompt="Hello", min_tokens=2000, max_tokens=2000)) for _ in range(4)]
 next(answers[0])
@@ -82,10 +82,10 @@ next(answers[0])
 
 
 @pytest.mark.parametrize("engine", ["engine", "reference"])
-def test_a_process_that_leaves_in_an_answer_ends_in_order(demo_folder: Path, engine: str) -> None:
+def test_a_process_that_exits_mid_answer_shuts_down_cleanly(demo_folder: Path, engine: str) -> None:
     environment = {"STARLING_WEIGHTS": str(demo_folder), "COG_MAX_CONCURRENCY": "4", "HOME": str(Path.home())}
     environment |= {"STARLING_ENGINE": engine}
-    command = [sys.executable, "-c", LEAVES_IN_AN_ANSWER]
+    command = [sys.executable, "-c", EXITS_MID_ANSWER]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "closed\n"
@@ -111,7 +111,7 @@ def test_a_stop_sequence_ends_the_answer_and_is_not_part_of_it(service: Service)
     assert (result.text, result.finish_reason) == ("The capital of ", "stop_sequence")
 
 
-def test_min_tokens_holds_stops_and_the_end_back(service: Service) -> None:
+def test_min_tokens_delays_stop_sequences_and_the_end(service: Service) -> None:
     assert ask(service, prompt=FRANCE, min_tokens=20).output_token_count >= 20
     late = ask(service, prompt=FRANCE, min_tokens=4, stop_sequences=["capital"])
     assert late.text.startswith("The capital of France")
@@ -157,12 +157,12 @@ def test_an_answer_matches_its_regex(service: Service) -> None:
     result = ask(service, prompt="When?", regex=r"(19|20)\d\d-[01]\d/[0-3]\d", temperature=2)
     assert re.fullmatch(r"(19|20)\d\d-[01]\d/[0-3]\d", result.text)
     short = ask(service, prompt="Yes or no?", regex="yes|no", min_tokens=20)
-    assert short.text in ("yes", "no") and short.output_token_count < 5, "min_tokens cannot hold past the grammar's end"
+    assert short.text in ("yes", "no") and short.output_token_count < 5, "min_tokens does not outlast the grammar's end"
 
 
 @pytest.mark.parametrize("min_tokens", [0, 20])
 def test_a_grammar_that_fails_ends_no_answer_as_if_it_were_complete(service: Service, min_tokens: int) -> None:
-    """Where llguidance finds only while it looks for what may come next that nothing can, it offers the end."""
+    """When llguidance discovers only while computing the mask that no token is possible, it allows the end."""
     with pytest.raises(RequestError, match=r"grammar failed.*Fix"):
         ask(service, prompt="x", json_schema='{"$ref": "#"}', min_tokens=min_tokens)
 
@@ -182,7 +182,7 @@ def test_a_grammar_that_fails_ends_no_answer_as_if_it_were_complete(service: Ser
         (r"a/b|\\/|\/", r"a/b|\\/|/"),
     ],
 )
-def test_anchors_and_comments_say_nothing_new(service: Service, regex: str, answer: str) -> None:
+def test_anchors_and_comments_change_nothing(service: Service, regex: str, answer: str) -> None:
     for seed in range(3):
         result = ask(service, prompt="Yes or no?", regex=regex, temperature=5, seed=seed)
         assert re.fullmatch(answer, result.text)
@@ -233,7 +233,7 @@ def test_a_large_schema_can_be_followed(service: Service, schema: dict[str, Any]
     [
         ({"regex": "((a{1000}){1000}){1000}"}, "too many states"),
         ({"regex": "(.*[a-m].{60}[n-z]){3}"}, "too many expressions"),
-        # With llguidance's own limits these two go on.
+        # With llguidance's default limits, these two would continue.
         ({"regex": "(.*a.{40}b.*){3}", "min_tokens": 500}, "too many states"),
         (
             {
@@ -257,7 +257,7 @@ def test_a_grammar_that_grows_without_bound_ends_its_request_alone(
 
 
 def contains(count: int) -> list[dict[str, str]]:
-    """Schemas of texts with so many different pieces. To join them takes twice the time and memory with each."""
+    """Schemas of strings that contain `count` different pieces. Each one doubles the time and memory to join them."""
     return [{"type": "string", "pattern": f"a{i}"} for i in range(count)]
 
 
@@ -332,15 +332,15 @@ def test_what_is_too_long_is_refused_before_its_grammar_is_compiled(
         service.generate(Request.parse(prompt=FRANCE, max_tokens=8192, regex="yes|no"))
 
 
-def test_what_was_submitted_ends_when_its_caller_never_gets_it(
+def test_a_submitted_request_ends_if_its_caller_never_gets_it(
     demo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cancelled as it is handed over: nobody holds its stream."""
+    """Cancelled while being handed over, when nobody else holds its stream."""
     streams: list[TokenStream] = []
 
     def cancelled(stream: TokenStream, *_: object) -> None:
         streams.append(stream)
-        raise KeyboardInterrupt  # as Cog's CancelationException: no Exception
+        raise KeyboardInterrupt  # like Cog's CancelationException, not an Exception
 
     monkeypatch.setattr("starling.service.Generation", cancelled)
     with closing(Service.from_folder(demo_folder, Settings())) as service:
@@ -380,7 +380,7 @@ def test_the_first_token_comes_at_once_and_later_ones_together(demo_folder: Path
 
 @pytest.mark.parametrize("how", ["by the engine", "by a stop sequence"])
 def test_an_end_is_not_held_back_with_the_text(demo_folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """Chunks are an hour apart here: who waits for the next one sees the end when it comes."""
+    """Chunks are an hour apart here, but a reader waiting for the next one sees the end when it comes."""
     monkeypatch.setattr("starling.generation.COALESCE_S", 3600.0)
     tokenizer = Tokenizer.from_folder(demo_folder, 49152)
     stream = TokenStream(lambda: None)
@@ -398,7 +398,7 @@ def test_an_end_is_not_held_back_with_the_text(demo_folder: Path, monkeypatch: p
     assert rest.result() == [" two three" if how == "by the engine" else " two "]
 
 
-def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:
+def test_characters_split_across_tokens_come_out_whole(demo_folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(demo_folder, 49152)
     stream = TokenStream(lambda: None)
     text = "日本語 🦊\n    indented\n\ttab"
@@ -411,7 +411,7 @@ def test_characters_cut_over_tokens_come_out_whole(demo_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("finish", "end"), [("length", ""), ("stop", "\N{REPLACEMENT CHARACTER}")])
-def test_a_character_that_the_length_cut_is_left_out(
+def test_a_character_cut_off_by_the_length_limit_is_left_out(
     demo_folder: Path, finish: Literal["stop", "length"], end: str
 ) -> None:
     tokenizer = Tokenizer.from_folder(demo_folder, 49152)
@@ -422,7 +422,7 @@ def test_a_character_that_the_length_cut_is_left_out(
     assert generation.result is not None and generation.result.text == "a fox " + end
 
 
-def test_a_stop_sequence_ends_the_computing_before_the_last_chunk_is_read(demo_folder: Path) -> None:
+def test_a_stop_sequence_stops_the_engine_before_the_last_chunk_is_read(demo_folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(demo_folder, 49152)
     cancelled: list[bool] = []
     stream = TokenStream(lambda: cancelled.append(True))
@@ -440,11 +440,11 @@ def test_a_model_of_another_chat_format_is_refused_before_its_weights_are_read(
     controls = {f"<|reserved_{i}|>": 256 + i for i in range(70)}
     tokenizer_json.write(tokenizer_json.byte_level(byte_alphabet() | controls, [], controls), tmp_path)
     monkeypatch.setattr("starling.service.load_engine", lambda *_: pytest.fail("the weights were read"))
-    with pytest.raises(CheckpointError, match=r"no token '<\|end_of_turn\|>'.* and 62 more\. Only models of the chat"):
+    with pytest.raises(CheckpointError, match=r"no token '<\|end_of_turn\|>'.* and 62 more\. Only models with Open"):
         Service.from_folder(tmp_path)
 
 
-def test_a_kv_cache_that_memory_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kv_cache_that_does_not_fit_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path)
     monkeypatch.setattr("starling.service.kv_cache_room", lambda device, step_bytes: 50_000)
     with pytest.raises(DeviceError, match=r"STARLING_KV_CACHE_BYTES is 60000\. .* room for 50000\. Lower it"):
@@ -458,9 +458,9 @@ def test_the_kv_cache_has_what_its_settings_say(tmp_path: Path) -> None:
         2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 16 * 2
     )  # bytes of 16 positions in float16
     for fields, blocks in (
-        ({"max_concurrency": 2}, 2 * (1024 // 16 + 1)),  # a whole context for each, and one block that is written next
+        ({"max_concurrency": 2}, 2 * (1024 // 16 + 1)),  # a whole context for each, and the block that is written next
         ({"max_concurrency": 1, "block_size": 32}, 1024 // 32 + 1),
-        ({"kv_cache_bytes": 1 << 40}, 1024 // 16 + 1),  # no more is taken than can be used
+        ({"kv_cache_bytes": 1 << 40}, 1024 // 16 + 1),  # no more is allocated than can be used
         ({"kv_cache_bytes": 10 * block - 1}, 9),
         ({"kv_cache_bytes": 10 * block, "kv_dtype": "float32", "cpu_precision": "float32", "device": "cpu"}, 5),
     ):
@@ -489,7 +489,7 @@ def test_steps_are_as_large_as_their_settings_say(tmp_path: Path) -> None:
         assert bool(engine.counters.proposed) == bool(rows)
 
 
-def test_a_context_is_as_long_as_the_model_s_and_takes_the_blocks_of_a_window(tmp_path: Path) -> None:
+def test_a_whole_context_fits_in_the_blocks_of_its_window(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, sliding_window=300)
     engine = load_engine(tmp_path, Settings(kv_cache_bytes=300_000))  # 48 blocks of 16 positions
     engine.check([5] * 1000, 24)
@@ -498,8 +498,8 @@ def test_a_context_is_as_long_as_the_model_s_and_takes_the_blocks_of_a_window(tm
     engine.close()
 
 
-class Noting:
-    """In place of an engine: keeps how it was asked, and answers nothing."""
+class Recorder:
+    """A stand-in for the engine: records the sampling parameters, and answers nothing."""
 
     params: SamplingParams
 
@@ -511,7 +511,7 @@ class Noting:
 
 
 def test_the_engine_is_asked_for_what_the_request_says(demo_folder: Path) -> None:
-    tokenizer, engine = Tokenizer.from_folder(demo_folder, 49152), Noting()
+    tokenizer, engine = Tokenizer.from_folder(demo_folder, 49152), Recorder()
     fields = {
         "max_tokens": 9, "min_tokens": 3, "temperature": 0.25, "top_p": 0.5, "top_k": 6, "min_p": 0.125, "seed": 0,
         "presence_penalty": -0.5, "frequency_penalty": 0.75, "repetition_penalty": 1.5,

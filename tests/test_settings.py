@@ -1,4 +1,4 @@
-"""What the environment may say, and what is said of the rest."""
+"""What the environment may set, and how the rest is reported."""
 
 import logging
 import re
@@ -12,14 +12,14 @@ from starling.settings import Settings
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_readme_tells_every_setting_and_its_default() -> None:
+def test_the_readme_lists_every_setting_and_its_default() -> None:
     table = re.findall(r"^\| `((?:STARLING|COG)_\w+)` \| `?([^ |`;]*)", README.read_text(encoding="utf-8"), re.M)
     names = {str(field.alias): name for name, field in Settings.model_fields.items()}
     assert [variable for variable, _ in table] == list(names)
     defaults = Settings()
     for variable, told in table:
         default = getattr(defaults, names[variable])
-        if default is not None and variable != "COG_MAX_CONCURRENCY":  # whose cell begins with an image's
+        if default is not None and variable != "COG_MAX_CONCURRENCY":  # its cell begins with the image's default
             assert getattr(Settings.from_env({variable: told}), names[variable]) == default, variable
 
 
@@ -32,7 +32,7 @@ def test_a_wrong_value_is_named_with_its_rule() -> None:
 
 
 @pytest.mark.parametrize("seconds", ["inf", "1e10", "nan", "0"])
-def test_a_hang_comes_after_a_time_that_can_be_waited(seconds: str) -> None:
+def test_the_hang_timeout_is_a_time_that_python_can_wait(seconds: str) -> None:
     with pytest.raises(StarlingError, match=f"STARLING_HANG_AFTER_S is '{seconds}'"):
         Settings.from_env({"STARLING_HANG_AFTER_S": seconds})
 
@@ -53,12 +53,12 @@ def test_blocks_may_be_larger() -> None:
         ("STARLING_SPECULATIVE_ROWS", "-1"),
     ],
 )
-def test_what_no_engine_runs_with_is_refused(name: str, value: str) -> None:
+def test_values_that_no_engine_can_run_with_are_refused(name: str, value: str) -> None:
     with pytest.raises(StarlingError, match=f"{name} is '{value}'"):
         Settings.from_env({name: value})
 
 
-def test_a_flag_is_taken_as_people_write_it() -> None:
+def test_a_flag_is_accepted_as_people_write_it() -> None:
     for text, meant in (("1", True), (" True\n", True), ("no", False)):
         assert Settings.from_env({"STARLING_ALLOW_DOWNLOAD": text}).allow_download is meant
 
@@ -67,7 +67,7 @@ def test_what_is_blank_is_not_set() -> None:
     assert Settings.from_env({"STARLING_THREADS": "", "STARLING_WEIGHTS": ""}) == Settings()
 
 
-def test_a_misspelt_name_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_misspelt_name_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         Settings.from_env({"STARLING_THREADS": "2", "HOME": "/root"})
         assert not caplog.messages

@@ -1,4 +1,4 @@
-"""What a start is made of."""
+"""The start-up report."""
 
 import subprocess
 import sys
@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TICK_S = 0.01  # to which the kernel tells when a process began
+TICK_S = 0.01  # the resolution at which the kernel records a process's start
 
 
-def test_the_process_began_while_it_was_started() -> None:
+def test_a_process_s_start_time_is_when_it_was_spawned() -> None:
     code = "from starling.startup import process_began_s; print(process_began_s())"
     before_s = time.time()
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

@@ -11,7 +11,7 @@ stops = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=4)
 
 
 def first_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """Plain definition: cut before the stop that is complete first; of those that end together, the longest."""
+    """Plain definition: cut before the stop that completes first; of those that end together, the longest."""
     for end in range(1, len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
@@ -46,7 +46,7 @@ def test_a_stop_over_three_pieces_never_leaks() -> None:
     assert matcher.matched == "<END>"
 
 
-def test_what_may_become_the_longest_stop_is_held_though_there_are_short_ones() -> None:
+def test_a_start_of_the_longest_stop_is_held_despite_shorter_stops() -> None:
     matcher = StopMatcher(["X", "<END>"])
     assert [matcher.feed(piece) for piece in ("one <EN", "D>")] == ["one ", ""]
 

@@ -1,4 +1,4 @@
-"""Text ↔ ids: SentencePiece as the second opinion, and text that is cut anywhere. Golden lists are test_chat.py's."""
+"""Text ↔ ids: SentencePiece as the oracle, and text cut anywhere. The golden lists are in test_chat.py."""
 
 import copy
 import importlib.util
@@ -116,7 +116,7 @@ def test_the_byte_table_agrees_with_sentencepiece() -> None:
 
 
 def test_merges_may_be_written_as_one_text() -> None:
-    """As older files do; those that would spell a control token are left out all the same."""
+    """As in older files; those that would produce a control token are still left out."""
     vocab = byte_alphabet() | {"he": 256, "<|": 257, "<|>": 258}
     old = tokenizer_json.byte_level(vocab, ["h e", "< |", "<| >"], {"<|>": 258})  # type: ignore[list-item]
     assert Tokenizer(old, 259).encode("he<|>") == [256, 257, vocab[">"]]
@@ -146,13 +146,13 @@ def test_a_long_text_leaves_other_threads_running() -> None:
         tokenizer = starling()
         before = turns
         tokenizer.encode(text)
-        assert turns - before > 10  # with Python's lock held, one at most
+        assert turns - before > 10  # with the GIL held, one at most
     finally:
         done.set()
         counting.join()
 
 
-def test_a_control_token_beyond_the_embedding_table_cannot_be_had() -> None:
+def test_a_control_token_beyond_the_embedding_table_is_refused() -> None:
     raw = copy.deepcopy(starling_json())
     raw["added_tokens"].append({**raw["added_tokens"][-1], "id": 32002, "content": "<sep>"})
     tokenizer = Tokenizer(raw, STARLING_VOCAB)

@@ -1,8 +1,8 @@
-"""predict.Predictor on the real service, whose next step breaks as the file in $BREAK_FOLDER says.
+"""predict.Predictor on the real service, whose next step fails according to the file in $BREAK_FOLDER.
 
 kill-engine    the engine's thread ends
 lose-device    the device is lost, as torch reports it
-hang           the step goes on for as long as the file is there
+hang           the step lasts as long as the file exists
 fail-step      one step fails
 kill-loop      the health check ends the event loop
 """
@@ -22,7 +22,7 @@ from starling.settings import Settings
 
 
 class BreakableModel:
-    """The real model, but for the moment at which it breaks."""
+    """The real model, until it breaks."""
 
     def __init__(self, model: Any, folder: Path) -> None:
         self._model = model

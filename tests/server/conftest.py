@@ -1,4 +1,4 @@
-"""Cog's real server, in a process of its own, over a service whose pace the tests set."""
+"""Cog's real server, in a process of its own, over a service that runs at the tests' pace."""
 
 import json
 import time
@@ -23,7 +23,7 @@ BOS, END_OF_TURN = 256, 257
 
 
 def events(log: str) -> list[dict[str, Any]]:
-    """Our own lines in a server's log, which may lag behind its answers. Cog wraps each in JSON of its own."""
+    """Our own lines in a server's log, which may lag behind its answers. Cog wraps each line in its own JSON."""
     whole = log[: log.rfind("\n") + 1].splitlines()
     messages = [json.loads(line)["fields"]["message"] for line in whole if line.startswith("{")]
     return [json.loads(message[message.index("{") :]) for message in messages if '"event": ' in message]
@@ -47,7 +47,7 @@ class Echo:
         self.server.stop()
 
     def name(self) -> str:
-        """A word that no request has used: it names a request in the journal, and gates."""
+        """A word that no request has used yet, to name a request in the journal, or a gate."""
         return f"n{next(self._names)}"
 
     def open(self, gate: str) -> None:
@@ -62,7 +62,7 @@ class Echo:
     def post(
         self, headers: dict[str, str] | None = None, request_id: str | None = None, **inputs: Any
     ) -> httpx.Response:
-        """One whole answer as JSON. A slot is free slightly after its answer, so a full server is asked again."""
+        """One whole answer as JSON. Retries on a full server, since a slot is freed slightly after its answer."""
         body = {"input": inputs} | ({"id": request_id} if request_id else {})
         return self.retry(
             lambda: httpx.post(f"{self.server.url}/predictions", json=body, headers=headers, timeout=HANG_S)
@@ -78,7 +78,7 @@ class Echo:
 
 @pytest.fixture(scope="session")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Echo]:
-    """One server for all tests that leave it as it was."""
+    """One server shared by all tests that leave it as they found it."""
     echo = Echo(tmp_path_factory.mktemp("echo"))
     yield echo
     echo.close()
@@ -96,7 +96,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_echo(tmp_path: Path) -> Iterator[Echo]:
-    """A server of the test's own, to break."""
+    """A server of the test's own, which it may break."""
     echo = Echo(tmp_path)
     yield echo
     echo.close()

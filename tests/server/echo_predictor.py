@@ -1,12 +1,12 @@
-"""predict.Predictor over a service that says the prompt back, word for word, at the pace that the test sets.
+"""predict.Predictor over a service that echoes the prompt, word by word, at the test's pace.
 
-What happened is written to $ECHO_FOLDER/journal. Words that act:
+What happens is written to $ECHO_FOLDER/journal. Words with an effect:
     gate:NAME   waits until the file NAME is in $ECHO_FOLDER
     fail:KIND   raises: request, engine or surprise
-    turns:      says how many messages came before the prompt, and the mode
+    turns:      says how many messages precede the prompt, and the mode
     heat:       says the temperature
     regex:      says the regular expression
-    room:N      raises where more than N messages came before the prompt
+    room:N      raises if more than N messages precede the prompt
 """
 
 import os

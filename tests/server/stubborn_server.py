@@ -1,6 +1,6 @@
-"""A server in Cog's place that is in no hurry to end: it writes SIGTERM into its log, and goes on.
+"""A stand-in for Cog's server that ignores SIGTERM, except for logging it.
 
-Its health is $STUBBORN_STATUS, and "hello" its answer to everything.
+Its health is $STUBBORN_STATUS, and it answers everything with "hello".
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Every way of giving up stops the generation at once, and keeps what was said."""
+"""Every way of giving up stops the generation at once, and keeps the text so far."""
 
 import json
 import socket
@@ -44,7 +44,7 @@ def test_the_cancel_endpoint_ends_a_stream_with_its_text_so_far(echo: Echo) -> N
     stopped(echo, name)
 
 
-def test_a_stream_whose_client_goes_away(echo: Echo) -> None:
+def test_a_client_that_disconnects_from_a_stream(echo: Echo) -> None:
     name = echo.name()
     with echo.client.stream(prompt=f"{name} b gate:never c") as answer:
         chunks = iter(answer)
@@ -61,7 +61,7 @@ def test_the_cancel_endpoint_ends_a_whole_answer(echo: Echo, background) -> None
     stopped(echo, name)
 
 
-def test_a_client_that_waits_for_the_whole_answer_and_goes_away(echo: Echo) -> None:
+def test_a_client_that_disconnects_while_waiting_for_the_whole_answer(echo: Echo) -> None:
     name = echo.name()
     body = json.dumps({"input": {"prompt": f"{name} b gate:never c"}}).encode()
     head = ("POST /predictions HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}")
@@ -73,7 +73,7 @@ def test_a_client_that_waits_for_the_whole_answer_and_goes_away(echo: Echo) -> N
 
 @pytest.fixture
 def webhook() -> Iterator[tuple[str, "Queue[dict[str, Any]]"]]:
-    """An address that takes webhooks, and what it has got."""
+    """An address that accepts webhooks, and what it has received."""
     got: Queue[dict[str, Any]] = Queue()
 
     class Handler(BaseHTTPRequestHandler):
@@ -124,5 +124,5 @@ def test_cancelling_one_leaves_the_others(echo: Echo, background) -> None:
     assert answer.result().json()["output"] == [f"{kept} ", "end "]
 
 
-def test_cancelling_what_is_not_there(echo: Echo) -> None:
+def test_cancelling_an_unknown_prediction(echo: Echo) -> None:
     assert not echo.client.cancel("nobody")

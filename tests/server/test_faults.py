@@ -1,4 +1,4 @@
-"""What a caller and an operator see when the real service breaks; each fault is made for real."""
+"""What a caller and an operator see when the real service breaks. Each fault is real."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ HANG_AFTER_S = 2.0  # far above a step of the tiny model, which takes a millisec
 
 
 class Breakable:
-    """A server on the real service, and its files that break it."""
+    """A server on the real service, and the files that break it."""
 
     def __init__(self, weights: Path, folder: Path) -> None:
         self.folder = folder
@@ -50,7 +50,7 @@ class Breakable:
             return "".join(answer)
 
     def ask_long(self, begun: Callable[[Answer], object]) -> str:
-        """An answer that would take its time; `begun` is called after its first chunk."""
+        """An answer that would take a while; `begun` is called after its first chunk."""
         with self.client.stream(prompt="a", min_tokens=LONG, max_tokens=LONG) as answer:
             chunks = iter(answer)
             first = next(chunks)
@@ -76,7 +76,7 @@ def broken(tiny_folder: Path, tmp_path: Path) -> Iterator[Breakable]:
     ("fault", "said"),
     [("kill-engine", "The engine died: SystemExit"), ("lose-device", "The engine died: DeviceError")],
 )
-def test_a_dead_engine_ends_its_streams_and_turns_the_health_check(broken: Breakable, fault: str, said: str) -> None:
+def test_a_dead_engine_ends_its_streams_and_fails_the_health_check(broken: Breakable, fault: str, said: str) -> None:
     with pytest.raises(AnswerError, match=f"{said}. Restart the container"):
         broken.ask_long(lambda answer: broken.break_it(fault))
     wait_for(lambda: broken.status == "UNHEALTHY")
@@ -88,7 +88,7 @@ def test_a_dead_engine_ends_its_streams_and_turns_the_health_check(broken: Break
     wait_for(lambda: "Traceback (most recent call last)" in broken.server.log)
 
 
-def test_a_hung_step_turns_the_health_check_for_as_long_as_it_hangs(broken: Breakable, background: Any) -> None:
+def test_a_hung_step_fails_the_health_check_for_as_long_as_it_hangs(broken: Breakable, background: Any) -> None:
     stream = background(broken.ask_long, lambda answer: broken.break_it("hang"))
     wait_for(lambda: broken.status == "UNHEALTHY")
     with pytest.raises(AnswerError, match="hangs in a step and takes no requests"):
@@ -96,7 +96,7 @@ def test_a_hung_step_turns_the_health_check_for_as_long_as_it_hangs(broken: Brea
     assert not stream.done()
     broken.mend("hang")
     wait_for(lambda: broken.status == "READY")
-    stream.result()  # nobody has lost anything
+    stream.result()  # nothing was lost
     assert broken.ask() is not None
 
 
@@ -110,7 +110,7 @@ def test_a_failed_step_ends_its_requests_and_nothing_else(broken: Breakable) -> 
     assert broken.ask() is not None
 
 
-def test_a_dead_event_loop_turns_the_health_check(broken: Breakable) -> None:
+def test_a_dead_event_loop_fails_the_health_check(broken: Breakable) -> None:
     broken.break_it("kill-loop")
     wait_for(lambda: broken.status == "UNHEALTHY")
     broken.mend("kill-loop")

@@ -1,4 +1,4 @@
-"""What serving imports: nothing that is slow to load, or that the image has not."""
+"""What serving imports: nothing that is slow to load or missing from the image."""
 
 import json
 import subprocess

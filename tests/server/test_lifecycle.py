@@ -1,4 +1,4 @@
-"""How the server starts, falls ill, and ends."""
+"""How the server starts, becomes unhealthy, and ends."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from starling.local_server import ROOT, LocalServer, ServerError, free_port, pla
 from tests.server.conftest import Echo
 from tests.waiting import HANG_S, wait_for
 
-OTHER_ADDRESS = "127.0.0.2"  # of this machine: who listens on 127.0.0.1 alone is not there
+OTHER_ADDRESS = "127.0.0.2"  # also this machine, but a server that listens only on 127.0.0.1 is not reachable here
 
 
 def worker(echo: Echo) -> psutil.Process:
@@ -35,7 +35,7 @@ def test_sigterm_lets_streams_finish(own_echo: Echo, background) -> None:
     wait_for(lambda: own_echo.journal("a") and own_echo.journal("c"))
     assert own_echo.server.process is not None
     stopped = background(own_echo.server.stop)
-    wait_for(lambda: not own_echo.server.health())  # it takes no more
+    wait_for(lambda: not own_echo.server.health())  # it accepts no more requests
     own_echo.open("end")
     assert stream.result() == ["a ", "b "]
     assert whole.result().json()["output"] == ["c ", "d "]
@@ -43,7 +43,7 @@ def test_sigterm_lets_streams_finish(own_echo: Echo, background) -> None:
     assert own_echo.server.process.returncode == 0
 
 
-def test_an_unhealthy_service_turns_the_health_check(own_echo: Echo) -> None:
+def test_an_unhealthy_service_fails_the_health_check(own_echo: Echo) -> None:
     assert own_echo.server.health()["status"] == "READY"
     (own_echo.folder / "sick").touch()
     health = own_echo.server.health()
@@ -78,7 +78,7 @@ def test_a_setup_that_fails_says_why(tmp_path: Path) -> None:
         server.stop()
 
 
-def test_the_local_server_tells_why_it_did_not_start(tmp_path: Path) -> None:
+def test_the_local_server_says_why_it_did_not_start(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"(?s)SETUP_FAILED.*which lacks config\.json"):
         LocalServer(environ={"STARLING_WEIGHTS": str(tmp_path)}).start(timeout_s=HANG_S)
 
@@ -98,7 +98,7 @@ def test_a_server_that_is_late_is_ended_and_its_log_kept(logs: Path) -> None:
     assert not list(logs.iterdir()) and isinstance(server.log, str)
 
 
-INTERRUPTS_WHO_STOPS_IT = """
+INTERRUPTS_ITS_PARENT_WHEN_STOPPED = """
 import os, signal, time
 
 def interrupt(number, frame):
@@ -113,12 +113,12 @@ while True:
 
 
 def test_ctrl_c_during_a_stop_kills_the_server_at_once(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starling.local_server.COMMAND", ("-c", INTERRUPTS_WHO_STOPS_IT))
+    monkeypatch.setattr("starling.local_server.COMMAND", ("-c", INTERRUPTS_ITS_PARENT_WHEN_STOPPED))
     server = LocalServer()
     server.spawn()
     assert server.process is not None
     try:
-        wait_for(lambda: "began\n" in server.log)  # unbuffered, a line and its end are written apart
+        wait_for(lambda: "began\n" in server.log)  # unbuffered, a line and its newline are written separately
         with pytest.raises(KeyboardInterrupt):
             server.stop(timeout_s=3600)
         assert server.process.poll() == -signal.SIGKILL
@@ -152,7 +152,7 @@ def test_a_process_that_cannot_begin_leaves_no_log(logs: Path, monkeypatch: pyte
     assert not list(logs.iterdir())
 
 
-def test_a_server_that_ends_is_waited_for_no_longer() -> None:
+def test_waiting_for_a_server_stops_when_it_ends() -> None:
     server = LocalServer()
     with socket.socket() as other:
         other.bind(("127.0.0.1", server.port))
@@ -160,14 +160,14 @@ def test_a_server_that_ends_is_waited_for_no_longer() -> None:
             server.start(timeout_s=HANG_S)
 
 
-def test_a_server_of_ones_own_is_on_the_loopback_device_in_a_session_of_its_own(echo: Echo) -> None:
+def test_a_private_server_listens_on_loopback_in_its_own_session(echo: Echo) -> None:
     assert echo.server.process is not None
-    assert os.getsid(echo.server.process.pid) == echo.server.process.pid, "Ctrl-C here is Ctrl-C there"
+    assert os.getsid(echo.server.process.pid) == echo.server.process.pid, "Ctrl-C here would reach it too"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((OTHER_ADDRESS, echo.server.port))
 
 
-def test_in_the_foreground_it_serves_whoever_can_reach_it(tiny_folder: Path) -> None:
+def test_in_the_foreground_it_listens_on_every_interface(tiny_folder: Path) -> None:
     port = free_port()
     environ = {**os.environ, "STARLING_WEIGHTS": str(tiny_folder), "PORT": str(port)}
     with subprocess.Popen([sys.executable, "-m", "starling.local_server"], cwd=ROOT, env=environ) as server:
@@ -187,7 +187,7 @@ def refused(port: int) -> bool:
     return False
 
 
-def test_in_the_foreground_what_cannot_begin_is_told_in_one_line() -> None:
+def test_in_the_foreground_a_failure_to_begin_is_reported_in_one_line() -> None:
     environ = {**os.environ, "STARLING_WEIGHTS": "/absent"}
     command = [sys.executable, "-m", "starling.local_server"]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=HANG_S, check=False)
@@ -197,12 +197,12 @@ def test_in_the_foreground_what_cannot_begin_is_told_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("port", ["http", "-1", "0", "65536", "5e3"])
-def test_a_port_is_a_number_that_exists(port: str) -> None:
+def test_a_port_that_cannot_exist_is_refused(port: str) -> None:
     with pytest.raises(ServerError, match=f"PORT is '{port}': it must be a whole number from 1 to 65535"):
         port_from({"PORT": port})
 
 
-def test_a_port_that_another_listens_on_is_named() -> None:
+def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ServerError, match=f"Port {port} cannot be used .* Name another one with PORT"):
@@ -210,16 +210,16 @@ def test_a_port_that_another_listens_on_is_named() -> None:
     assert port_from({"PORT": str(port)}) == port
 
 
-def test_the_usual_port_is_5000() -> None:
+def test_the_default_port_is_5000() -> None:
     with socket.socket() as other:
-        with suppress(OSError):  # another's already
+        with suppress(OSError):  # already in use
             other.bind(("", 5000))
             other.listen()
         with pytest.raises(ServerError, match="Port 5000 cannot be used"):
             port_from({"PORT": ""})
 
 
-def test_the_schema_can_be_read_by_another_user_than_who_placed_it(tmp_path: Path) -> None:
+def test_users_other_than_the_one_who_placed_the_schema_can_read_it(tmp_path: Path) -> None:
     (tmp_path / "openapi.json").write_text("{}")
     place_schema(tmp_path)
     placed = tmp_path / ".cog/openapi_schema.json"
@@ -229,8 +229,8 @@ def test_the_schema_can_be_read_by_another_user_than_who_placed_it(tmp_path: Pat
     assert placed.read_text() == '{"of": "a newer checkout"}'
 
 
-def test_a_schema_that_cannot_be_placed_is_told(tmp_path: Path) -> None:
+def test_a_schema_that_cannot_be_placed_is_reported(tmp_path: Path) -> None:
     (tmp_path / "openapi.json").write_text("{}")
-    (tmp_path / ".cog").write_text("")  # in the folder's place: root may write everywhere else
+    (tmp_path / ".cog").write_text("")  # a file where the folder should be: root may write anywhere else
     with pytest.raises(ServerError, match=r"schema cannot be put into .*copy openapi\.json to"):
         place_schema(tmp_path)

@@ -1,4 +1,4 @@
-"""A thousand random requests, some cancelled, some left by their caller: nothing lost, nothing hung, nothing kept."""
+"""A thousand random requests, some cancelled, some abandoned: nothing lost, nothing hung, nothing kept."""
 
 import asyncio
 import random
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
         "STARLING_WEIGHTS": str(folder),
         "STARLING_DEVICE": "cpu",
         "COG_MAX_CONCURRENCY": str(CONCURRENCY),
-        # Too small for 32 long requests at once, so that some are paused.
+        # Too small for 32 long requests at once, so that some are preempted.
         "STARLING_KV_CACHE_BYTES": str(24 << 20),
     }
     with LocalServer(environ=environ) as server:
@@ -46,7 +46,7 @@ def resident_bytes(server: LocalServer) -> int:
 
 
 def journal(server: LocalServer) -> list[dict[str, Any]]:
-    """The lines that the server wrote of finished requests."""
+    """The server's log lines about finished requests."""
     return [line for line in events(server.log) if line["event"] == "request"]
 
 
@@ -71,7 +71,7 @@ def test_a_thousand_requests_leave_nothing_behind(server: LocalServer) -> None:
     client, asked = Client(server.url, HANG_S), 0
 
     def settled() -> bool:
-        """Whether nothing was left beside one more request: one whose caller has gone may end a moment later."""
+        """Whether one more request found nothing else running: one whose caller has left may end a moment later."""
         nonlocal asked
         asked += 1
         with client.stream(prompt="last", max_tokens=2) as answer:
@@ -81,5 +81,5 @@ def test_a_thousand_requests_leave_nothing_behind(server: LocalServer) -> None:
     wait_for(settled)
     client.close()
     assert server.health()["status"] == "READY"
-    # A caller that leaves before its request has begun leaves no line; the warm-up leaves one.
+    # A request whose caller leaves before it has begun writes no line; the warm-up writes one.
     assert 700 <= len(journal(server)) <= 1001 + asked

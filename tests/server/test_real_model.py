@@ -1,4 +1,4 @@
-"""The whole way, from HTTP to a model's steps and back, with a tiny random checkpoint."""
+"""End to end, from HTTP to a model's steps and back, with a tiny random checkpoint."""
 
 import re
 import threading
@@ -51,7 +51,7 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 
 
-def test_streams_side_by_side_say_what_each_says_alone(client: Client, service: Service, background: Any) -> None:
+def test_concurrent_streams_say_what_each_says_alone(client: Client, service: Service, background: Any) -> None:
     answers = [background(ask, client, **request) for request in REQUESTS]
     for request, answer in zip(REQUESTS, answers, strict=True):
         text, metrics = answer.result()
@@ -62,7 +62,7 @@ def test_streams_side_by_side_say_what_each_says_alone(client: Client, service: 
 
 
 def test_eight_answers_are_under_way_at_a_time_and_cancelling_ends_each(client: Client, background: Any) -> None:
-    """Each is cancelled once all have begun: were one of them made after another, that one would have succeeded."""
+    """Each is cancelled once all have begun: had any two run one after the other, the first would have succeeded."""
     begun = threading.Barrier(SLOTS, timeout=HANG_S)
     long = CONTEXT - 100
 

@@ -1,4 +1,4 @@
-"""What a request meets at the door, row by row, and what a failing one does to the rest: nothing."""
+"""What is accepted and refused, case by case, and that a failing request does not affect the others."""
 
 import asyncio
 import json
@@ -62,7 +62,7 @@ def test_the_client_sends_nothing_that_is_not_json(echo: Echo, inputs: dict[str,
         pass
 
 
-def test_what_the_server_finds_wrong_with_each_input_is_what_the_client_says(echo: Echo) -> None:
+def test_the_client_reports_what_the_server_finds_wrong_with_each_input(echo: Echo) -> None:
     both = r"^422 (?=.*max_tokens: 0 .*minimum)(?=.*seed: -1 .*minimum)"
     with pytest.raises(AnswerError, match=both) as error, echo.client.stream(prompt="a", max_tokens=0, seed=-1):
         pass
@@ -76,7 +76,7 @@ def test_a_body_over_100_mib_is_refused(echo: Echo) -> None:
             f"{echo.server.url}/predictions", content=body, headers={"Content-Type": "application/json"}, timeout=HANG_S
         )
     except httpx.WriteError:
-        return  # the server has answered and closed before it was all sent
+        return  # the server answered and closed before all of it was sent
     assert response.status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE
 
 
@@ -91,7 +91,7 @@ def test_a_body_over_100_mib_is_refused(echo: Echo) -> None:
     ],
     ids=["unknown field", "whole floats for integers", "NUL", "beyond ASCII", "blank texts"],
 )
-def test_what_is_taken(echo: Echo, inputs: dict[str, Any], output: list[str]) -> None:
+def test_what_is_accepted(echo: Echo, inputs: dict[str, Any], output: list[str]) -> None:
     answer = echo.post(**inputs).json()
     assert (answer["status"], answer["output"]) == ("succeeded", output)
 
@@ -120,7 +120,7 @@ def test_a_request_that_makes_no_sense_is_told_why(echo: Echo, inputs: dict[str,
     assert "Traceback" not in answer["logs"]
 
 
-def test_a_fault_of_the_server_is_reported_short_and_logged_whole(echo: Echo) -> None:
+def test_a_fault_of_the_server_is_reported_in_short_and_logged_in_full(echo: Echo) -> None:
     answer = echo.post(prompt="a fail:surprise").json()
     assert answer["status"] == "failed"
     assert "EngineError: The server failed on this request (KeyError). Its log has the traceback" in answer["error"]
@@ -146,7 +146,7 @@ def test_a_failing_request_leaves_the_others_and_the_server_alone(echo: Echo, ba
 
 
 def test_prompts_are_never_logged(echo: Echo) -> None:
-    """Whatever becomes of a request, its texts are not in the log of the server or of its worker."""
+    """Whatever happens to a request, its texts are not in the log of the server or its worker."""
     secret = "Rumpelstilzchen"
     message = {"role": "user", "content": secret}
     assert echo.post(prompt=f"{secret} b").json()["status"] == "succeeded"
@@ -180,12 +180,12 @@ def test_a_prediction_leaves_no_folder_behind(echo: Echo) -> None:
     try:
         assert not (FOLDERS / small).exists()
         assert not (FOLDERS / large).exists()
-        assert (FOLDERS / path / "outputs").is_dir(), "it is no longer here that coglet makes them"
+        assert (FOLDERS / path / "outputs").is_dir(), "coglet no longer makes them here"
     finally:
         shutil.rmtree((FOLDERS / path).parent)
 
 
-def test_a_proxy_for_other_machines_is_not_asked_for_this_one(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_not_used_for_this_machine(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     for name in ("no_proxy", "NO_PROXY"):

@@ -1,4 +1,4 @@
-"""Answers stream as they are made, side by side."""
+"""Answers stream as they are generated, concurrently."""
 
 import re
 import threading
@@ -24,8 +24,8 @@ def test_the_readmes_example_runs(echo: Echo, capsys: pytest.CaptureFixture[str]
 
 
 def test_eight_streams_start_before_any_goes_on(echo: Echo, background) -> None:
-    """The gate opens only when this side has read a first chunk of every stream; were streams collected before they
-    are sent, or run one after the other, none would ever get past it."""
+    """The gate opens only when the client has read the first chunk of every stream. If streams were buffered before
+    being sent, or ran one after the other, none would ever get past it."""
     gate = echo.name()
     order: list[tuple[int, str]] = []
     firsts = threading.Semaphore(0)
@@ -105,7 +105,7 @@ def test_the_whole_answer_as_json(echo: Echo) -> None:
 
 
 def test_one_more_than_the_slots_is_refused_at_once(echo: Echo, background, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client then asks again for a while."""
+    """The client then retries for a while."""
     gate = echo.name()
     names = [echo.name() for _ in range(SLOTS)]
     held = [background(echo.post, prompt=f"{name} gate:{gate}") for name in names]
@@ -115,7 +115,7 @@ def test_one_more_than_the_slots_is_refused_at_once(echo: Echo, background, monk
     assert "capacity" in refused.json()["error"]
 
     def asked_again(after_s: float) -> None:
-        echo.open(gate)  # now a slot will be free soon
+        echo.open(gate)  # a slot will soon be free
         time.sleep(after_s)
 
     monkeypatch.setattr("starling.client.BUSY_RETRY_S", -1.0)

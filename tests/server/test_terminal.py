@@ -1,4 +1,4 @@
-"""The terminal, driven as a person does: what it prints, and what Ctrl-C does."""
+"""The terminal, driven as a person would: what it prints, and what Ctrl-C does."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ CTRL_D = b"\x04"
 
 
 class Terminal:
-    """`python -m starling.terminal` beside the echo server, at a keyboard."""
+    """`python -m starling.terminal` with the echo server and a keyboard."""
 
     def __init__(self, echo: Echo, *arguments: str, **environ: str) -> None:
         self._keyboard, stdin = pty.openpty()
@@ -57,7 +57,7 @@ class Terminal:
         return seen.decode()
 
     def interrupt(self) -> None:
-        """Ctrl-C, once the terminal waits: Python would sit out one that comes just before it begins to."""
+        """Ctrl-C, once the terminal is blocked waiting: Python would sit through one that comes just before that."""
         wait_for(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_SLEEPING)
         self.process.send_signal(signal.SIGINT)
 
@@ -79,14 +79,14 @@ def piped(
 
 @pytest.fixture
 def terminals() -> Iterator[list[Terminal]]:
-    """Terminals of a test, ended with it."""
+    """A test's terminals, closed when it ends."""
     terminals: list[Terminal] = []
     yield terminals
     for terminal in terminals:
         terminal.close()
 
 
-def test_one_answer_is_shown_as_it_is_made(echo: Echo, terminals: list[Terminal]) -> None:
+def test_one_answer_is_shown_as_it_is_generated(echo: Echo, terminals: list[Terminal]) -> None:
     gate = echo.name()
     terminal = Terminal(echo, f"one gate:{gate} two")
     terminals.append(terminal)
@@ -98,13 +98,13 @@ def test_one_answer_is_shown_as_it_is_made(echo: Echo, terminals: list[Terminal]
     assert terminal.process.wait(HANG_S) == 0
 
 
-def test_what_is_piped_in_is_one_prompt_and_the_answer_alone_is_the_output(echo: Echo) -> None:
+def test_piped_input_is_one_prompt_and_only_the_answer_goes_to_stdout(echo: Echo) -> None:
     done = piped("--url", echo.server.url, stdin="one\ntwo\n")
     assert (done.returncode, done.stdout) == (0, "one two \n")
     assert done.stderr.startswith("\n[2 tokens at 10.0/s")
 
 
-def test_a_blank_prompt_and_one_without_quotes_are_told(echo: Echo) -> None:
+def test_a_blank_prompt_and_one_without_quotes_are_refused(echo: Echo) -> None:
     for done in (piped("--url", echo.server.url, " "), piped("--url", echo.server.url, stdin="\n")):
         assert (done.returncode, done.stdout) == (1, "")
         assert "neither prompt nor messages is given" in done.stderr
@@ -113,13 +113,13 @@ def test_a_blank_prompt_and_one_without_quotes_are_told(echo: Echo) -> None:
     assert "put it in quotes" in done.stderr
 
 
-def test_an_engine_is_chosen_for_a_server_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_can_be_chosen_only_for_its_own_server(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--url", "http://127.0.0.1:1", "--engine", "engine", "hello"])
     assert "--engine goes with --weights" in capsys.readouterr().err
 
 
-def test_an_output_that_takes_no_more_ends_it_without_a_traceback(echo: Echo) -> None:
+def test_a_closed_or_full_output_ends_it_without_a_traceback(echo: Echo) -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as closed, Path("/dev/full").open("w") as full:
@@ -157,7 +157,7 @@ def test_an_output_that_takes_no_more_ends_it_without_a_traceback(echo: Echo) ->
         "an unknown input",
     ],
 )
-def test_what_cannot_begin_is_told_in_one_line(
+def test_a_failure_to_begin_is_reported_in_one_line(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, "hello"]) == 1
@@ -166,7 +166,7 @@ def test_what_cannot_begin_is_told_in_one_line(
     assert len(screen.strip().splitlines()) == 1
 
 
-def test_an_answer_that_someone_else_cancels_is_shown_as_far_as_it_came(echo: Echo, terminals: list[Terminal]) -> None:
+def test_an_answer_that_someone_else_cancels_is_shown_so_far(echo: Echo, terminals: list[Terminal]) -> None:
     earlier = predictions(echo)
     terminal = Terminal(echo, "one gate:never")
     terminals.append(terminal)
@@ -181,11 +181,11 @@ def predictions(echo: Echo) -> set[str]:
     return set(re.findall(r"\bpred_\w+", echo.server.log))
 
 
-def test_what_the_terminal_has_no_characters_for_ends_nothing(echo: Echo, terminals: list[Terminal]) -> None:
+def test_characters_that_the_terminal_cannot_show_do_not_end_the_chat(echo: Echo, terminals: list[Terminal]) -> None:
     terminal = Terminal(echo, PYTHONIOENCODING="ascii:strict")
     terminals.append(terminal)
     terminal.read_until("You: ")
-    terminal.type("a café")  # two bytes that are no ASCII
+    terminal.type("a café")  # é is two bytes, neither of them ASCII
     assert "a caf?? \n\n[2 tokens" in terminal.read_until("You: ")
 
 
@@ -200,11 +200,11 @@ def test_a_server_that_dies_ends_the_answer(own_echo: Echo, terminals: list[Term
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_its_own_server_is_as_it_says_and_ends_with_it(tiny_folder: Path, number: signal.Signals) -> None:
+def test_its_own_server_follows_its_options_and_ends_with_it(tiny_folder: Path, number: signal.Signals) -> None:
     keyboard, stdin = pty.openpty()
     terminal = subprocess.Popen(
         [sys.executable, "-m", "starling.terminal", "--weights", tiny_folder.name, "--engine", "engine"],
-        cwd=tiny_folder.parent,  # from where its path is meant
+        cwd=tiny_folder.parent,  # to which its path is relative
         env={**os.environ, "PYTHONPATH": str(ROOT), "STARLING_ENGINE": "reference"},
         stdin=stdin,
         stdout=subprocess.PIPE,
@@ -251,23 +251,23 @@ def test_a_chat_and_both_uses_of_ctrl_c(echo: Echo, terminals: list[Terminal]) -
     assert "out of luck" in terminal.read_until("You: ")
 
     terminal.type("turns:")
-    assert "Starling: 4 chat " in terminal.read_until("You: "), "those without an answer are not kept"
+    assert "Starling: 4 chat " in terminal.read_until("You: "), "turns without an answer are not kept"
 
     terminal.interrupt()
     assert terminal.process.wait(HANG_S) == 0
 
 
 class WithStubbornServer:
-    """A terminal that starts the stubborn server as its own. All that they leave behind would be in `folder`."""
+    """A terminal that starts the stubborn server as its own. Whatever they leave behind is in `folder`."""
 
-    # A stop that waits for the server's end would wait for an hour.
+    # Stopping the server waits for it for up to an hour.
     CODE = """
 import os, runpy, signal, subprocess
 from starling import local_server
 local_server.COMMAND = ("tests/server/stubborn_server.py",)
 local_server.LocalServer.stop.__defaults__ = (3600,)
 """
-    # Ctrl-C when the process lives, and nobody has been told yet.
+    # Ctrl-C when the process exists, but Popen has not returned yet.
     INTERRUPT_ITS_START = """
 class Popen(subprocess.Popen):
     def __init__(self, *arguments, **options):
@@ -290,12 +290,12 @@ subprocess.Popen = Popen
         )
 
     def send_once_logged(self, line: str, number: int) -> None:
-        """A signal, once the server's log has the line. Not if the terminal has ended."""
+        """A signal, once the server's log has the line or the terminal has ended."""
         wait_for(lambda: self.process.poll() is not None or line in self.log())
         self.process.send_signal(number)
 
     def log(self) -> str:
-        with contextlib.suppress(FileNotFoundError):  # it is removed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             return "".join(path.read_text() for path in self.folder.iterdir())
         return ""
 
@@ -349,7 +349,7 @@ def test_ctrl_c_after_the_answer_kills_a_server_that_is_stopping(stubborn: Stubb
     assert not terminal.left_behind()
 
 
-def test_ctrl_c_while_a_server_that_failed_is_stopping_is_how_it_ends(stubborn: Stubborn) -> None:
+def test_ctrl_c_while_a_failed_server_is_stopping_decides_the_exit_code(stubborn: Stubborn) -> None:
     terminal = stubborn("SETUP_FAILED")
     terminal.send_once_logged("SIGTERM", signal.SIGINT)
     assert terminal.process.communicate(timeout=HANG_S) == ("", "")
@@ -357,7 +357,7 @@ def test_ctrl_c_while_a_server_that_failed_is_stopping_is_how_it_ends(stubborn: 
     assert not terminal.left_behind()
 
 
-def test_ctrl_c_before_its_server_s_process_is_known_waits_until_it_is(stubborn: Stubborn) -> None:
+def test_ctrl_c_while_its_server_is_being_spawned_waits_until_it_is(stubborn: Stubborn) -> None:
     terminal = stubborn("STARTING", WithStubbornServer.INTERRUPT_ITS_START)
     terminal.send_once_logged("SIGTERM", signal.SIGINT)
     assert terminal.process.communicate(timeout=HANG_S) == ("", "")
@@ -388,7 +388,7 @@ def test_any_input_can_be_named(echo: Echo, terminals: list[Terminal]) -> None:
 
 
 @pytest.mark.parametrize("name", ["regex", "prompt=a", "messages=[]"])
-def test_an_input_that_is_not_named_so_is_told(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_input_named_wrongly_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--url", "http://127.0.0.1:1", "-i", name, "hello"])
     assert capsys.readouterr().err.rstrip().endswith(("write NAME=VALUE", "it is what you type"))
@@ -421,4 +421,4 @@ def test_a_chat_too_long_for_the_context_goes_on_without_its_older_half(echo: Ec
     terminal.type("room:-1 turns:")
     assert "NoRoomError: it is too long]" in terminal.read_until("You: ")
     terminal.type("turns:")
-    assert "Starling: 6 chat " in terminal.read_until("]"), "nothing is forgotten for a prompt that never fits"
+    assert "Starling: 6 chat " in terminal.read_until("]"), "a prompt that never fits costs no earlier turns"

@@ -18,7 +18,7 @@ CALLER = "00f067aa0ba902b7"
 
 
 class Collector:
-    """An OTLP collector over HTTP: keeps what it gets."""
+    """An OTLP collector over HTTP that keeps what it receives."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -60,7 +60,7 @@ def collector() -> Iterator[Collector]:
     collector.close()
 
 
-def test_a_request_that_brings_a_trace_goes_on_in_it(collector: Collector, tiny_folder: Path) -> None:
+def test_a_request_that_carries_a_trace_continues_it(collector: Collector, tiny_folder: Path) -> None:
     secret = "Rumpelstilzchen"
     environ = {
         "STARLING_WEIGHTS": str(tiny_folder),
@@ -81,6 +81,6 @@ def test_a_request_that_brings_a_trace_goes_on_in_it(collector: Collector, tiny_
         answer = httpx.post(url, json=body, headers=headers, timeout=HANG_S)
         assert "succeeded" in answer.text and answer.text.count("event: output") >= 1
         spans = wait_for(lambda: (s := collector.spans()).keys() >= {"cog.prediction", "cog.prediction.invoke"} and s)
-    assert all(span.trace_id.hex() == TRACE for span in spans.values())  # of the other request there is none
+    assert all(span.trace_id.hex() == TRACE for span in spans.values())  # the other request has none
     assert spans["cog.prediction.invoke"].end_time_unix_nano > spans["cog.prediction.invoke"].start_time_unix_nano
     assert not any(secret.encode() in body for body in collector.bodies)
