@@ -1,4 +1,4 @@
-"""A benchmark's command line: what is wrong with it is told in a line, before anything is made or loaded."""
+"""The benchmarks' command lines: a fault is reported in one line, before anything is made or loaded."""
 
 import argparse
 import functools
@@ -10,11 +10,11 @@ from typing import TypeVar
 from starling.errors import NotInstalledError, StarlingError
 
 Result = TypeVar("Result")
-OF_THE_REFERENCE = ("transformers", "accelerate")
+REFERENCE_PACKAGES = ("transformers", "accelerate")
 
 
-def told(main: Callable[[], Result]) -> Callable[[], Result]:
-    """`main`, which a fault that has a message ends with that message."""
+def report_errors(main: Callable[[], Result]) -> Callable[[], Result]:
+    """Make `main` exit with the message of an expected error, without a traceback."""
 
     @functools.wraps(main)
     def run() -> Result:
@@ -23,7 +23,7 @@ def told(main: Callable[[], Result]) -> Callable[[], Result]:
         except StarlingError as error:
             raise SystemExit(str(error)) from error
         except ModuleNotFoundError as error:
-            if error.name not in OF_THE_REFERENCE:
+            if error.name not in REFERENCE_PACKAGES:
                 raise
             raise SystemExit(str(NotInstalledError(error))) from error
 
@@ -31,23 +31,23 @@ def told(main: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def checkpoint(text: str) -> Path:
-    """An option's type: the folder of a checkpoint."""
+    """An option's type: a checkpoint folder."""
     folder = Path(text)
     if not (folder / "config.json").is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is no checkpoint's folder: it holds no config.json")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a checkpoint folder: it holds no config.json")
     return folder
 
 
 def count(text: str) -> int:
     """An option's type: 1 or more."""
     if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
 def program(text: str) -> Path:
-    """An option's type: something that can be run."""
+    """An option's type: an executable program."""
     found = shutil.which(text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no program")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an executable program")
     return Path(found)

@@ -1,9 +1,9 @@
-"""Our engine and the reference on one checkpoint, one after the other in one run: the ratios.
+"""Our engine against the reference on one checkpoint, the two taking turns in one run: the ratios.
 
     python -m bench.compare --weights weights/demo
 
-Each engine runs in a process of its own, so that neither pays for the other's memory; the two take turns, and every
-figure is the median of the rounds. Compare the ratios: the figures themselves are this machine's, at that moment.
+Each engine runs in a process of its own, so that neither pays for the other's memory. Every figure is the median over
+the rounds. Compare the ratios: the figures themselves hold for this machine at this moment only.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from bench.command import checkpoint, count, told
+from bench.command import checkpoint, count, report_errors
 from starling.model.ops.cpu.cores import usable_cores
 from starling.request import Request
 from starling.service import Service
@@ -32,7 +32,7 @@ TOKENS = 32  # per answer
 
 
 def measure(folder: Path, engine: str, seed: int) -> dict[str, float]:
-    """One engine's figures, in this process. Prompts depend on `seed`, so that no cache knows them."""
+    """One engine's figures, measured in this process. Prompts depend on `seed`, so that none is found in a cache."""
     begun_s = time.perf_counter()
     settings = Settings.model_validate({"engine": engine, "max_concurrency": max(CONCURRENCIES)})
     service = Service.from_folder(folder, settings)
@@ -50,9 +50,9 @@ def measure(folder: Path, engine: str, seed: int) -> dict[str, float]:
                 pass
         seconds = time.perf_counter() - begun_s
         figures[f"throughput at {concurrency}, tokens/s"] = concurrency * TOKENS / seconds
-    figures["memory at its peak, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    figures["peak memory, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     if torch.cuda.is_available():
-        figures["GPU memory at its peak, GB"] = torch.cuda.max_memory_allocated() / 1e9
+        figures["peak GPU memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
     service.close()
     return figures
 
@@ -63,14 +63,14 @@ def _request(seed: int, number: int, words: int, tokens: int) -> Request:
 
 
 def compare(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians by engine and figure, over `rounds` in which the engines take turns."""
+    """The median of each engine's figures over `rounds`, in which the engines take turns."""
     found: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
     for turn in range(rounds):
         for engine in ENGINES:
             command = [sys.executable, "-m", "bench.compare", "--weights", str(folder), "--only", engine]
             done = subprocess.run([*command, "--seed", str(turn)], stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
-                raise SystemExit(done.returncode)  # its message stands above
+                raise SystemExit(done.returncode)  # its message is above
             found[engine].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {turn + 1} of {rounds}: {engine} done", file=sys.stderr)
     return {
@@ -89,12 +89,12 @@ def report(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=checkpoint, required=True, help="an AWQ checkpoint folder")
-    parser.add_argument("--rounds", type=count, default=3)
-    parser.add_argument("--only", choices=ENGINES, help="one engine's figures as JSON, in this process")
+    parser.add_argument("--rounds", type=count, default=3, help="figures are their medians (default: %(default)s)")
+    parser.add_argument("--only", choices=ENGINES, help="measure one engine in this process, and print JSON")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -106,7 +106,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{usable_cores()} cores"
     versions = f"torch {torch.__version__} · transformers {transformers.__version__} · {platform.python_version()}"
     print(f"{today} · {options.weights} · {device} · {versions} · {options.rounds} rounds, {TOKENS} tokens per answer")
-    print("The reference answers one request at a time; ours computes them side by side.\n")
+    print("The reference answers one request at a time; ours batches them.\n")
     print(report(compare(options.weights, options.rounds)))
 
 

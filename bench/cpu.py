@@ -1,10 +1,11 @@
-"""The full-size model on this machine's CPU, against the memory's speed and against other engines.
+"""The full-size model on this machine's CPU, against its memory bandwidth and against other engines.
 
     python -m bench.cpu --peers-python /path/to/venv/bin/python > bench/results/cpu-$(date +%F).md
 
-Decode reads every weight once per step, so the floor of a step is its bytes over the speed at which this machine reads
-memory. That speed drifts with the neighbours': it is measured before each round, and the share of the floor is against
-that measurement. Peers take turns with it, round by round, each in a process of its own, with a Python that has them:
+Decoding reads every weight once per step, so the floor of a step's time is those bytes over the memory bandwidth. On a
+shared machine that drifts with the neighbours' load, so it is measured before each round, and the share of the floor is
+against that measurement. Peers take turns with our engine, round by round, each in a process of its own, under a Python
+that has them installed:
 `pip install llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0 onnxruntime onnx onnx-ir transformers torch`.
 """
 
@@ -26,8 +27,8 @@ import psutil
 import torch
 
 from bench import full_size, full_size_gguf
-from bench.command import count, program, told
-from bench.company import PROMPT, Company
+from bench.busy_engine import PROMPT, BusyEngine
+from bench.command import count, program, report_errors
 from bench.peer import Peer
 from starling.model.batch import Batch
 from starling.model.huge_pages import wait_for_moves
@@ -39,17 +40,17 @@ from starling.model.ops.cpu.ops import MOST_PREFILL_TOKENS
 BLOCK = 16
 DECODES = ((1, 128), (1, 1024), (1, 2048), (1, 4096), (2, 128), (4, 128), (8, 128), (8, 1024))
 PROMPTS = (32, 128, 512, 2048)
-PEER_PROMPT = 512  # the longest that peers read: minutes beyond
-PEER_TOKENS = 4096  # and the most tokens of a batch, which they have to read before they decode
-PEER_TOKENS_AGAIN = 1024  # up to here they read them in every round
+PEER_PROMPT = 512  # the longest that peers are given: longer ones take them minutes
+PEER_TOKENS = 4096  # and the most tokens in a batch, which they have to prefill before they decode
+PEER_TOKENS_AGAIN = 1024  # up to this many, in every round; beyond, in the first only
 BUILDER_TIMEOUT_S = 1800
 ROUNDS = 3
 
 
-class Stream:
-    """How fast this machine reads memory now: the best of a few sums over 1 GiB, on all threads, in bytes per s.
+class MemoryStream:
+    """The memory bandwidth at this moment, in bytes per s: the best of a few sums over 1 GiB, on all threads.
 
-    From huge pages, as the weights are read.
+    The memory is in huge pages, as the weights are.
     """
 
     def __init__(self) -> None:
@@ -60,19 +61,19 @@ class Stream:
 
     def measure(self) -> float:
         found = self._block.nbytes / min(_timed(self._block.sum) for _ in range(4))
-        time.sleep(0.05)  # torch's threads spin for a while after their work, on the cores that come next
+        time.sleep(0.05)  # torch's threads spin for a while after their work, on cores that the next measurement needs
         return found
 
 
-class Timed:
-    """Another's operations, one by one, with the seconds that each took."""
+class TimedOps:
+    """`ops`, called one by one, with the seconds spent in each."""
 
     def __init__(self, ops: CpuOps) -> None:
         self._ops = ops
         self.seconds: dict[str, float] = defaultdict(float)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "run_layers":
+        if name == "run_layers":  # all layers in one call; without it the model calls each operation
             raise AttributeError(name)
         found = getattr(self._ops, name)
         if not callable(found):
@@ -96,7 +97,7 @@ def _timed(work: Callable[[], Any]) -> float:
 def batch_of(
     requests: int, start: int, tokens: int, prompt: bool, ids: torch.Tensor | None = None, all_logits: bool = False
 ) -> Batch:
-    """`tokens` tokens of each request, from position `start`: random, unless `ids`; request r owns a run of blocks."""
+    """`tokens` tokens per request from position `start`, random unless `ids`. A request's blocks are consecutive."""
     blocks = -(-(start + tokens) // BLOCK)
     positions = torch.arange(start, start + tokens, dtype=torch.int32).repeat(requests)
     owner = torch.arange(requests, dtype=torch.int32).repeat_interleave(tokens)
@@ -113,12 +114,12 @@ def batch_of(
 
 
 def weight_bytes(model: Mistral) -> int:
-    """What a step reads at the least: all weights but the embedding."""
+    """The least that a step reads: all weights but the embedding."""
     packed = [w for layer in model.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     return sum(tensor.nbytes for weight in (*packed, model.head) for tensor in weight.values())
 
 
-def decode(model: Mistral, stream: Stream, peers: list[Peer], requests: int, context: int, steps: int) -> str:
+def decode(model: Mistral, stream: MemoryStream, peers: list[Peer], requests: int, context: int, steps: int) -> str:
     cache = filled_cache(model, requests, context)
     config = model.config
     seen = min(context, config.sliding_window or context)
@@ -126,23 +127,23 @@ def decode(model: Mistral, stream: Stream, peers: list[Peer], requests: int, con
     batch = batch_of(requests, context - 1, 1, prompt=False)
     model.forward(batch, cache)
     rates, seconds = [], []
-    others: list[list[float]] = [[] for _ in peers]
+    peer_seconds: list[list[float]] = [[] for _ in peers]
     for turn in range(ROUNDS):
         rates.append(stream.measure())
         seconds += [_timed(lambda: model.forward(batch, cache)) for _ in range(steps)]
         if requests * context <= (PEER_TOKENS_AGAIN if turn else PEER_TOKENS):
-            for peer, own in zip(peers, others, strict=True):
-                own.append(peer.ask("decode", requests, context))
+            for peer, found in zip(peers, peer_seconds, strict=True):
+                found.append(peer.ask("decode", requests, context))
     step_s, rate = statistics.median(seconds), statistics.median(rates)
     floor_s = (weight_bytes(model) + kv_bytes) / rate
     return (
         f"| {requests} | {context} | {rate / 1e9:.1f} | {floor_s * 1e3:.0f} | {step_s * 1e3:.0f} "
         f"| {min(seconds) * 1e3:.0f} | **{requests / step_s:.2f}** | {floor_s / step_s:.0%} |"
-        + "".join(f" {requests / statistics.median(own):.2f} |" if own else " |" for own in others)
+        + "".join(f" {requests / statistics.median(found):.2f} |" if found else " |" for found in peer_seconds)
     )
 
 
-def prefill(model: Mistral, stream: Stream, peers: list[Peer], tokens: int) -> str:
+def prefill(model: Mistral, stream: MemoryStream, peers: list[Peer], tokens: int) -> str:
     cache = model.allocate_cache(-(-tokens // BLOCK), BLOCK)
 
     def run() -> None:
@@ -150,24 +151,24 @@ def prefill(model: Mistral, stream: Stream, peers: list[Peer], tokens: int) -> s
         for start in range(0, tokens, chunk):
             model.forward(batch_of(1, start, min(chunk, tokens - start), prompt=True), cache)
 
-    rate, seconds, others = stream.measure(), [_timed(run)], []
+    rate, seconds, peer_rates = stream.measure(), [_timed(run)], []
     for peer in peers:
-        others.append(f"{tokens / peer.ask('prefill', tokens):.1f}" if tokens <= PEER_PROMPT else "")
+        peer_rates.append(f"{tokens / peer.ask('prefill', tokens):.1f}" if tokens <= PEER_PROMPT else "")
         seconds += [_timed(run)] if tokens <= PEER_PROMPT else []
     own_s = statistics.median(seconds)
     return f"| {tokens} | {rate / 1e9:.1f} | {own_s:.2f} | **{tokens / own_s:.1f}** |" + "".join(
-        f" {other} |" for other in others
+        f" {peer_rate} |" for peer_rate in peer_rates
     )
 
 
-def company(model: Mistral, streams: int) -> list[str]:
-    """What answers notice of a prompt that is read beside them, by how many of its tokens are in a step."""
+def prefill_interference(model: Mistral, streams: int) -> list[str]:
+    """How a prompt delays the answers that are decoded beside it, by how many of its tokens a step takes."""
     chunks = dict.fromkeys((MOST_PREFILL_TOKENS, model.ops.prefill_tokens))
     found: dict[int, list[tuple[float, list[float]]]] = {chunk: [] for chunk in chunks}
     for _ in range(ROUNDS):
         for chunk in chunks:
-            engine = Company(model, chunk, streams)
-            found[chunk].append(engine.read_a_prompt())
+            engine = BusyEngine(model, chunk, streams)
+            found[chunk].append(engine.prefill_prompt())
             engine.close()
     rows = []
     for chunk, rounds in found.items():
@@ -179,7 +180,7 @@ def company(model: Mistral, streams: int) -> list[str]:
 
 
 def per_op(model: Mistral, context: int, tokens: int, prompt: bool) -> list[str]:
-    timed = Timed(model.ops)  # type: ignore[arg-type]
+    timed = TimedOps(model.ops)  # type: ignore[arg-type]
     by_op = Mistral(**{**model.__dict__, "ops": timed})
     cache, batch = filled_cache(model, 1, context), batch_of(1, context - tokens, tokens, prompt)
     by_op.forward(batch, cache)
@@ -210,7 +211,7 @@ def open_peers(python: Path, checkpoint: Path, threads: int, skip_onnx: bool) ->
 
 
 def onnx_model(python: Path, checkpoint: Path, folder: Path) -> Path:
-    """The AWQ files as onnxruntime-genai's own builder converts them; made once (minutes, 8 GB)."""
+    """The AWQ files as onnxruntime-genai's own builder converts them. Made once: minutes, and 8 GB of disk."""
     if not (folder / "genai_config.json").exists():
         builder = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder)]
         builder += ["-p", "int4", "-e", "cpu", "--extra_options", "int4_accuracy_level=4"]
@@ -228,18 +229,20 @@ def say(*lines: str) -> None:
     print("\n".join(lines), flush=True)
 
 
-@told
+@report_errors
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--folder", type=Path, default=full_size.DEFAULT)
-    parser.add_argument("--isa", default="auto")
-    parser.add_argument("--threads", type=count)
-    parser.add_argument("--precision", default="auto", choices=("auto", "int8", "int16", "float32"))
-    parser.add_argument("--steps", type=count, default=4, help="decode steps in each of three rounds")
+    parser.add_argument("--folder", type=Path, default=full_size.DEFAULT, help="where the weights are, or are made")
+    parser.add_argument("--isa", default="auto", help="the kernels' instruction set (default: the best here)")
+    parser.add_argument("--threads", type=count, help="default: one per usable core")
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "int8", "int16", "float32"), help="how activations are rounded"
+    )
+    parser.add_argument("--steps", type=count, default=4, help="decode steps in each of three rounds (default: 4)")
     parser.add_argument("--quick", action="store_true", help="short contexts and prompts only")
     parser.add_argument("--peers-python", type=program, help="a Python with the peers installed; without it, no peers")
-    parser.add_argument("--skip-onnx", action="store_true", help="onnxruntime-genai's conversion takes minutes")
+    parser.add_argument("--skip-onnx", action="store_true", help="no onnxruntime-genai: its conversion takes minutes")
     options = parser.parse_args()
 
     ops = CpuOps(options.threads, options.precision, isa=options.isa)
@@ -262,7 +265,7 @@ def main() -> None:
         "| batch | context | stream GB/s | floor ms | step ms | best ms | tok/s | of the floor |" + names,
         "|--:|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * len(peers),
     )
-    stream = Stream()
+    stream = MemoryStream()
     for requests, context in DECODES:
         if not options.quick or context <= 1024:
             say(decode(model, stream, peers, requests, context, options.steps))
@@ -275,8 +278,8 @@ def main() -> None:
         now, most = peer.ask("memory")
         say("", f"{peer.version}: {now / 1e9:.2f} GB resident, {most / 1e9:.2f} GB at its peak.")
         peer.close()
-    say("", f"| streams beside a prompt of {PROMPT} | of it in a step | longest gap s | tokens each | first token s |")
-    say("|--:|--:|--:|--:|--:|", *company(model, streams=4))
+    say("", f"| answers beside a prompt of {PROMPT} | of it in a step | longest gap s | tokens each | first token s |")
+    say("|--:|--:|--:|--:|--:|", *prefill_interference(model, streams=4))
     for title, context, tokens in (("decode at 1,024", 1024, 1), ("prefill of 256", 256, 256)):
         say("", f"| op, {title} | ms | share |", "|:--|--:|--:|", *per_op(model, context, tokens, tokens > 1))
     filled_cache(model, 1, 1024)

@@ -1,9 +1,9 @@
-"""What rounding costs on the CPU: of activations, of the output projection and of the KV cache, against none of it.
+"""What rounding costs on the CPU: of activations, the output projection and the KV cache, against no rounding at all.
 
     python -m bench.cpu_precision --weights weights/demo
 
-The text, Python's own help, runs through the model at each precision of the CPU kernels. A row's rounding depends on
-nothing but the row, so tokens that are marked as generated are rounded here as decoding rounds them.
+The text, Python's own help, runs through the model at each precision of the CPU kernels. Rounding works row by row, so
+tokens that are marked as generated are rounded as in decoding, although they run through the model all at once.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from bench.command import checkpoint, count, told
+from bench.command import checkpoint, count, report_errors
 from bench.cpu import BLOCK, batch_of
 from starling.model.config import ModelConfig
 from starling.model.mistral import Mistral
@@ -22,14 +22,14 @@ from starling.model.ops.cpu.ops import Precision
 from starling.tokenizer import Tokenizer
 
 TOPICS = ("assignment", "class", "compound", "exceptions", "function", "import", "naming", "objects")
-WINDOW = 512  # tokens that see each other
+WINDOW = 512  # tokens that attend to each other
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
     precision: Precision
-    prompt: bool = True  # the tokens count as a prompt's, which `auto` rounds to 8 bits; else as an answer's
+    prompt: bool = True  # tokens count as a prompt's, which `auto` rounds to 8 bits; otherwise as an answer's
     kv_dtype: torch.dtype = torch.float16
 
 
@@ -51,24 +51,24 @@ def log_probabilities(weights: Path, case: Case, ids: torch.Tensor) -> torch.Ten
     return torch.cat(logits).log_softmax(dim=-1)
 
 
-@told
+@report_errors
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.cpu_precision")
-    parser.add_argument("--weights", type=checkpoint, default="weights/demo")
-    parser.add_argument("--windows", type=count, default=8, help=f"of {WINDOW} tokens, at most (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m bench.cpu_precision", description=__doc__.split("\n")[0])
+    parser.add_argument("--weights", type=checkpoint, default="weights/demo", help="default: %(default)s")
+    parser.add_argument("--windows", type=count, default=8, help=f"at most, of {WINDOW} tokens (default: %(default)s)")
     options = parser.parse_args()
     tokenizer = Tokenizer.from_folder(options.weights, ModelConfig.from_folder(options.weights).vocab_size)
     encoded = tokenizer.encode("\n".join(topics[name] for name in TOPICS))
     windows = min(options.windows, len(encoded) // WINDOW)
     ids = torch.tensor(encoded[: windows * WINDOW]).view(windows, WINDOW)
-    wanted = log_probabilities(options.weights, REFERENCE, ids)
+    expected = log_probabilities(options.weights, REFERENCE, ids)
     print(f"{ids.numel()} tokens; the cache is fp16, the reference's float32.\n")
     print("| precision | mean KL, nats | largest KL | same likeliest token |\n|:--|--:|--:|--:|")
     for case in CASES:
         found = log_probabilities(options.weights, case, ids)
-        divergence = (wanted.exp() * (wanted - found)).sum(dim=-1)
-        same = (wanted.argmax(dim=-1) == found.argmax(dim=-1)).float().mean()
+        divergence = (expected.exp() * (expected - found)).sum(dim=-1)
+        same = (expected.argmax(dim=-1) == found.argmax(dim=-1)).float().mean()
         print(f"| {case.name} | {divergence.mean():.2g} | {divergence.max():.2g} | {same:.2%} |", flush=True)
 
 

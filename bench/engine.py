@@ -2,7 +2,7 @@
 
     python -m bench.engine --weights weights/demo
 
-Everything in one run, on one machine; compare ratios between lines of one run, not figures between machines.
+Everything is measured in one run on one machine: compare the ratios within a run, not figures across machines.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.command import checkpoint, told
+from bench.command import checkpoint, report_errors
 from starling.engine.cache import BlockCache
 from starling.engine.inputs import StepInputs
 from starling.engine.scheduler import Limits, Scheduler, Work
@@ -31,7 +31,7 @@ BURST = 8  # requests
 
 
 def throughput(service: Service) -> list[tuple[int, float]]:
-    """Median generated tokens per second of ROUNDS rounds, by concurrency. Answers differ, lengths do not."""
+    """Generated tokens per second by concurrency, medians of ROUNDS rounds. Answers differ; their lengths do not."""
     rates: dict[int, list[float]] = {n: [] for n in CONCURRENCIES}
     for turn in range(ROUNDS + 1):
         for concurrency in CONCURRENCIES:
@@ -51,14 +51,14 @@ def throughput(service: Service) -> list[tuple[int, float]]:
 
 
 def overhead_us(batch: int, steps: int = 400) -> tuple[float, float]:
-    """Medians per decode step, the model a constant: planning and booking, and building the step's arrays."""
+    """µs per decode step, medians, with a stub model: planning and booking, and building the step's arrays."""
     books = BlockCache(4096, 16, batch, 2048, window=1024)
     scheduler = Scheduler(books, Limits(batch, prefill_tokens=512, speculative_rows=16))
     for i in range(batch):
         params = SamplingParams(max_tokens=1500, stop_ids=frozenset({0}), seed=i, temperature=1.0)
         scheduler.add(Sequence(i, [i + 5] * 40, params, lookup=PromptLookup()))
 
-    def constant(plan: list[Work]) -> list[list[int]]:
+    def stub(plan: list[Work]) -> list[list[int]]:
         return [[work.start % 997 + 1] * (1 + len(work.drafts)) if work.samples else [] for work in plan]
 
     scheduling, building = [], []
@@ -69,7 +69,7 @@ def overhead_us(batch: int, steps: int = 400) -> tuple[float, float]:
         assert plan is not None
         StepInputs.of(plan, books)
         t2 = time.perf_counter()
-        sampled = constant(plan)
+        sampled = stub(plan)
         t3 = time.perf_counter()
         scheduler.complete(plan, sampled)
         t4 = time.perf_counter()
@@ -80,7 +80,7 @@ def overhead_us(batch: int, steps: int = 400) -> tuple[float, float]:
 
 
 def conversation(service: Service, turns: int = 10) -> list[tuple[int, int, float]]:
-    """Per turn: prompt tokens, those found in the cache, seconds to the first token."""
+    """Per turn: prompt tokens, how many of them were cached, and seconds to the first token."""
     messages: list[dict[str, str]] = []
     found = []
     for turn in range(turns):
@@ -92,15 +92,15 @@ def conversation(service: Service, turns: int = 10) -> list[tuple[int, int, floa
     return found
 
 
-def fresh(service: Service, prompt_tokens: int) -> float:
-    """Seconds to the first token of a prompt of about that length that nothing has in common with."""
+def uncached(service: Service, prompt_tokens: int) -> float:
+    """Seconds to the first token of a prompt of about that length, of which nothing is cached."""
     word = f"{time.perf_counter_ns()} "
     request = Request.parse(prompt=word + "fox river side " * (prompt_tokens // 3), max_tokens=1)
     return service.answer(request).time_to_first_token
 
 
 def burst(service: Service, same: bool) -> list[tuple[float, int]]:
-    """Of BURST requests at once, whose prompts are one or begin differently: seconds to the first token, and cached."""
+    """BURST requests at once, prompts equal or different from the start: seconds to first token, and cached tokens."""
     word = time.perf_counter_ns()
     requests = [
         Request.parse(prompt=f"{0 if same else i} {word} " + "The fox crossed the river. " * 80, max_tokens=8)
@@ -113,12 +113,12 @@ def burst(service: Service, same: bool) -> list[tuple[float, int]]:
 
 TEXTS = {
     "free text, sampled": {"prompt": "Tell me a story about a river.", "temperature": 1.2, "top_p": 1.0},
-    "a text said again": {"prompt": "Repeat: " + "The fox crossed the river at night. " * 6, "temperature": 0},
+    "repeated text": {"prompt": "Repeat: " + "The fox crossed the river at night. " * 6, "temperature": 0},
 }
 
 
-def guessing(folder: Path) -> list[tuple[str, float, float]]:
-    """Per kind of text: speed with guesses over speed without (median of pairs taken in turn), and share accepted."""
+def speculation(folder: Path) -> list[tuple[str, float, float]]:
+    """Per kind of text: speedup by drafts (median of pairs measured in turn), and share of draft tokens accepted."""
     settings = [Settings(max_concurrency=1, speculative_rows=rows) for rows in (0, 8)]
     services = [Service.from_folder(folder, setting) for setting in settings]
     found = []
@@ -127,10 +127,10 @@ def guessing(folder: Path) -> list[tuple[str, float, float]]:
         before = services[1].counters
         for seed in range(2 * ROUNDS + 1):
             request = Request.parse(seed=seed, min_tokens=128, max_tokens=128, **fields)
-            plain, guessed = (service.answer(request) for service in services)
-            assert plain.text == guessed.text, "a guess changed an answer"
+            plain, drafted = (service.answer(request) for service in services)
+            assert plain.text == drafted.text, "a draft changed an answer"
             if seed > 0:
-                ratios.append(guessed.tokens_per_second / plain.tokens_per_second)
+                ratios.append(drafted.tokens_per_second / plain.tokens_per_second)
         after = services[1].counters
         proposed = after.proposed - before.proposed
         found.append((name, statistics.median(ratios), (after.accepted - before.accepted) / max(1, proposed)))
@@ -139,11 +139,11 @@ def guessing(folder: Path) -> list[tuple[str, float, float]]:
     return found
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--weights", type=checkpoint, action="append", required=True, help="a checkpoint folder; repeatable"
+        "--weights", type=checkpoint, action="append", required=True, help="a checkpoint folder; may be repeated"
     )
     options = parser.parse_args()
     print(f"{usable_cores()} cores · torch {torch.__version__}\n")
@@ -162,7 +162,7 @@ def main() -> None:
         print(f"{folder}: a conversation of 10 turns")
         for turn, (prompt, cached, first_s) in enumerate(conversation(service)):
             print(f"  turn {turn}   prompt {prompt:>5}   cached {cached:>5}   first token {first_s * 1e3:7.1f} ms")
-        print(f"  the last turn's prompt, computed afresh: {fresh(service, prompt) * 1e3:.1f} ms")
+        print(f"  the last turn's prompt, with nothing cached: {uncached(service, prompt) * 1e3:.1f} ms")
         print(f"{folder}: {BURST} requests at once")
         for same in (True, False):
             found = burst(service, same)
@@ -173,9 +173,9 @@ def main() -> None:
                 f"cached {cached:>5}"
             )
         service.close()
-        print(f"{folder}: guessing ahead by prompt lookup, one stream")
-        for name, ratio, share in guessing(folder):
-            print(f"  {name:<20} {ratio:5.2f} x plain decoding   {share:4.0%} of the guesses right")
+        print(f"{folder}: speculative decoding by prompt lookup, one stream")
+        for name, ratio, share in speculation(folder):
+            print(f"  {name:<20} {ratio:5.2f} x plain decoding   {share:4.0%} of draft tokens accepted")
 
 
 if __name__ == "__main__":

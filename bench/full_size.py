@@ -1,9 +1,9 @@
-"""A checkpoint of Starling-LM-7B-alpha-AWQ's exact names, shapes and size, with random values, for benchmarks.
+"""Make a checkpoint with Starling-LM-7B-alpha-AWQ's exact names, shapes and size, and random values, for benchmarks.
 
     python -m bench.full_size build/full-size
 
 Speed and memory do not depend on the values, and nothing has to be downloaded. 4.15 GB, made once. With mistral-common
-and sentencepiece installed the folder gets the real tokenizer too, and can be served like the real one.
+and sentencepiece installed the folder also gets the real tokenizer, and can be served like the real model's.
 """
 
 import argparse
@@ -51,13 +51,13 @@ ITEM_BYTES = {"I32": 4, "F16": 2}
 
 
 def make(folder: Path, seed: int = 0) -> Path:
-    """Write the checkpoint to `folder` unless it is there already; returns `folder`. Needs 4.2 GB of disk."""
+    """Write the checkpoint to `folder`, unless it is there already, and return `folder`. Needs 4.2 GB of disk."""
     path = folder / "model.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         free = free_disk_bytes(folder)
         if free < SIZE:
-            raise SystemExit(f"{folder} has {free / 1e9:.1f} GB free, and the checkpoint needs {SIZE / 1e9:.1f} GB.")
+            raise SystemExit(f"{folder} has {free / 1e9:.1f} GB free, but the checkpoint needs {SIZE / 1e9:.1f} GB.")
         (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
         _write(path, np.random.default_rng(seed))
     tokenizer = folder / "tokenizer.json"
@@ -65,7 +65,7 @@ def make(folder: Path, seed: int = 0) -> Path:
         try:
             tokenizer.write_text(json.dumps(tokenizer_json.starling_tokenizer()), encoding="utf-8")
         except (WeightsError, ImportError) as error:
-            print(f"No tokenizer.json, so the folder can be measured but not served: {error}")
+            print(f"No tokenizer.json, so this folder can be benchmarked but not served: {error}")
     return folder
 
 
@@ -93,7 +93,7 @@ def _values(name: str, shape: tuple[int, ...], random: np.random.Generator) -> n
         return random.integers(-(2**31), 2**31, shape, dtype=np.int32)
 
     def normal(mean: float, deviation: float) -> Callable[[], np.ndarray]:
-        def values() -> np.ndarray:  # by torch, whose rounding to halves is ten times as fast
+        def values() -> np.ndarray:  # by torch, which rounds to halves ten times as fast
             generator = torch.Generator().manual_seed(int(random.integers(2**31)))
             return torch.empty(shape).normal_(mean, deviation, generator=generator).half().numpy()
 
@@ -101,7 +101,7 @@ def _values(name: str, shape: tuple[int, ...], random: np.random.Generator) -> n
 
     makers: dict[str, Callable[[], np.ndarray]] = {
         "qweight": words,
-        # Zero points of 7 and 8, as real ones mostly are; scales that keep activations near 1.
+        # Zero points of 7 and 8, like most real ones; scales that keep activations near 1.
         "qzeros": lambda: (words() & 0x11111111) + 0x77777777,
         "scales": lambda: (random.random(shape, dtype=np.float32) * 0.002 + 0.002).astype(np.float16),
         "embed": normal(0, 0.02),
@@ -113,5 +113,5 @@ def _values(name: str, shape: tuple[int, ...], random: np.random.Generator) -> n
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.full_size", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=DEFAULT)
+    parser.add_argument("folder", type=Path, nargs="?", default=DEFAULT, help="where to make it (default: %(default)s)")
     print(make(parser.parse_args().folder))

@@ -1,4 +1,4 @@
-"""A full-precision checkpoint of Starling's shapes with random values, a few layers of it: a source to quantize.
+"""Make a few layers of a full-precision checkpoint with Starling's shapes and random values: a source to quantize.
 
     python -m bench.full_size_dense build/full-size-dense --layers 2
     python -m starling quantize build/full-size-dense build/full-size-awq
@@ -20,7 +20,7 @@ from starling.model.config import ModelConfig
 
 
 def make(folder: Path, layers: int) -> Path:
-    """Write the checkpoint to `folder`, in float16, a file per layer as hubs have it. Returns `folder`."""
+    """Write the checkpoint to `folder`, in float16, one file per layer, as on model hubs. Returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = CONFIG | {"num_hidden_layers": layers}
     shapes = expected_tensors(ModelConfig.from_dict(raw))
@@ -45,7 +45,7 @@ def make(folder: Path, layers: int) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.full_size_dense", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("folder", type=Path, help="where to make it")
+    parser.add_argument("--layers", type=int, default=2, help="how many, of 32 (default: %(default)s)")
     options = parser.parse_args()
     print(make(options.folder, options.layers))

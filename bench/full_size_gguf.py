@@ -8,7 +8,7 @@ from bench.full_size import CONFIG
 
 
 def make(path: Path, seed: int = 0) -> Path:
-    """Write `path` unless it is there already; returns it. 3.9 GB."""
+    """Write `path`, unless it is there already, and return it. 3.9 GB."""
     if path.exists():
         return path
     from gguf import GGMLQuantizationType, GGUFWriter

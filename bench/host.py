@@ -1,10 +1,10 @@
-"""What the host costs a device that computes by itself: the share of its time that the engine and the text leave it.
+"""How busy the host keeps a device: the share of its full speed that is left beside the engine's and the text's work.
 
     python -m bench.host --weights weights/demo
 
-The device is a clock: a step takes a fixed time beside the host, which plans, prepares and delivers as it does for a
-GPU, and has no forward pass to compute. So this needs no GPU; what is missing are the driver's own calls, a fixed time
-here as well. Only the tokenizer and the sizes are read from the checkpoint.
+The device is simulated by a clock: each step takes a fixed time, while the host plans, prepares and delivers as it does
+for a GPU. So no GPU is needed, and no forward pass is computed; the driver's own calls are a fixed time too. Only the
+tokenizer and the sizes are read from the checkpoint.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.command import checkpoint, told
+from bench.command import checkpoint, report_errors
 from starling.engine.cache import BlockCache
 from starling.engine.engine import Engine
 from starling.engine.frame import TURNS, Frame, Shape, Upload
@@ -37,16 +37,16 @@ from starling.service import Service
 from starling.tokenizer import Tokenizer
 
 STEPS_MS = {1: 1.7, 8: 2.0, 32: 2.5, 64: 3.5}  # by concurrency: as predicted for the full-size model on an H100
-LAUNCH_S = 40e-6  # of the driver's calls, which hold Python's lock
+LAUNCH_S = 40e-6  # the driver's calls, which hold Python's GIL
 TOKENS = 512  # per answer
 ROUNDS = 5
 TIMEOUT_S = 60.0
 POSITIONS = 8192
-MASK_WORDS = 1  # nobody asks for a mask here
+MASK_WORDS = 1  # no request here has a grammar mask
 
 
 @dataclass(frozen=True)
-class Due:
+class PendingStep:
     plan: list[Work]
     tokens: list[int]
     at_s: float
@@ -59,7 +59,7 @@ class Due:
 
 
 class ClockRunner:
-    """Steps in the order in which they are started, each `step_s` long, that draw ids from `tokens`."""
+    """Runs steps in the order in which they are started, each for `step_s`, and draws ids from `tokens`."""
 
     overlaps = True
     device_counts = True
@@ -89,7 +89,7 @@ class ClockRunner:
             pass
         self._end_s = max(now_s, self._end_s) + self._step_s
         drawn = self._tokens[self._random.integers(len(self._tokens), size=len(inputs.logit_rows))]
-        return Due(plan, drawn.tolist(), self._end_s)
+        return PendingStep(plan, drawn.tolist(), self._end_s)
 
     def _frame(self, plan: list[Work], inputs: StepInputs) -> Frame:
         rows = len(inputs.logit_rows)
@@ -104,7 +104,7 @@ class ClockRunner:
 
 @dataclass
 class Host:
-    """An engine on a clock, and the service in front of it."""
+    """An engine on a simulated device, and the service in front of it."""
 
     engine: Engine
     service: Service
@@ -121,12 +121,12 @@ class Host:
         service = Service(engine, tokenizer, config.bos_token_id, frozenset(config.eos_token_ids))
         return cls(engine, service)
 
-    def tokens_alone(self, caller: int) -> None:
-        """An answer of which nobody makes text."""
+    def generate_tokens(self, caller: int) -> None:
+        """An answer that is not decoded to text."""
         params = SamplingParams(TOKENS, stop_ids=frozenset(), seed=caller, temperature=0.7, top_p=0.95)
         self.engine.submit(list(range(24 * caller + 5, 24 * caller + 29)), params).wait_for_last(TIMEOUT_S)
 
-    def text(self, caller: int) -> None:
+    def generate_text(self, caller: int) -> None:
         for _ in self.service.generate(Request.parse(prompt=f"{caller}: tell me", seed=caller, max_tokens=TOKENS)):
             pass
 
@@ -134,7 +134,7 @@ class Host:
 @dataclass(frozen=True)
 class Found:
     tokens_per_s: float
-    cores: float  # that this process kept busy
+    cores: float  # kept busy by this process
 
 
 def measure(ask: Callable[[int], None], concurrency: int) -> Found:
@@ -145,17 +145,17 @@ def measure(ask: Callable[[int], None], concurrency: int) -> Found:
     return Found(concurrency * TOKENS / took_s, (time.process_time() - cpu_s) / took_s)
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=checkpoint, required=True, help="a checkpoint folder")
     options = parser.parse_args()
     print(f"{usable_cores()} cores · torch {torch.__version__}\n")
-    print(f"{TOKENS} tokens an answer, medians of {ROUNDS} rounds, against the device's own pace")
+    print(f"{TOKENS} tokens an answer, medians of {ROUNDS} rounds, as a share of what the device alone could do")
     for concurrency, step_ms in STEPS_MS.items():
         with nothing_to_collect():  # as in the server
             host = Host.of(options.weights, concurrency, step_ms / 1e3)
-        ways = {"engine": host.tokens_alone, "text": host.text}
+        ways = {"engine": host.generate_tokens, "text": host.generate_text}
         found: dict[str, list[Found]] = {way: [] for way in ways}
         for turn in range(ROUNDS + 1):
             for way, ask in ways.items():

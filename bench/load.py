@@ -1,9 +1,9 @@
-"""Load on a running server: many requests with random parameters, some cancelled, some whose caller goes away.
+"""Load-test a running server: many requests with random parameters, some cancelled, some whose caller disconnects.
 
     python -m bench.load --url http://127.0.0.1:5000 --requests 1000 --concurrency 32 --seed 0
 
-Prints latency and first-token percentiles, throughput, outcomes and failures. The exit code is 1 when a request hung or
-failed that should not have. Addresses other than this machine's own need --remote: a load test is no visit.
+Prints percentiles of latency and of the time to the first chunk, throughput, outcomes and failures. The exit code is 1
+if a request hung or failed unexpectedly. An address that is not this machine's needs --remote: load only what is yours.
 """
 
 import argparse
@@ -46,13 +46,13 @@ WORDS = [
     "other",
     "side",
 ]
-Fate = Literal["finish", "cancel", "leave"]
-CANCELLED_TOKENS = 1000  # of an answer that is to be cancelled: it is still under way when that arrives
+Fate = Literal["finish", "cancel", "disconnect"]
+CANCELLED_TOKENS = 1000  # of an answer to be cancelled: long enough to be unfinished when the cancellation arrives
 
 
 @dataclass
 class Tally:
-    """What came of all requests. Times in seconds."""
+    """The outcomes of all requests. Times in seconds."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     total_s: list[float] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Tally:
 
 
 def random_inputs(dice: random.Random, max_tokens: int) -> dict[str, Any]:
-    """A request of random length and parameters, all of them allowed."""
+    """A valid request of random length and parameters."""
     prompt = " ".join(dice.choices(WORDS, k=dice.choice((1, 5, 20, 100, 300))))
     inputs: dict[str, Any] = {
         "prompt": prompt,
@@ -87,13 +87,13 @@ def random_inputs(dice: random.Random, max_tokens: int) -> dict[str, Any]:
     return inputs
 
 
-async def one(client: httpx.AsyncClient, inputs: dict[str, Any], fate: Fate, after: int, tally: Tally) -> None:
-    """One request; `after` chunks it is cancelled or left, if that is its fate."""
+async def send(client: httpx.AsyncClient, inputs: dict[str, Any], fate: Fate, after: int, tally: Tally) -> None:
+    """Send one request. After `after` chunks it is cancelled, or the caller disconnects, if that is its fate."""
     headers = {"Accept": "text/event-stream"}
     while True:
         begun_s = time.monotonic()
         async with client.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
-            if response.status_code == httpx.codes.CONFLICT:  # a slot frees slightly after its answer
+            if response.status_code == httpx.codes.CONFLICT:  # a slot is freed slightly after its answer has ended
                 await response.aread()
                 await asyncio.sleep(0.02)
                 continue
@@ -124,26 +124,26 @@ async def read(
             elif data["status"] == "succeeded":
                 tally.total_s.append(time.monotonic() - begun_s)
                 if "output_token_count" not in data["metrics"]:
-                    tally.failures.append("an answer came without its metrics")
+                    tally.failures.append("an answer came without metrics")
                 tally.tokens += data["metrics"].get("output_token_count", 0)
             return
-        if chunks >= after and fate == "leave":
-            tally.outcomes["left"] += 1
+        if chunks >= after and fate == "disconnect":
+            tally.outcomes["disconnected"] += 1
             return
         if chunks >= after and fate == "cancel" and prediction:
             await client.post(f"/predictions/{prediction}/cancel")
             fate, cancelled = "finish", True
-    tally.outcomes["cut"] += 1
-    tally.failures.append("the stream ended without a last event")
+    tally.outcomes["truncated"] += 1
+    tally.failures.append("the stream ended without a final event")
 
 
 async def load(url: str, requests: int, concurrency: int, max_tokens: int, seed: int, abuse: float) -> Tally:
-    """`abuse` is the share of requests that are cancelled or left."""
+    """`abuse`: the share of requests that are cancelled or whose caller disconnects."""
     tally = Tally()
     dice = random.Random(seed)
     plan = []
     for _ in range(requests):
-        fate: Fate = dice.choice(("cancel", "leave")) if dice.random() < abuse else "finish"
+        fate: Fate = dice.choice(("cancel", "disconnect")) if dice.random() < abuse else "finish"
         inputs = random_inputs(dice, max_tokens)
         if fate == "cancel":
             inputs |= {"min_tokens": CANCELLED_TOKENS, "max_tokens": CANCELLED_TOKENS}
@@ -155,7 +155,7 @@ async def load(url: str, requests: int, concurrency: int, max_tokens: int, seed:
         async def worker() -> None:
             for inputs, fate, after in queue:
                 try:
-                    await one(client, inputs, fate, after, tally)
+                    await send(client, inputs, fate, after, tally)
                 except httpx.HTTPError as error:
                     tally.outcomes["broken"] += 1
                     tally.failures.append(f"{type(error).__name__}: {error}")
@@ -167,7 +167,7 @@ async def load(url: str, requests: int, concurrency: int, max_tokens: int, seed:
 def report(tally: Tally, seconds: float) -> str:
     def spread(values: list[float]) -> str:
         if len(values) < 2:
-            return "too few to say"
+            return "too few values"
         cuts = statistics.quantiles(values, n=100, method="inclusive")
         return f"p50 {cuts[49]:.3f} s · p90 {cuts[89]:.3f} s · p99 {cuts[98]:.3f} s · most {max(values):.3f} s"
 
@@ -183,18 +183,18 @@ def report(tally: Tally, seconds: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__.split("\n")[0])
-    parser.add_argument("--url", default="http://127.0.0.1:5000")
+    parser.add_argument("--url", default="http://127.0.0.1:5000", help="the server's address (default: %(default)s)")
     parser.add_argument("--remote", action="store_true", help="allow an address that is not this machine's")
-    parser.add_argument("--requests", type=count, default=1000)
-    parser.add_argument("--concurrency", type=count, default=32)
-    parser.add_argument("--max-tokens", type=count, default=64)
-    parser.add_argument("--abuse", type=float, default=0.3, help="share of requests that are cancelled or left")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--requests", type=count, default=1000, help="in all (default: %(default)s)")
+    parser.add_argument("--concurrency", type=count, default=32, help="requests at once (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=count, default=64, help="of an answer, at most (default: %(default)s)")
+    parser.add_argument("--abuse", type=float, default=0.3, help="share of requests that are cancelled or disconnect")
+    parser.add_argument("--seed", type=int, default=0, help="of the random requests (default: %(default)s)")
     options = parser.parse_args()
     try:
         host = httpx.URL(options.url).host
     except httpx.InvalidURL as error:
-        parser.error(f"{options.url} is no address: {error}")
+        parser.error(f"{options.url} is not a valid address: {error}")
     if host not in ("127.0.0.1", "localhost", "::1") and not options.remote:
         parser.error(f"{options.url} is not this machine; add --remote if it is yours to load")
     begun_s = time.monotonic()

@@ -1,10 +1,10 @@
-"""Greedy answers of our engine and of the reference, token by token; where they part, both models' two logits.
+"""Greedy answers of our engine and of the reference, token by token; where they diverge, both models' two logits.
 
     python -m bench.parity --weights weights/demo
 
-Engines that round differently part sooner or later, at a place where two tokens are nearly as likely. The gap says how
-nearly: the logit of the token that an engine chose, less that of the token which the other chose. Both gaps near 0 is a
-tie; a wide gap in the reference would be a fault of ours.
+Engines that round differently diverge sooner or later, where two tokens are almost equally likely. The gap says how
+nearly equal: the logit of the token that an engine chose, less that of the token that the other chose. Two gaps near 0
+are a tie; a wide gap in the reference would be a fault of ours.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.command import checkpoint, count, told
+from bench.command import checkpoint, count, report_errors
 from starling.chat import END_OF_TURN, Chat
 from starling.engine.cache import BlockCache
 from starling.engine.engine import TokenStream
@@ -29,7 +29,7 @@ from starling.settings import Settings
 from starling.tokenizer import Tokenizer
 
 BLOCK_SIZE = 16
-LIMIT_S = 600.0  # a delivery that takes longer is a fault
+LIMIT_S = 600.0  # waiting longer for a delivery is a fault
 
 REQUESTS = {
     "chat": Request.parse(prompt="What is the capital of France?"),
@@ -73,7 +73,7 @@ class Parting:
 
     @property
     def gaps(self) -> tuple[float, float]:
-        """How much more likely each engine found its own token than the other's, in logits."""
+        """How much more likely each engine (ours first) found its own token than the other's, in logits."""
         return self.our_logits[0] - self.our_logits[1], self.reference_logits[1] - self.reference_logits[0]
 
 
@@ -88,7 +88,7 @@ class Comparison:
 
 def compare_answers(folder: Path, settings: Settings, max_tokens: int = 64) -> list[Comparison]:
     """Ask both engines every request of REQUESTS, greedily."""
-    from starling.reference import ReferenceEngine  # not installed everywhere, which `told` tells
+    from starling.reference import ReferenceEngine  # not installed everywhere: `report_errors` says so
 
     model = Mistral.load(
         folder, choose_ops(settings.device, settings.threads, settings.cpu_precision, settings.kv_dtype)
@@ -136,7 +136,7 @@ def _take(stream: TokenStream) -> list[int]:
 
 @torch.inference_mode()
 def our_logits(model: Mistral, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """float32 [V] after prompt and answer, computed as the engine does: prompts and answers may be rounded apart."""
+    """float32 [V] after prompt and answer, computed as in the engine, which may round the two differently."""
     sequence = Sequence(0, prompt, SamplingParams(1, frozenset(), 0))
     sequence.tokens += answer
     length = len(sequence.tokens)
@@ -156,7 +156,7 @@ def _pair(logits: torch.Tensor) -> tuple[float, float]:
 
 def report(found: list[Comparison]) -> str:
     lines = [
-        f"{'request':<22} {'prompt':>6} {'tokens':>6} {'equal':>6}   where they part: gap in ours, in the reference"
+        f"{'request':<22} {'prompt':>6} {'tokens':>6} {'equal':>6}   where they diverge: gap in ours, in the reference"
     ]
     for case in found:
         count = max(len(case.ours), len(case.reference))
@@ -171,12 +171,12 @@ def report(found: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=checkpoint, required=True, help="an AWQ checkpoint folder")
     parser.add_argument("--precision", choices=("auto", "int8", "int16", "float32"), default="auto", help="on a CPU")
-    parser.add_argument("--max-tokens", type=count, default=64)
+    parser.add_argument("--max-tokens", type=count, default=64, help="of an answer, at most (default: %(default)s)")
     options = parser.parse_args()
     exact = options.precision == "float32"
     settings = Settings(cpu_precision=options.precision, kv_dtype="float32" if exact else "float16")

@@ -1,4 +1,4 @@
-"""Another engine beside ours in a benchmark, asked in turn."""
+"""Another engine to compare ours with, in a process of its own."""
 
 import json
 import subprocess
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Peer:
-    """Another engine in a process of its own (peers.py), loaded and waiting."""
+    """Another engine, loaded by peers.py in its own process and waiting for questions."""
 
     def __init__(self, engine: str, python: Path, model: Path, threads: int, longest: int) -> None:
-        """`longest`: the most tokens of context that will be asked for."""
+        """`longest`: the most tokens of context that `ask` will name."""
         script = Path(__file__).parent / "peers.py"
         self._process = subprocess.Popen(
             [str(python), str(script), engine, str(model), str(threads), str(longest)],
@@ -29,7 +29,7 @@ class Peer:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended with status {self._process.wait()}; its message stands above.")
+            raise SystemExit(f"{self.name} ended with status {self._process.wait()}; its message is above.")
         return json.loads(line)
 
     def close(self) -> None:

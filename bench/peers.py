@@ -1,13 +1,13 @@
-"""Other engines on the same shape, for bench.cpu and bench.gpu. Runs under a Python that has them; nothing of ours.
+"""Other engines on a model of the same shape, for bench.cpu and bench.gpu.
 
     python peers.py llama-cpp model.gguf THREADS LONGEST
     python peers.py llama-cpp-cuda model.gguf THREADS LONGEST
     python peers.py onnxruntime-genai ONNX_FOLDER THREADS LONGEST
 
-LONGEST is the most tokens of context asked for. Once loaded it prints one JSON line, its version; then answers each
-line of its input with one: `decode BATCH CONTEXT` and `prefill TOKENS` with seconds, `memory` with the resident bytes
-now and at the peak. So engines can take turns while all stay loaded. A single sequence that is asked for at a longer
-context goes on from where it was.
+Runs under a Python that has them installed, and imports nothing of ours. LONGEST is the most tokens of context that
+will be asked for. Once the engine is loaded, prints its version as one line of JSON, then answers each line of input
+with one: `decode BATCH CONTEXT` and `prefill TOKENS` with seconds, `memory` with the resident bytes now and at the
+peak. So engines can take turns while all of them stay loaded. At BATCH 1 a longer context extends the sequence before.
 """
 
 import json
@@ -18,14 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-STEPS = 6  # decode steps, of which the best counts: an engine that spins is held up by any other process
+STEPS = 6  # decode steps, of which the fastest counts: any other process delays an engine whose threads spin
 
 
 class Peer(Protocol):
     version: str
 
     def decode(self, batch: int, context: int) -> float:
-        """Seconds of the best step of a few that add one token to each of `batch` sequences of `context` tokens."""
+        """Seconds of the fastest of a few steps that add a token to each of `batch` sequences of `context` tokens."""
         ...
 
     def prefill(self, tokens: int) -> float: ...
@@ -61,7 +61,7 @@ class LlamaCpp:
         return min(timed(lambda: llama.eval([301])) for _ in range(STEPS))
 
     def _decode_many(self, batch: int, context: int) -> float:
-        """By llama_decode over several sequences, which the Python class does not offer."""
+        """By llama_decode over several sequences at once, which llama_cpp.Llama cannot do."""
         api, model = self._api, self._llama.model
         params = api.llama_context_default_params()
         params.n_ctx = batch * (context + STEPS + 8)
@@ -103,7 +103,7 @@ class LlamaCpp:
 
 
 class LlamaCppCuda(LlamaCpp):
-    """Every layer on the GPU, where llama-cpp-python was built with CUDA."""
+    """With every layer on the GPU. Needs a llama-cpp-python that was built with CUDA."""
 
     gpu_layers = -1
 

@@ -1,9 +1,9 @@
-"""What the way through Cog's server costs: tokens per second over HTTP against the engine's own.
+"""What Cog's server costs: tokens per second over HTTP against the engine's own.
 
     python -m bench.serving --weights weights/demo
 
-Both are loaded, with the settings of this process's environment, and take turns on the same requests; the figure to
-read is the ratio.
+Both are loaded with the settings from this process's environment, and take turns on the same requests. The figure that
+counts is the ratio.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bench.command import checkpoint, told
+from bench.command import checkpoint, report_errors
 from starling.client import Client
 from starling.local_server import LocalServer
 from starling.request import Request
@@ -62,11 +62,11 @@ def measure(ask: Ask, concurrency: int, turn: int) -> tuple[float, float]:
     return concurrency * TOKENS / (time.perf_counter() - begun_s), statistics.median(first)
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=checkpoint, required=True, help="a checkpoint folder")
-    parser.add_argument("--engine", choices=("engine", "reference"), help="default: STARLING_ENGINE")
+    parser.add_argument("--engine", choices=("engine", "reference"), help="in both (default: STARLING_ENGINE)")
     options = parser.parse_args()
     environ = {"STARLING_WEIGHTS": str(options.weights.resolve()), "COG_MAX_CONCURRENCY": str(max(CONCURRENCIES))}
     environ |= {"STARLING_ENGINE": options.engine} if options.engine else {}

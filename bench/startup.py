@@ -1,11 +1,11 @@
-"""What a start is made of, from the process's first moment to the first token of the first answer.
+"""What a start takes, part by part, from launching the process to the first token of the first answer.
 
     python -m bench.startup --weights weights/demo
 
-Cog's own server is started: first with nothing prepared (kernels to compile, weights to repack), then as every later
-start is, `--rounds` times. The parts inside setup are those that the service logs itself (starling/startup.py), fewer
-with `--engine reference`. With `--alone` no server is started, only the service in a process of its own, which needs no
-Cog.
+Cog's own server is started once with nothing prepared (kernels to compile, weights to repack), then `--rounds` times
+like every later start. The parts within setup are those that the service itself logs (starling/startup.py); with
+`--engine reference` there are fewer. `--alone` starts no server, only the service in a process of its own, which needs
+no Cog.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.command import checkpoint, count, told
+from bench.command import checkpoint, count, report_errors
 from starling.weights import LOCK_PATH
 
 PARTS = {
@@ -31,7 +31,7 @@ PARTS = {
     "model": "the model is mapped into memory (the first time: repacked); onto a GPU it is read, and repacked there",
     "tokenizer": "tokenizer.json is read",
     "kv_cache": "the KV cache is allocated",
-    "runner": "what steps share is allocated: on a GPU pinned memory, and tables for sampling",
+    "runner": "what all steps share is allocated: on a GPU pinned memory, and tables for sampling",
     "grammars": "the tables for schemas and regular expressions are built",
     "warm_up": "one real prediction; on a GPU its decode step is captured",
     "ready": "until the health check says READY",
@@ -40,7 +40,7 @@ PARTS = {
 
 
 def start_line(log: str) -> dict[str, Any]:
-    """The service's own line about its start. Cog wraps each line of our log in JSON of its own."""
+    """The line that the service logs about its start. Cog wraps each line of our log in JSON of its own."""
     for text in log.splitlines():
         message = json.loads(text)["fields"]["message"] if text.startswith("{") else text
         if '"event": "start"' in message:
@@ -50,8 +50,8 @@ def start_line(log: str) -> dict[str, Any]:
 
 
 def one_start(environ: dict[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Seconds per part, and the service's own line."""
-    from starling.client import Client  # what they import is not installed everywhere
+    """Seconds per part, and the service's own line (start_line)."""
+    from starling.client import Client  # their own imports are not installed everywhere
     from starling.local_server import LocalServer
 
     server = LocalServer(environ=environ)
@@ -85,7 +85,7 @@ service.close()
 
 
 def one_load(environ: dict[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
-    """The same, of the service without a server."""
+    """The same for the service without a server."""
     began_s = time.time()
     command = [sys.executable, "-c", ALONE]
     done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
@@ -100,7 +100,7 @@ def one_load(environ: dict[str, str]) -> tuple[dict[str, float], dict[str, Any]]
 
 
 def copy_of(weights: Path, folder: Path) -> Path:
-    """The checkpoint's own files, without what was made of them."""
+    """A copy of the checkpoint's own files, without what was derived from them."""
     copy = folder / weights.name
     copy.mkdir()
     for pattern in ("*.json", "*.safetensors"):
@@ -109,12 +109,12 @@ def copy_of(weights: Path, folder: Path) -> Path:
     return copy
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.startup", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--weights", type=checkpoint, default=str(LOCK_PATH.parent / "demo"))
-    parser.add_argument("--rounds", type=count, default=5)
-    parser.add_argument("--alone", action="store_true", help="the service without Cog's server")
+    parser.add_argument("--weights", type=checkpoint, default=str(LOCK_PATH.parent / "demo"), help="default: the demo")
+    parser.add_argument("--rounds", type=count, default=5, help="later starts (default: %(default)s)")
+    parser.add_argument("--alone", action="store_true", help="start the service without Cog's server")
     parser.add_argument("--engine", choices=("engine", "reference"), help="default: STARLING_ENGINE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

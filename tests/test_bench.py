@@ -1,4 +1,4 @@
-"""A benchmark's command line tells in a line what is wrong with it, before it makes or loads anything."""
+"""A benchmark's command line reports a fault in one line, before it makes or loads anything."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("name", "package"), [("parity", "transformers"), ("parity", "accelerate"), ("compare", "transformers")]
 )
-def test_what_the_reference_lacks_is_told(tmp_path: Path, name: str, package: str) -> None:
+def test_a_missing_package_of_the_reference_is_reported(tmp_path: Path, name: str, package: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     start = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_module('bench.{name}', run_name='__main__')"
     command = [sys.executable, "-c", start, "--weights", str(tmp_path)]
@@ -26,18 +26,18 @@ def test_what_the_reference_lacks_is_told(tmp_path: Path, name: str, package: st
 @pytest.mark.parametrize(
     ("command", "fault"),
     [
-        ("engine --weights /absent", "'/absent' is no checkpoint's folder"),
-        ("host --weights /absent", "'/absent' is no checkpoint's folder"),
-        ("startup --weights /absent", "'/absent' is no checkpoint's folder"),
-        ("compare --weights {folder} --rounds 0", "'0' is no number of 1 or more"),
-        ("load --concurrency 0", "'0' is no number of 1 or more"),
-        ("load --url http://127.0.0.1:port", "no address: Invalid port"),
-        ("cpu --folder {folder} --peers-python /absent", "'/absent' is no program"),
+        ("engine --weights /absent", "'/absent' is not a checkpoint folder"),
+        ("host --weights /absent", "'/absent' is not a checkpoint folder"),
+        ("startup --weights /absent", "'/absent' is not a checkpoint folder"),
+        ("compare --weights {folder} --rounds 0", "'0' is not a whole number of 1 or more"),
+        ("load --concurrency 0", "'0' is not a whole number of 1 or more"),
+        ("load --url http://127.0.0.1:port", "not a valid address: Invalid port"),
+        ("cpu --folder {folder} --peers-python /absent", "'/absent' is not an executable program"),
         ("cpu --folder {folder} --isa foo", "Instruction set 'foo' is not available"),
         ("engine --weights {folder}", "describes a model that is not implemented"),
     ],
 )
-def test_what_is_wrong_is_told(tmp_path: Path, command: str, fault: str) -> None:
+def test_faults_are_reported_in_one_line(tmp_path: Path, command: str, fault: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     name, *arguments = command.format(folder=tmp_path).split()
     done = subprocess.run(

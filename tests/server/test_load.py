@@ -61,7 +61,7 @@ def test_a_thousand_requests_leave_nothing_behind(server: LocalServer) -> None:
         tally = asyncio.run(load(server.url, requests, CONCURRENCY, max_tokens=48, seed=seed, abuse=0.3))
         assert tally.failures == [], f"seed {seed}"
         assert sum(tally.outcomes.values()) == requests, f"seed {seed}"
-        assert {"succeeded", "canceled", "left"} <= set(tally.outcomes), f"seed {seed}"
+        assert {"succeeded", "canceled", "disconnected"} <= set(tally.outcomes), f"seed {seed}"
 
     batch(400, seed)
     before = resident_bytes(server)

@@ -1,4 +1,4 @@
-"""Answers that are made while a prompt is read beside them, by the engine."""
+"""An engine that decodes answers while it prefills a prompt: how much either slows the other down."""
 
 import time
 
@@ -12,13 +12,13 @@ from starling.engine.sequence import SamplingParams
 from starling.model.mistral import Mistral
 
 PROMPT = 512  # tokens
-OWN_PROMPT = 16  # tokens, of each answer
+ANSWER_PROMPT = 16  # tokens, before each answer
 BLOCK = 16
 HANG_AFTER_S = 120
 
 
-class Company:
-    """An engine over `model` that makes `streams` answers without an end."""
+class BusyEngine:
+    """An engine over `model` that keeps decoding `streams` answers."""
 
     def __init__(self, model: Mistral, prefill_tokens: int, streams: int) -> None:
         config, longest = model.config, 2 * PROMPT
@@ -28,10 +28,10 @@ class Company:
         runner = Runner(model, cache, books)
         self._engine = Engine(Scheduler(books, limits), runner, longest, config.vocab_size, HANG_AFTER_S)
         self._vocabulary = config.vocab_size
-        self._streams = [self._submit(OWN_PROMPT, PROMPT) for _ in range(streams)]
+        self._streams = [self._submit(ANSWER_PROMPT, PROMPT) for _ in range(streams)]
 
-    def read_a_prompt(self) -> tuple[float, list[float]]:
-        """Seconds to the first token of a prompt that comes now, and between those that one answer gets meanwhile."""
+    def prefill_prompt(self) -> tuple[float, list[float]]:
+        """Submit a prompt: seconds to its first token, and between the tokens that one answer gets meanwhile."""
         stream = self._streams[-1]
         while stream.get(0) is not None:
             pass
