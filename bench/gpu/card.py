@@ -1,4 +1,4 @@
-"""What this machine can do at best: its memory's speed and its tensor cores', measured, and what it is."""
+"""What this machine is, and its measured ceilings: the speed of its memory and of its tensor cores."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,12 @@ MATRIX = 8192
 @dataclass(frozen=True)
 class Ceilings:
     copy: float  # bytes per s, read and written, of a large copy from the device to itself
-    read: float  # bytes per s, of large sums
+    read: float  # bytes per s, of large reductions
     tensor: float  # floating-point operations per s, of a large fp16 matrix product
 
     @property
     def bandwidth(self) -> float:
-        """What floors are reckoned with: the faster of the two."""
+        """What floors are computed with: the faster of the two."""
         return max(self.copy, self.read)
 
 
@@ -31,7 +31,7 @@ def measure(clock: Clock, size: int = BANDWIDTH_BYTES, matrix: int = MATRIX) -> 
 
 
 def _bandwidths(clock: Clock, size: int) -> tuple[float, float]:
-    """Over `size` bytes of random values, far more than any cache holds."""
+    """For `size` bytes of random values, far more than any cache holds: copying, reading."""
     source, target = (torch.rand(size // 4, device=clock.device) for _ in range(2))
     copy_s = clock.median(lambda: target.copy_(source))
     read_s = min(clock.median(source.sum), clock.median(lambda: torch.dot(source, target)) / 2)
@@ -61,7 +61,7 @@ def description(device: torch.device) -> str:
 
 
 def l2_bytes(device: torch.device) -> int:
-    """Of the last cache that a weight could hide in."""
+    """Of the last-level cache, where a weight could stay; 0 where there is no GPU."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 

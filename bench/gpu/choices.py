@@ -1,4 +1,4 @@
-"""Which kernel should take how many tokens: every one that could, at each of the model's matrices, weights cold."""
+"""Which kernel is best for how many tokens: every one that could run, on each of the model's matrices, weights cold."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Site:
     shape: Shape
     epilogue: int
     normed: bool  # an RMSNorm stands before it
-    times: int  # in a step
+    times: int  # that a step does this
 
 
 SITES = (
@@ -41,8 +41,8 @@ SITES = (
 )
 
 
-class Way(NamedTuple):
-    """A kernel, and whether its blocks take a range of K each."""
+class Variant(NamedTuple):
+    """A kernel, and whether K is split into ranges, one for each block."""
 
     kernel: str
     split: bool
@@ -51,58 +51,60 @@ class Way(NamedTuple):
         return f"{self.kernel} / {linear.SPLITS}" if self.split else self.kernel
 
 
-FUSED, NARROW = Way("narrow_norm", False), Way("narrow", False)
+FUSED, NARROW = Variant("narrow_norm", False), Variant("narrow", False)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a site took for so many tokens, the norm before it included."""
+    """What a site took for `tokens` tokens, including the norm before it."""
 
     site: Site
     tokens: int
-    chosen: Way  # by LinearKernels
-    seconds: dict[Way, float | str]  # or what failed
-    blocks: dict[Way, int]  # of the grids of those ways that may be split
+    chosen: Variant  # by LinearKernels itself
+    seconds: dict[Variant, float | str]  # text: what failed
+    blocks: dict[Variant, int]  # in the grid of each variant that can be split
 
-    def best(self, *among: Way) -> float:
-        """Of `among`, or of all: the least seconds in a step; infinite where none took them."""
-        found = [each for way, each in self.seconds.items() if not among or way in among]
+    def best(self, *among: Variant) -> float:
+        """The least seconds per step of the variants in `among`, or of all; infinite where none was timed."""
+        found = [each for variant, each in self.seconds.items() if not among or variant in among]
         return self.site.times * min((each for each in found if not isinstance(each, str)), default=float("inf"))
 
 
-class Watched:
-    """A module, and the way of its latest launch."""
+class LaunchRecorder:
+    """A module that records which variant it launched last."""
 
     def __init__(self, module: Module) -> None:
         self._module = module
-        self.latest: Way | None = None
+        self.latest: Variant | None = None
 
     def launch(self, kernel: str, grid: Grid, threads: int, shared_bytes: int, *arguments: Argument) -> None:
-        self.latest = Way(kernel, grid[2] > 1)
+        self.latest = Variant(kernel, grid[2] > 1)
         self._module.launch(kernel, grid, threads, shared_bytes, *arguments)
 
 
 class Kernels:
-    """LinearKernels as they choose, and made to do what is asked."""
+    """Runs LinearKernels by its own choice of variant, or by a given one."""
 
     def __init__(self, load: Callable[[str], Module], device: torch.device) -> None:
         self.device = device
         self._load = load
         self._kernels = LinearKernels(load, device)
 
-    def ways(self, weight: PackedLinear, tokens: int, normed: bool) -> list[Way]:
-        few = ([FUSED] if normed else []) + [NARROW] if tokens <= linear.NARROW_MAX_TOKENS else []
-        wide = [Way(kernel.name, split) for kernel in weight.wide if kernel.tokens >= tokens for split in (False, True)]
-        return few + wide
+    def variants(self, weight: PackedLinear, tokens: int, normed: bool) -> list[Variant]:
+        narrow = ([FUSED] if normed else []) + [NARROW] if tokens <= linear.NARROW_MAX_TOKENS else []
+        wide = [
+            Variant(kernel.name, split) for kernel in weight.wide if kernel.tokens >= tokens for split in (False, True)
+        ]
+        return narrow + wide
 
-    def blocks(self, way: Way, weight: PackedLinear, tokens: int) -> int:
-        (kernel,) = (kernel for kernel in weight.wide if kernel.name == way.kernel)
+    def blocks(self, variant: Variant, weight: PackedLinear, tokens: int) -> int:
+        (kernel,) = (kernel for kernel in weight.wide if kernel.name == variant.kernel)
         return self._kernels._blocks(kernel, tokens, weight)
 
-    def chosen(self, inputs: "Inputs", weight: PackedLinear) -> Way:
-        """The way that LinearKernels go by themselves."""
-        watched = Watched(self._load(weight.source))
-        usual = LinearKernels(lambda source: watched if source == weight.source else self._load(source), self.device)
+    def chosen(self, inputs: "Inputs", weight: PackedLinear) -> Variant:
+        """The variant that LinearKernels chooses by itself."""
+        recorder = LaunchRecorder(self._load(weight.source))
+        usual = LinearKernels(lambda source: recorder if source == weight.source else self._load(source), self.device)
         if inputs.site.epilogue == STORE:
             usual.norm_linear(inputs.residual, inputs.norm, EPS, weight)
         elif inputs.site.epilogue == SILU_MUL:
@@ -111,24 +113,24 @@ class Kernels:
             usual.add_linear(inputs.x, weight, inputs.out(weight))
         else:
             usual.head(inputs.x, weight)
-        assert watched.latest is not None
-        return watched.latest
+        assert recorder.latest is not None
+        return recorder.latest
 
-    def run(self, way: Way, inputs: "Inputs", weight: PackedLinear, out: torch.Tensor) -> None:
+    def run(self, variant: Variant, inputs: "Inputs", weight: PackedLinear, out: torch.Tensor) -> None:
         epilogue, tokens, kernels = inputs.site.epilogue, len(inputs.x), self._kernels
-        if way == FUSED:
-            kernels._narrow(way.kernel, tokens, weight, epilogue, out, None, (inputs.residual, inputs.norm, EPS))
+        if variant == FUSED:
+            kernels._narrow(variant.kernel, tokens, weight, epilogue, out, None, (inputs.residual, inputs.norm, EPS))
             return
         x = kernels.rms_norm(inputs.residual, inputs.norm, EPS) if inputs.site.normed else inputs.x
-        if way == NARROW:
-            kernels._narrow(way.kernel, tokens, weight, epilogue, out, x, (None, None, 0.0))
+        if variant == NARROW:
+            kernels._narrow(variant.kernel, tokens, weight, epilogue, out, x, (None, None, 0.0))
         else:
-            (kernel,) = (kernel for kernel in weight.wide if kernel.name == way.kernel)
-            kernels._wide(kernel, linear.SPLITS if way.split else 1, weight, epilogue, out, x)
+            (kernel,) = (kernel for kernel in weight.wide if kernel.name == variant.kernel)
+            kernels._wide(kernel, linear.SPLITS if variant.split else 1, weight, epilogue, out, x)
 
 
 class Inputs:
-    """What a site is given for so many tokens."""
+    """A site's inputs for `tokens` tokens."""
 
     def __init__(self, site: Site, tokens: int, device: torch.device) -> None:
         self.site = site
@@ -143,30 +145,36 @@ class Inputs:
 
 
 def measured(kernels: Kernels, ops: Ops, site: Site, tokens: Sequence[int], clock: Clock) -> Iterator[Figures]:
-    """Every way for each of `tokens`. One whose result is not the first one's to the bit has no time."""
+    """Every variant for each of `tokens`. One whose result differs from the first one's in any bit is not timed."""
     weights = [_packed(ops, site) for _ in range(products.cold_copies(site.shape, clock.device))]
     for count in tokens:
         inputs = Inputs(site, count, clock.device)
-        ways = kernels.ways(weights[0], count, site.normed)
-        wanted: torch.Tensor | None = None
-        works: dict[Way, Callable[[], object] | str] = {}
-        for way in ways:
+        variants = kernels.variants(weights[0], count, site.normed)
+        expected: torch.Tensor | None = None
+        works: dict[Variant, Callable[[], object] | str] = {}
+        for variant in variants:
             out = inputs.out(weights[0])
-            fault = products.attempt(partial(kernels.run, way, inputs, weights[0], out))
+            fault = products.attempt(partial(kernels.run, variant, inputs, weights[0], out))
             if isinstance(fault, str):
-                works[way] = fault
+                works[variant] = fault
                 continue
-            wanted = out.clone() if wanted is None else wanted
-            if not torch.equal(out, wanted):
-                works[way] = "differs"
+            expected = out.clone() if expected is None else expected
+            if not torch.equal(out, expected):
+                works[variant] = "differs"
                 continue
-            runs = [partial(kernels.run, way, inputs, weight, out) for weight in weights]
-            works[way] = products.attempt(partial(captured, runs, clock.device))
-        timed = {way: work for way, work in works.items() if not isinstance(work, str)}
-        seconds: dict[Way, float | str] = {way: work for way, work in works.items() if isinstance(work, str)}
-        for way, each in zip(timed, clock.medians(list(timed.values()), rounds=3), strict=True):
-            seconds[way] = each / len(weights)
-        blocks = {way: kernels.blocks(way, weights[0], count) for way in ways if way not in (FUSED, NARROW)}
+            runs = [partial(kernels.run, variant, inputs, weight, out) for weight in weights]
+            works[variant] = products.attempt(partial(captured, runs, clock.device))
+        timed = {variant: work for variant, work in works.items() if not isinstance(work, str)}
+        seconds: dict[Variant, float | str] = {
+            variant: work for variant, work in works.items() if isinstance(work, str)
+        }
+        for variant, each in zip(timed, clock.medians(list(timed.values()), rounds=3), strict=True):
+            seconds[variant] = each / len(weights)
+        blocks = {
+            variant: kernels.blocks(variant, weights[0], count)
+            for variant in variants
+            if variant not in (FUSED, NARROW)
+        }
         yield Figures(site, count, kernels.chosen(inputs, weights[0]), seconds, blocks)
 
 
@@ -182,11 +190,11 @@ def _packed(ops: Ops, site: Site) -> PackedLinear:
 
 @dataclass(frozen=True)
 class Advice:
-    """What the choices in linear.py should be by the figures, over all products of a step."""
+    """What the choices in linear.py should be according to the figures, over all products of a step."""
 
-    norm_tokens: int  # up to which a fused norm is as fast as the best way with one of its own
-    narrow_tokens: int  # up to which narrow is as fast as the best wide one
-    split_below: int  # blocks of a grid: below, ranges of K in blocks of their own take the least in all
+    norm_tokens: int  # up to which a fused norm is as fast as the best variant with a separate one
+    narrow_tokens: int  # up to which narrow is as fast as the best wide kernel
+    split_below: int  # K is split in grids of fewer blocks: the threshold with the least time in all
     steps: dict[int, tuple[float, float]]  # tokens → seconds of a step's products: as chosen now, and at best
 
 
@@ -199,7 +207,7 @@ def advice(figures: Sequence[Figures]) -> Advice:
 
     def fused_pays(count: int) -> bool:
         normed = [each for each in of[count] if each.site.normed]
-        others = sum(each.best(*(way for way in each.seconds if way != FUSED)) for each in normed)
+        others = sum(each.best(*(variant for variant in each.seconds if variant != FUSED)) for each in normed)
         return sum(each.best(FUSED) for each in normed) <= others < float("inf")
 
     def narrow_pays(count: int) -> bool:
@@ -207,10 +215,10 @@ def advice(figures: Sequence[Figures]) -> Advice:
         return sum(each.best(NARROW) for each in of[count]) <= wide < float("inf")
 
     pairs = [
-        (each.blocks[way], each.best(way), each.best(Way(way.kernel, True)))
+        (each.blocks[variant], each.best(variant), each.best(Variant(variant.kernel, True)))
         for each in figures
-        for way in each.blocks
-        if not way.split
+        for variant in each.blocks
+        if not variant.split
     ]
 
     def cost(below: int) -> float:

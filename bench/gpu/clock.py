@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 Work = Callable[[], object]
-ROUND_S = 0.01  # a round of fewer seconds would measure the events
-MOST_REPEATS = 1000
+ROUND_S = 0.01  # a shorter round would measure the events themselves
+MAX_REPEATS = 1000
 
 
 class Clock:
@@ -18,12 +18,12 @@ class Clock:
         self._cuda = device.type == "cuda"
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Wait until the device has finished all its work."""
         if self._cuda:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Work, repeats: int = 1) -> float:
-        """Per call of `repeats` in a row on the current stream, which is idle before and after."""
+        """Seconds per call, over `repeats` calls in a row on the current stream, which is idle before and after."""
         self.wait()
         if not self._cuda:
             began_s = time.perf_counter()
@@ -39,12 +39,12 @@ class Clock:
         return float(begin.elapsed_time(end)) / 1e3 / repeats
 
     def median(self, work: Work, rounds: int = 5) -> float:
-        """Of `rounds`, each of as many calls as ROUND_S asks for, after one that is not counted."""
+        """Median over `rounds`, each of as many calls as fill ROUND_S, after a call that does not count."""
         return self.medians([work], rounds)[0]
 
     def medians(self, works: Sequence[Work], rounds: int = 5) -> list[float]:
-        """The same of several, which take turns, so that all of them see the same clocks and temperatures."""
-        repeats = [max(1, min(MOST_REPEATS, math.ceil(ROUND_S / self.seconds(work)))) for work in works]
+        """The same for several, which take turns so that all of them see the same clocks and temperatures."""
+        repeats = [max(1, min(MAX_REPEATS, math.ceil(ROUND_S / self.seconds(work)))) for work in works]
         found: list[list[float]] = [[] for _ in works]
         for _ in range(rounds):
             for work, count, seconds in zip(works, repeats, found, strict=True):
@@ -53,7 +53,7 @@ class Clock:
 
 
 def captured(works: Sequence[Work], device: torch.device) -> Work:
-    """All of `works` in turn, as one graph where there is a GPU, so that no launch waits for the host."""
+    """All of `works` in turn; on a GPU as one graph, so that no launch waits for the host."""
 
     def in_turn() -> None:
         for work in works:
@@ -64,7 +64,7 @@ def captured(works: Sequence[Work], device: torch.device) -> Work:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        in_turn()  # what is compiled, tuned or allocated once must not happen while capturing
+        in_turn()  # nothing may be compiled, tuned or allocated during capture
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""Decoding as the engine does it, the host one step behind, over a KV cache that counts as computed."""
+"""Decoding as the engine does it, the host one step behind, over a random KV cache that counts as computed."""
 
 import random
 import time
@@ -17,79 +17,81 @@ from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 
 PREFILL_TOKENS = CudaOps.prefill_tokens
-WARM_UP = 4  # steps: the first is captured
-LOWEST_ID = 3  # ids below are the tokenizer's own
+WARM_UP = 4  # steps; the first is the one that is captured
+LOWEST_ID = 3  # ids below are special tokens
 
 
 @dataclass(frozen=True)
 class StepTimes:
     wall_s: float  # from result to result
-    host_s: float  # of that, what the host did beside waiting
-    first_s: float  # of the first step of this size, which is captured
+    host_s: float  # the part of it in which the host did not wait
+    first_s: float  # the first step of this size, which includes the capture
 
 
 class Decoding:
-    """Up to `most` sequences over `cache`, whose content is random."""
+    """Up to `max_running` sequences over `cache`, whose content is random."""
 
-    def __init__(self, model: Mistral, cache: KVCache, most: int, seed: int = 0) -> None:
+    def __init__(self, model: Mistral, cache: KVCache, max_running: int, seed: int = 0) -> None:
         config = model.config
-        self.model, self.cache, self.most = model, cache, most
+        self.model, self.cache, self.max_running = model, cache, max_running
         self._clock = Clock(model.ops.device)
         self._random = random.Random(seed)
-        limits = Limits(max_running=most, prefill_tokens=PREFILL_TOKENS, speculative_rows=0)
-        books = BlockCache(cache.blocks, cache.block_size, most, config.max_position_embeddings, config.sliding_window)
+        limits = Limits(max_running=max_running, prefill_tokens=PREFILL_TOKENS, speculative_rows=0)
+        books = BlockCache(
+            cache.blocks, cache.block_size, max_running, config.max_position_embeddings, config.sliding_window
+        )
         self.runner = GraphRunner(model, cache, books, limits)
         self.scheduler = Scheduler(books, limits, self.runner.device_counts)
-        self._flight: tuple[list[Work], Step] | None = None
+        self._in_flight: tuple[list[Work], Step] | None = None
         self._arrivals = 0
         self.waited_s = 0.0
 
     def add(self, requests: int, computed: int) -> None:
-        """Sequences of which `computed` tokens count as computed: they decode from the next step on."""
+        """Add sequences whose first `computed` tokens count as computed: they decode from the next step on."""
         books = self.scheduler.cache
         for _ in range(requests):
             sequence = self._sequence(computed + 1)
             books.admit(sequence)
             assert books.grow(sequence, computed + 1), "the KV cache is too small for this measurement"
             sequence.computed = sequence.settled = computed
-            books.advance(sequence)  # gives back what the window has passed
+            books.advance(sequence)  # frees the blocks that the window has passed
             self.scheduler.running.append(sequence)
 
     def add_prompt(self, tokens: int) -> None:
-        """A sequence that is all prompt yet."""
+        """Add a sequence whose prompt is not computed yet."""
         self.scheduler.add(self._sequence(tokens))
 
     def step(self) -> None:
-        """Start the next step, then take the result of the one before, as the engine's loop does."""
+        """Start the next step, then collect the result of the one before, as the engine's loop does."""
         plan = self.scheduler.plan()
         assert plan
         flight = (plan, self.runner.start(plan))
-        self.land()
-        self._flight = flight
+        self.collect()
+        self._in_flight = flight
 
-    def land(self) -> None:
-        """Take the result of the step in flight, if there is one."""
-        if self._flight is not None:
-            plan, step = self._flight
-            self._flight = None
+    def collect(self) -> None:
+        """Collect the result of the step in flight, if there is one."""
+        if self._in_flight is not None:
+            plan, step = self._in_flight
+            self._in_flight = None
             began_s = time.perf_counter()
             result = step.result()
             self.waited_s += time.perf_counter() - began_s
             self.scheduler.complete(plan, result)
 
     def clear(self) -> None:
-        self.land()
+        self.collect()
         for sequence in list(self.scheduler.running):
             self.scheduler.remove(sequence)
 
     def measure(self, requests: int, context: int, steps: int = 64) -> StepTimes:
-        """Of steps that lead up to `context` tokens in the cache of each of `requests` sequences."""
+        """Time steps that end with `context` tokens in the cache for each of `requests` sequences."""
         steps = min(steps, context - WARM_UP - 1)
         assert steps > 0
         self.add(requests, context - steps - WARM_UP)
         began_s = time.perf_counter()
         self.step()
-        self.land()
+        self.collect()
         first_s = time.perf_counter() - began_s
         for _ in range(WARM_UP - 1):
             self.step()
@@ -104,12 +106,12 @@ class Decoding:
         return StepTimes(wall_s, host_s, first_s)
 
     def device_s(self, requests: int) -> float:
-        """Of the latest step of so many sequences, replayed again and again."""
+        """Seconds of the latest step of `requests` sequences on the device, replayed again and again."""
         return self._clock.median(lambda: self.runner.replay(requests))
 
     def _sequence(self, tokens: int) -> Sequence:
         self._arrivals += 1
-        # Sampled as the service does by default: greedy decoding would leave half of sampling out.
+        # Sampled as the service does by default: greedy decoding would skip half of the sampling.
         params = SamplingParams(
             max_tokens=self.model.config.max_position_embeddings - tokens,
             stop_ids=frozenset(),
@@ -125,7 +127,7 @@ def random_tokens(source: random.Random, vocabulary: int, count: int) -> list[in
 
 
 def filled_cache(model: Mistral, blocks: int, block_size: int = 16) -> KVCache:
-    """Random keys and values: zeros would make attention look at nothing, and can be faster."""
+    """Random keys and values: zeros are no realistic input to attention, and could be faster."""
     cache = model.allocate_cache(blocks, block_size)
     with torch.inference_mode():
         for storage in (*cache.keys, *cache.values):

@@ -1,4 +1,4 @@
-"""What a start spends on the weights: reading them, copying them to the device, packing them there."""
+"""The time that a start spends on the weights: reading them, copying them to the device, packing them there."""
 
 import os
 import time
@@ -15,12 +15,12 @@ from starling.model.ops import Ops
 PIECE_BYTES = 32 << 20
 
 
-def read_rate(path: Path, threads: int, pinned: bool, most_bytes: int = 1 << 32) -> float:
+def read_rate(path: Path, threads: int, pinned: bool, max_bytes: int = 1 << 32) -> float:
     """Bytes per s at which `threads` threads read the beginning of a file, each into a buffer of its own."""
-    size = min(path.stat().st_size, most_bytes)
+    size = min(path.stat().st_size, max_bytes)
     buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=pinned) for _ in range(threads)]
     for buffer in buffers:
-        buffer.zero_()  # takes its pages, as one that is used again has
+        buffer.zero_()  # faults its pages in, as in a buffer that is reused
     pieces = range(0, size, PIECE_BYTES)
 
     def read(thread: int) -> int:
@@ -43,7 +43,7 @@ def copy_rate(clock: Clock) -> float:
 
 
 def pack_seconds(config: ModelConfig, ops: Ops, clock: Clock) -> float:
-    """To pack every weight of the model, once it is on the device: one layer and the head, times how many there are."""
+    """To pack all weights, once on the device: one layer times the number of layers, and the head."""
     hidden, inter, group = config.hidden_size, config.intermediate_size, config.group_size
 
     def weight(inputs: int, outputs: int) -> AwqWeight:

@@ -1,4 +1,4 @@
-"""Other engines on the full-size model, one stream: first token of a prompt, and tokens per second."""
+"""Other engines on the full-size model, one stream: time to a prompt's first token, and tokens per second."""
 
 import sys
 from pathlib import Path
@@ -29,14 +29,14 @@ def autoawq(folder: Path) -> str:
 
 
 def llama_cpp(folder: Path) -> str:
-    """A GGUF of the same shape in Q4_0, on a llama-cpp-python that was built with CUDA."""
+    """A GGUF of the same shape in Q4_0. Needs a llama-cpp-python that was built with CUDA."""
     from llama_cpp import llama_supports_gpu_offload
 
     if not llama_supports_gpu_offload():
         return "this llama-cpp-python was built without CUDA"
     gguf = full_size_gguf.make(folder.parent / f"{folder.name}.gguf")
     peer = Peer("llama-cpp-cuda", Path(sys.executable), gguf, 8, max(CONTEXTS))
-    peer.ask("prefill", min(PROMPTS))  # loads its kernels
+    peer.ask("prefill", min(PROMPTS))  # loads the kernels
     decodes = ", ".join(f"{1 / peer.ask('decode', 1, context):.1f} at {context}" for context in CONTEXTS)
     prompts = ", ".join(f"{peer.ask('prefill', tokens) * 1e3:.1f} ms for {tokens}" for tokens in PROMPTS)
     peer.close()
@@ -47,8 +47,8 @@ MODELS = {"autoawq": autoawq, "llama-cpp": llama_cpp}
 
 
 def report(name: str, folder: Path) -> str:
-    """One line; where an engine is not there, that."""
+    """One line: the figures, or why the engine cannot run here."""
     try:
         return f"- {name}: {MODELS[name](folder)}."
     except (ImportError, StarlingError) as error:
-        return f"- {name}: not to be had here ({error})."
+        return f"- {name}: not available here ({error})."

@@ -1,7 +1,7 @@
-"""Other libraries' products of 4-bit weights, each made from the same AWQ weight; and dense fp16 ones.
+"""Other libraries' products with 4-bit weights, each packed from the same AWQ weight; and dense fp16 ones.
 
-What a library wants is imported when it is asked for. Where one is missing, or made for another layout by now, that
-is said in its place.
+A library is imported only when it is measured. Where it is missing, or a newer version expects another layout, its
+place in the table says so.
 """
 
 import importlib.metadata
@@ -14,7 +14,7 @@ from starling.model.awq import AwqWeight, unpack
 
 
 def dense() -> Contender:
-    """cuBLAS over the whole matrix in fp16: four times the bytes, the least arithmetic."""
+    """cuBLAS over the whole matrix in fp16: four times the bytes, and nothing to dequantize."""
 
     def multiply(matrix: torch.Tensor) -> Multiply:
         return lambda x: torch.nn.functional.linear(x, matrix)
@@ -23,7 +23,7 @@ def dense() -> Contender:
 
 
 def torch_int4() -> Contender:
-    """tinygemm, which torch carries, in bf16: w = (q - 8) * scale + zero."""
+    """tinygemm, which comes with torch, in bf16: w = (q - 8) * scale + zero."""
 
     def make(weight: AwqWeight) -> Multiply:
         values = unpack(weight.qweight).T.to(torch.uint8)  # [N, K]
@@ -97,7 +97,7 @@ def marlin() -> Contender:
 
 
 def called(layer: Callable[[torch.Tensor], object]) -> Multiply:
-    """A module of untyped code as what it is."""
+    """Give a module from untyped code its type."""
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         found = layer(x)

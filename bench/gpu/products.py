@@ -1,4 +1,4 @@
-"""The model's matrix products alone: ours against the floor, and beside other libraries' on the same weights."""
+"""The model's matrix products alone: ours against the floor, and against other libraries' on the same weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ Result = TypeVar("Result")
 Multiply = Callable[[torch.Tensor], torch.Tensor]  # fp16 [M, K] → [M, N]
 GROUP = 128
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 512)
-LEAST_COPIES = 2
-BEYOND_L2 = 4  # weights are taken in turn from this many times the L2 cache's bytes
-LONGEST_FAULT = 60  # characters
-MOST_ERROR = 2e-2  # of a result, against float32: bf16 and differently rounded scales pass, a wrong layout does not
+MIN_COPIES = 2
+BEYOND_L2 = 4  # weights take turns, together this many times the size of the L2 cache
+MAX_FAULT_CHARS = 60
+MAX_RELATIVE_ERROR = 2e-2  # against float32: bf16 and differently rounded scales pass, a wrong layout does not
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Shape:
     name: str
     rows: int  # N: output features
     columns: int  # K: input features
-    dense: bool = False  # fp16, as the output projection
+    dense: bool = False  # fp16, like the output projection
 
     @property
     def weight_bytes(self) -> float:
-        """At the least: 4 bits a weight, and per group an fp16 scale and a 4-bit zero point."""
+        """At least: 4 bits per weight, and per group an fp16 scale and a 4-bit zero point."""
         return self.rows * self.columns * (2 if self.dense else 0.5 + 2.5 / GROUP)
 
     def floor_s(self, tokens: int, ceilings: Ceilings) -> float:
-        """The larger of moving the bytes and doing the arithmetic."""
+        """The longer of moving the bytes and doing the arithmetic."""
         moved = self.weight_bytes + 2 * tokens * (self.rows * (2 if self.dense else 1) + self.columns)
         return max(moved / ceilings.bandwidth, 2 * tokens * self.rows * self.columns / ceilings.tensor)
 
@@ -51,7 +51,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to multiply. Either of the two makers may be missing, where it knows no such weights."""
+    """One way to multiply. A maker is None where it does not support such weights."""
 
     name: str
     make: Callable[[AwqWeight], Multiply] | None
@@ -76,16 +76,16 @@ def ours(ops: Ops) -> Contender:
 def measured(
     shape: Shape, contenders: Sequence[Contender], tokens: Sequence[int], clock: Clock
 ) -> Iterator[tuple[int, list[float | str]]]:
-    """For each M of `tokens`, the contenders' seconds in their order, measured in turn; or in its place what failed.
+    """For each M of `tokens`, the contenders' seconds in their order, measured in turn; in place of one, what failed.
 
-    Every contender's result is compared with float32 first.
+    Before it is timed, each contender's result is compared with float32's.
     """
     device = clock.device
     count = cold_copies(shape, device)
     x = torch.randn(max(tokens), shape.columns, dtype=torch.float16, device=device)
     weights = [random_weight(shape, device) for _ in range(count)]
     first = weights[0]
-    wanted = x.float() @ (first.float() if isinstance(first, torch.Tensor) else first.dequantize()).T
+    expected = x.float() @ (first.float() if isinstance(first, torch.Tensor) else first.dequantize()).T
     made = [attempt(partial(_make_all, contender, weights)) for contender in contenders]
     del weights, first
     for m in tokens:
@@ -94,18 +94,18 @@ def measured(
             if isinstance(multiplies, str):
                 works.append(multiplies)
             else:
-                works.append(attempt(partial(_ready, multiplies, x[:m].to(contender.dtype), wanted[:m], device)))
+                works.append(attempt(partial(_ready, multiplies, x[:m].to(contender.dtype), expected[:m], device)))
         seconds = iter(clock.medians([work for work in works if not isinstance(work, str)]))
         yield m, [work if isinstance(work, str) else next(seconds) / count for work in works]
 
 
 def cold_copies(shape: Shape, device: torch.device) -> int:
-    """How many weights, taken in turn, are never found in a cache."""
-    return max(LEAST_COPIES, -(-BEYOND_L2 * l2_bytes(device) // int(shape.weight_bytes)))
+    """How many weights must take turns so that none is found in a cache."""
+    return max(MIN_COPIES, -(-BEYOND_L2 * l2_bytes(device) // int(shape.weight_bytes)))
 
 
 def random_weight(shape: Shape, device: torch.device) -> AwqWeight | torch.Tensor:
-    """As bench.full_size's: any nibbles, zero points of 7 and 8, products near 1."""
+    """Like bench.full_size's: any nibbles, zero points of 7 and 8, products near 1."""
     n, k = shape.rows, shape.columns
     if shape.dense:
         return torch.randn(n, k, dtype=torch.float16, device=device).mul_(k**-0.5)
@@ -132,17 +132,17 @@ def _make_all(contender: Contender, weights: Sequence[AwqWeight | torch.Tensor])
 
 
 def _ready(
-    multiplies: Sequence[Multiply], x: torch.Tensor, wanted: torch.Tensor, device: torch.device
+    multiplies: Sequence[Multiply], x: torch.Tensor, expected: torch.Tensor, device: torch.device
 ) -> Callable[[], object]:
-    error = float((multiplies[0](x).float() - wanted).norm() / wanted.norm())
-    if not error < MOST_ERROR:
+    error = float((multiplies[0](x).float() - expected).norm() / expected.norm())
+    if not error < MAX_RELATIVE_ERROR:
         raise ArithmeticError(f"wrong by {error:.1e}")
     return captured([partial(multiply, x) for multiply in multiplies], device)
 
 
 def attempt(work: Callable[[], Result]) -> Result | str:
-    """What `work` gives, or its fault in a few words: others' code may raise anything."""
+    """The result of `work`, or its error in a few words: other libraries' code may raise anything."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:LONGEST_FAULT]
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:MAX_FAULT_CHARS]

@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` prints, a function per section: each measures, and says its rows as it has them."""
+"""What `python -m bench.gpu` prints, one function per section: each measures, and prints rows as it gets them."""
 
 import faulthandler
 import gc
@@ -39,7 +39,7 @@ CONCURRENCIES = (1, 8, 32)
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 128
 PROFILED_STEPS = 8
 SHOWN_KERNELS = 14
-STDERR = 2  # the process's own, whatever stands in its place
+STDERR = 2  # the process's own, even where sys.stderr is replaced
 SECTION_TIMEOUT_S = 240
 REST_TIMEOUT_S = 1200
 PEER_TIMEOUT_S = 75
@@ -48,14 +48,14 @@ MODEL_TIMEOUT_S = 90
 
 @dataclass
 class Bench:
-    """What the sections share; made when the first of them asks. `quick` leaves long contexts and repeats out.
+    """What the sections share, made when first needed. `quick` leaves out long contexts and repeats.
 
-    `apart`: the same operations by kernels that wait for one another's end, where those of `ops` do not.
+    `serial`: the same operations by kernels that do not overlap, where those of `ops` do.
     """
 
     folder: Path
     ops: Ops
-    apart: Ops | None = None
+    serial: Ops | None = None
     quick: bool = False
     blocks: int = 2400  # of the KV cache: 32 sequences of 1,024 tokens and 64 of 128 must fit
 
@@ -84,14 +84,14 @@ class Bench:
         return Decoding(self.model, self.cache, max(requests for requests, _ in BATCHES))
 
     def floor_s(self, requests: int, context: int) -> float:
-        """Of a decode step: the bytes that it must read, at the bandwidth that was measured."""
+        """The floor of a decode step: the bytes that it must read, at the measured bandwidth."""
         return step_bytes(self.model, weight_bytes(self.model), requests, context) / self.ceilings.bandwidth
 
-    def forget(self) -> None:
-        """Give the model's memory back."""
+    def free_model(self) -> None:
+        """Free the model's memory."""
         for name in ("decoding", "cache", "model"):
             self.__dict__.pop(name, None)
-        gc.collect()  # a runner is part of a cycle, and holds them all
+        gc.collect()  # a runner is part of a reference cycle, and holds them all
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -121,13 +121,13 @@ def machine(bench: Bench) -> None:
     found = bench.ceilings
     say(
         f"Measured: copy {found.copy / 1e9:.0f} GB/s (read + written), read {found.read / 1e9:.0f} GB/s, "
-        f"fp16 product of {card.MATRIX}³ {found.tensor / 1e12:.0f} TFLOP/s. Floors take "
+        f"fp16 product of {card.MATRIX}³ {found.tensor / 1e12:.0f} TFLOP/s. Floors use "
         f"{found.bandwidth / 1e9:.0f} GB/s."
     )
 
 
 def start(bench: Bench) -> None:
-    """The parts of loading, and the whole."""
+    """Loading the weights: its parts, and the whole."""
     checkpoint = bench.folder / "model.safetensors"
     size = checkpoint.stat().st_size
     pinned = bench.device.type == "cuda"
@@ -138,10 +138,10 @@ def start(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as cache:
             began_s = time.perf_counter()
             nvrtc.compile_ahead((architecture(bench.device),), Path(cache))
-            say(f"All kernels compiled by NVRTC, side by side: {time.perf_counter() - began_s:.2f} s.")
-    config = bench.model.config  # loads it: what is compiled once is compiled
+            say(f"All kernels compiled by NVRTC, in parallel: {time.perf_counter() - began_s:.2f} s.")
+    config = bench.model.config  # loads the model, so that whatever is compiled once is compiled
     copy_rate, pack_s = loading.copy_rate(bench.clock), loading.pack_seconds(config, bench.ops, bench.clock)
-    bench.forget()
+    bench.free_model()
     if pinned:
         torch.cuda.reset_peak_memory_stats()
     began_s = time.perf_counter()
@@ -150,7 +150,7 @@ def start(bench: Bench) -> None:
     load_s = time.perf_counter() - began_s
     say(
         f"Copies from pinned memory {copy_rate / 1e9:.1f} GB/s. Estimates: reading {size / rates[1]:.2f} s, "
-        f"copying {size / copy_rate:.2f} s, packing {pack_s:.2f} s. The whole, measured: {load_s:.2f} s."
+        f"copying {size / copy_rate:.2f} s, packing {pack_s:.2f} s. Loading as a whole, measured: {load_s:.2f} s."
     )
     if pinned:
         peak = torch.cuda.max_memory_reserved()
@@ -170,28 +170,29 @@ def decode(bench: Bench) -> None:
                 f"**{1 / found.wall_s:.0f}**", f"{floor_s / found.wall_s:.0%}", ms(found.host_s), ms(found.first_s),
             )  # fmt: skip
     say(
-        "", "Device: a captured step, replayed. Step: from result to result with the host one step behind; host: what "
-        "it does of that beside waiting. First: a size's first step, which is computed and then captured.",
+        "", "Device: a captured step, replayed. Step: from result to result with the host one step behind; host: the "
+        "part in which it does not wait. First: a size's first step, which is computed and then captured.",
     )  # fmt: skip
 
 
 def overlap(bench: Bench) -> None:
-    """What it gains that kernels begin before the one before has ended: a replayed step each, in turn."""
-    if bench.apart is None:
-        say("On this GPU, with this driver, kernels begin when the one before has ended.")
+    """The gain from kernels that begin before the previous one has ended: a replayed step of either kind, in turn."""
+    if bench.serial is None:
+        say("On this GPU, with this driver, kernels do not overlap: each begins when the one before has ended.")
         return
-    apart = Decoding(replace(bench.model, ops=bench.apart), bench.cache, bench.decoding.most)
-    head("batch", "context", "floor ms", "overlapping ms", "apart ms", "gain")
+    serial = Decoding(replace(bench.model, ops=bench.serial), bench.cache, bench.decoding.max_running)
+    head("batch", "context", "floor ms", "overlapping ms", "serial ms", "gain")
     for requests, context in OVERLAPS[: 1 if bench.quick else None]:
-        for decoding in (bench.decoding, apart):
+        for decoding in (bench.decoding, serial):
             decoding.measure(requests, context, 8)
-        replays = [partial(decoding.runner.replay, requests) for decoding in (bench.decoding, apart)]
-        own_s, apart_s = bench.clock.medians(replays)
-        row(requests, context, ms(bench.floor_s(requests, context)), ms(own_s), ms(apart_s), f"{apart_s / own_s:.2f}x")
+        replays = [partial(decoding.runner.replay, requests) for decoding in (bench.decoding, serial)]
+        own_s, serial_s = bench.clock.medians(replays)
+        floor_s = bench.floor_s(requests, context)
+        row(requests, context, ms(floor_s), ms(own_s), ms(serial_s), f"{serial_s / own_s:.2f}x")
 
 
 def batches(bench: Bench) -> None:
-    """Throughput by batch, the KV cache taken as computed."""
+    """Throughput by batch size, over a KV cache that counts as computed."""
     head(
         "batch",
         "context",
@@ -219,7 +220,7 @@ def batches(bench: Bench) -> None:
 
 
 def first_token(bench: Bench) -> None:
-    """Through the engine: from submitting to the first delivery."""
+    """Through the engine: from submission to the first delivery."""
     engine = serving.own_engine(bench.model, bench.cache, 1)
     try:
         callers = serving.Callers(engine, bench.model.config.vocab_size)
@@ -240,7 +241,7 @@ def concurrency(bench: Bench) -> None:
         head("concurrency", "tok/s", "against 1", "s in all")
         single: float | None = None
         for requests in CONCURRENCIES:
-            callers.throughput(requests, PROMPT_TOKENS, 8)  # captures what it needs
+            callers.throughput(requests, PROMPT_TOKENS, 8)  # captures the graphs it needs
             rate, seconds = callers.throughput(requests, PROMPT_TOKENS, ANSWER_TOKENS)
             single = single or rate
             row(requests, f"**{rate:.0f}**", f"{rate / single:.1f}x", f"{seconds:.2f}")
@@ -249,7 +250,7 @@ def concurrency(bench: Bench) -> None:
 
 
 def kernels(bench: Bench) -> None:
-    """Device time by kernel of a decode step and of a prompt's chunk."""
+    """Device time by kernel, of a decode step and of a prefill chunk."""
     decoding = bench.decoding
     for requests, context in ((1, 1024), (32, 1024)):
         if bench.quick and requests > 1:
@@ -288,7 +289,7 @@ def _kernels(title: str, found: list[trace.Activity], steps: int) -> None:
         row(f"{len(rows) - SHOWN_KERNELS} others", "", f"{rest:.1f}", f"{rest / total:.1%}")
     row("all", f"{sum(each[1] for each in rows):.0f}", f"{total:.1f}", "")
     idle = trace.idle(found)
-    say("", f"Idle within a step {idle.within:.1f} µs, between steps {idle.between:.1f} µs, the profiler watching.")
+    say("", f"Idle within a step {idle.within:.1f} µs, between steps {idle.between:.1f} µs, with the profiler running.")
 
 
 def memory(bench: Bench) -> None:
@@ -310,71 +311,71 @@ def memory(bench: Bench) -> None:
     say(
         f"A runner of 64: {made / 1e6:.0f} MB; with graphs for 1 to 64: {captured / 1e6:.0f} MB. Peak of tensors "
         f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB, held by the allocator "
-        f"{torch.cuda.memory_reserved() / 1e9:.2f} GB, of the card in use {(total - free) / 1e9:.2f} GB of "
+        f"{torch.cuda.memory_reserved() / 1e9:.2f} GB, in use on the card {(total - free) / 1e9:.2f} GB of "
         f"{total / 1e9:.1f}."
     )
 
 
 def own_products(bench: Bench) -> None:
-    """The model's matrices, ours: µs, and share of the floor."""
+    """Our products with the model's matrices: µs, and share of the floor."""
     say("µs (share of the floor) of x [M, K] times a weight [N, K], weights cold; floor: bytes or arithmetic.")
-    if bench.apart is not None:
+    if bench.serial is not None:
         say("Each product begins while the one before it ends, as in a step.")
     head("M", *(f"{shape.name} {shape.rows}x{shape.columns}" for shape in products.SHAPES))
-    floor = bench.ceilings
+    ceilings = bench.ceilings
     found: dict[int, list[str]] = {m: [] for m in products.TOKENS}
     for shape in products.SHAPES:
         for m, (seconds,) in products.measured(shape, [products.ours(bench.ops)], products.TOKENS, bench.clock):
-            share = "" if isinstance(seconds, str) else f" ({shape.floor_s(m, floor) / seconds:.0%})"
+            share = "" if isinstance(seconds, str) else f" ({shape.floor_s(m, ceilings) / seconds:.0%})"
             found[m].append(seconds if isinstance(seconds, str) else us(seconds) + share)
     for m, cells in found.items():
         row(m, *cells)
-    step = [shape.floor_s(1, floor) * (1 if shape.dense else 32) for shape in products.SHAPES]
+    step = [shape.floor_s(1, ceilings) * (1 if shape.dense else 32) for shape in products.SHAPES]
     say("", f"Floors at M = 1, 32 layers and the head: {math.fsum(step) * 1e3:.2f} ms.")
 
 
 def kernel_choices(bench: Bench) -> None:
-    """Every kernel that could take so many tokens, and what linear.py should choose by that."""
+    """Every kernel that could run for each number of tokens, and what linear.py should choose accordingly."""
     assert isinstance(bench.ops, CudaOps)
     kernels = choices.Kernels(bench.ops._load, bench.device)
     say(
-        "µs, weights cold, with the norm before a matrix where there is one; * what is chosen now, bold the fastest. "
-        f"`/ {linear.SPLITS}`: a range of K in each block. Results are the same to the bit, or it says `differs`."
+        "µs, weights cold, including the norm before a matrix where there is one; * marks what is chosen now, bold the "
+        f"fastest. `/ {linear.SPLITS}`: each block takes a range of K. Results are equal to the bit, or marked `differs`."
     )
     found: list[choices.Figures] = []
     for site in choices.SITES:
         of_site = list(
             choices.measured(kernels, bench.ops, site, choices.TOKENS[:: 3 if bench.quick else 1], bench.clock)
         )
-        ways = list(dict.fromkeys(way for figures in of_site for way in figures.seconds))
-        ways.sort(key=lambda way: way not in (choices.FUSED, choices.NARROW))
-        head(f"{site.shape.name}: M", *map(str, ways))
+        variants = list(dict.fromkeys(variant for figures in of_site for variant in figures.seconds))
+        variants.sort(key=lambda variant: variant not in (choices.FUSED, choices.NARROW))
+        head(f"{site.shape.name}: M", *map(str, variants))
         for figures in of_site:
-            row(figures.tokens, *(_choice(figures, way) for way in ways))
+            row(figures.tokens, *(_choice(figures, variant) for variant in variants))
         found += of_site
-    given = choices.advice(found)
+    advice = choices.advice(found)
     say(
         "",
-        f"- NORM_TOKENS is {linear.NORM_TOKENS}; by these figures {given.norm_tokens}.",
-        f"- NARROW_TOKENS is {linear.NARROW_TOKENS}; by these figures {given.narrow_tokens}.",
+        f"- NORM_TOKENS is {linear.NORM_TOKENS}; by these figures {advice.norm_tokens}.",
+        f"- NARROW_TOKENS is {linear.NARROW_TOKENS}; by these figures {advice.narrow_tokens}.",
         f"- K is split where a grid has fewer than {bench.ops._linear._processors} blocks, as many as there are "
-        f"multiprocessors; by these figures fewer than {given.split_below}.",
+        f"multiprocessors; by these figures fewer than {advice.split_below}.",
     )
-    head("M", "a step's products now, µs", "with the fastest", "could save")
-    for tokens, (now_s, best_s) in given.steps.items():
+    head("M", "a step's products now, µs", "with the fastest, µs", "saving")
+    for tokens, (now_s, best_s) in advice.steps.items():
         row(tokens, us(now_s), us(best_s), f"{1 - best_s / now_s:.0%}")
 
 
-def _choice(figures: choices.Figures, way: choices.Way) -> str:
-    seconds = figures.seconds.get(way, "")
+def _choice(figures: choices.Figures, variant: choices.Variant) -> str:
+    seconds = figures.seconds.get(variant, "")
     if isinstance(seconds, str):
         return seconds
-    text = us(seconds) + ("*" if way == figures.chosen else "")
+    text = us(seconds) + ("*" if variant == figures.chosen else "")
     return f"**{text}**" if figures.site.times * seconds == figures.best() else text
 
 
 def peer_products(bench: Bench, name: str) -> None:
-    """The same, one other library beside ours."""
+    """Another library's products beside ours."""
     try:
         peer = PEERS[name]()
     except ImportError as error:
@@ -386,7 +387,7 @@ def peer_products(bench: Bench, name: str) -> None:
     contenders = [products.ours(bench.ops), peer]
     tokens = products.TOKENS[:: 2 if bench.quick else 1]
     found = [products.measured(shape, contenders, tokens, bench.clock) for shape in shapes]
-    for m in tokens:  # so that all matrices at few tokens are measured, if time runs out
+    for m in tokens:  # row by row: if time runs out, few tokens have been measured for all matrices
         cells = []
         for _, (own, its) in map(next, found):
             if isinstance(own, str) or isinstance(its, str):
@@ -397,19 +398,19 @@ def peer_products(bench: Bench, name: str) -> None:
 
 
 def peers(bench: Bench) -> None:
-    """Each in a process of its own, with a time limit: some compile for minutes, and a fault ends one of them only."""
+    """Each library in its own process, with a time limit: some compile for minutes, and a crash ends only one."""
     for name in PEERS:
         say("")
-        _child(["--peer", name, *(["--quick"] if bench.quick else [])], PEER_TIMEOUT_S, name)
+        _run_child(["--peer", name, *(["--quick"] if bench.quick else [])], PEER_TIMEOUT_S, name)
 
 
 def models(bench: Bench) -> None:
-    """Whole models by other engines: batch 1."""
+    """Other engines on the whole model: batch 1."""
     for name in MODELS:
-        _child(["--model", name, "--folder", str(bench.folder)], MODEL_TIMEOUT_S, name)
+        _run_child(["--model", name, "--folder", str(bench.folder)], MODEL_TIMEOUT_S, name)
 
 
-def _child(arguments: list[str], timeout_s: float, name: str) -> None:
+def _run_child(arguments: list[str], timeout_s: float, name: str) -> None:
     command = [sys.executable, "-m", "bench.gpu", *arguments]
     try:
         code = subprocess.run(command, timeout=timeout_s, check=False).returncode
@@ -417,7 +418,7 @@ def _child(arguments: list[str], timeout_s: float, name: str) -> None:
         say(f"{name}: stopped after {timeout_s} s.")
     else:
         if code:
-            say(f"{name}: its process ended with {code}.")
+            say(f"{name}: its process ended with status {code}.")
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Bench], None]]] = {
@@ -435,36 +436,36 @@ SECTIONS: dict[str, tuple[str, Callable[[Bench], None]]] = {
     "peers": ("Matrix products, beside other libraries", peers),
     "models": ("Whole models, by other engines", models),
 }
-OTHERS = ("peers", "models")  # in processes of their own, each with a limit
-AFTER_MODEL = ("products", "choices", *OTHERS)  # what does not need it, and wants its memory
+ISOLATED = ("peers", "models")  # run in processes of their own, each with a time limit
+WITHOUT_MODEL = ("products", "choices", *ISOLATED)  # do not use the model, and need its memory
 
 
 def run(bench: Bench, names: list[str]) -> None:
-    """Every section by itself: one that fails says so, and the next begins, in a new process if the device is lost to
-    this one. A section that hangs ends the process with a traceback.
+    """Run each section on its own: if one fails it says so, and the next begins, in a new process if this one has lost
+    the device. A section that hangs ends the process with a traceback.
     """
     began_s = time.perf_counter()
     for index, name in enumerate(names):
         title, section = SECTIONS[name]
-        if name in AFTER_MODEL:
-            bench.forget()
+        if name in WITHOUT_MODEL:
+            bench.free_model()
         say("", f"## {title}", "")
         section_began_s = time.perf_counter()
-        if name not in OTHERS:
+        if name not in ISOLATED:
             faulthandler.dump_traceback_later(SECTION_TIMEOUT_S, exit=True, file=STDERR)
         try:
             with torch.inference_mode():
                 section(bench)
-        except Exception as error:  # noqa: BLE001 - what one section meets must not cost the others
+        except Exception as error:  # noqa: BLE001 - one section's failure must not cost the others
             say("", f"Failed: {type(error).__name__}: {error}")
         finally:
             faulthandler.cancel_dump_traceback_later()
         say("", f"({time.perf_counter() - section_began_s:.0f} s)")
         if index + 1 < len(names) and _is_lost(bench):
-            say("", "The device is lost to this process; another one does the rest.")
+            say("", "This process has lost the device; a new one does the rest.")
             only = [word for rest in names[index + 1 :] for word in ("--only", rest)]
             quick = ["--quick"] if bench.quick else []
-            _child([*only, *quick, "--folder", str(bench.folder)], REST_TIMEOUT_S, "the rest")
+            _run_child([*only, *quick, "--folder", str(bench.folder)], REST_TIMEOUT_S, "the rest")
             break
     say("", f"In all: {time.perf_counter() - began_s:.0f} s.")
 

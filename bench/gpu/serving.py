@@ -1,4 +1,4 @@
-"""Requests through an engine, as the service sends them: seconds to the first token, tokens per second."""
+"""Requests to an engine, as the service sends them: seconds to the first token, and tokens per second."""
 
 import random
 import statistics
@@ -18,7 +18,7 @@ TIMEOUT_S = 120.0
 
 
 class TokenEngine(Protocol):
-    """Ours, or one that it is compared with."""
+    """Ours, or the one that it is compared with."""
 
     def submit(
         self, prompt: list[int], params: SamplingParams, constraint: TokenConstraint | None = None
@@ -26,14 +26,14 @@ class TokenEngine(Protocol):
 
 
 class Callers:
-    """Sends random prompts of a vocabulary; no two share a beginning, so nothing is found in a cache."""
+    """Sends prompts of random tokens; no two share a prefix, so nothing is found in a cache."""
 
     def __init__(self, engine: TokenEngine, vocabulary: int, seed: int = 0) -> None:
         self._engine, self._vocabulary = engine, vocabulary
         self._random = random.Random(seed)
 
     def first_token_s(self, prompt_tokens: int, rounds: int = 5) -> float:
-        """Median from submitting to the first delivery, after one round that is not counted."""
+        """Median time from submission to first delivery, after one round that does not count."""
         found = []
         for _ in range(rounds + 1):
             began_s = time.perf_counter()
@@ -43,7 +43,7 @@ class Callers:
         return statistics.median(found[1:])
 
     def throughput(self, concurrency: int, prompt_tokens: int, tokens: int) -> tuple[float, float]:
-        """Tokens per s of as many answers side by side, prompts included in the time; and seconds in all."""
+        """Tokens per s of `concurrency` answers at once, including the time for their prompts; and seconds in all."""
         began_s = time.perf_counter()
         streams = [self._send(prompt_tokens, tokens) for _ in range(concurrency)]
         count = sum(_drain(stream) for stream in streams)
@@ -64,11 +64,13 @@ class Callers:
         return self._engine.submit(prompt, params)
 
 
-def own_engine(model: Mistral, cache: KVCache, most: int) -> Engine:
-    """Guesses nothing ahead: random weights repeat themselves, and would be guessed too well."""
+def own_engine(model: Mistral, cache: KVCache, max_running: int) -> Engine:
+    """Without speculative decoding: the output of random weights repeats itself, and too many drafts would be right."""
     config = model.config
-    limits = Limits(max_running=most, prefill_tokens=PREFILL_TOKENS, speculative_rows=0)
-    books = BlockCache(cache.blocks, cache.block_size, most, config.max_position_embeddings, config.sliding_window)
+    limits = Limits(max_running=max_running, prefill_tokens=PREFILL_TOKENS, speculative_rows=0)
+    books = BlockCache(
+        cache.blocks, cache.block_size, max_running, config.max_position_embeddings, config.sliding_window
+    )
     runner = GraphRunner(model, cache, books, limits)
     scheduler = Scheduler(books, limits, runner.device_counts)
     return Engine(scheduler, runner, config.max_position_embeddings, config.vocab_size, hang_after_s=TIMEOUT_S)

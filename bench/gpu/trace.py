@@ -1,4 +1,4 @@
-"""What a device did and when, by torch's profiler: time per kernel, and the time between kernels."""
+"""What a device did and when, from torch's profiler: time per kernel, and the time between kernels."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from bench.gpu.clock import Clock
 
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # of the profiler's categories
 HOST_WORK = ("cpu_op",)
-STEP_BEGINS = "Memcpy HtoD"  # a step's inputs come in one copy
-LONGEST_NAME = 56
+STEP_BEGINS = "Memcpy HtoD"  # a step's inputs arrive in one copy
+MAX_NAME_CHARS = 56
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Activity:
 
 
 def recorded(work: Callable[[], object], clock: Clock) -> list[Activity]:
-    """What `work` made the device do, in the order of beginning; on a CPU, torch's operations."""
+    """What the device did for `work`, in order of start; on a CPU, torch's operations."""
     cuda = clock.device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity
-    # Where the profiler tears its tracer down, as newer ones do by default, the next profile may come out empty, since
-    # that happens late; and with CUDA before 12.6 graphs crashed then.
+    # Newer profilers tear CUPTI down after a profile by default. That happens late, so the next profile may come out
+    # empty; and with CUDA before 12.6, graphs crashed.
     os.environ["TEARDOWN_CUPTI"] = "0"
-    # There is one cycle only; torch 2.11 warns of more unless it is told to keep them all.
+    # There is only one cycle, but torch 2.11 warns that earlier ones' events are lost unless it is told to keep them.
     with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU], acc_events=True) as profile:
         work()
         clock.wait()
@@ -50,7 +50,7 @@ def recorded(work: Callable[[], object], clock: Clock) -> list[Activity]:
 
 
 def activities(events: list[dict[str, Any]], categories: tuple[str, ...] = DEVICE_WORK) -> list[Activity]:
-    """Those of a Chrome trace's events."""
+    """Those in a Chrome trace."""
     found = [
         Activity(_name(event), float(event["ts"]), float(event["dur"]))
         for event in events
@@ -60,7 +60,7 @@ def activities(events: list[dict[str, Any]], categories: tuple[str, ...] = DEVIC
 
 
 def by_kernel(found: list[Activity], steps: int) -> list[tuple[str, float, float]]:
-    """(name, launches, µs), both per step; the longest first."""
+    """(name, launches per step, µs per step), the longest first."""
     spent: dict[str, list[float]] = defaultdict(list)
     for activity in found:
         spent[activity.name].append(activity.duration_us)
@@ -70,7 +70,7 @@ def by_kernel(found: list[Activity], steps: int) -> list[tuple[str, float, float
 
 @dataclass(frozen=True)
 class Idle:
-    """µs in which the device did nothing, per step."""
+    """µs per step in which the device did nothing."""
 
     within: float  # between the activities of a step
     between: float  # from a step's last activity to the next one's first
@@ -78,7 +78,7 @@ class Idle:
 
 
 def idle(found: list[Activity]) -> Idle:
-    """A step begins with the copy of its inputs; what comes before the first one is left out."""
+    """A step begins with the copy of its inputs; whatever precedes the first is ignored."""
     within = between = 0.0
     steps = 0
     end_us: float | None = None
@@ -97,8 +97,8 @@ def idle(found: list[Activity]) -> Idle:
 
 
 def _name(event: dict[str, Any]) -> str:
-    """A kernel's name without C++'s trimmings; its grid tells the matrices apart that one kernel multiplies."""
+    """A kernel's name without C++ decoration, and its grid, which tells a kernel's matrices apart."""
     name = re.sub(r"<.*|\(anonymous namespace\)::|^void |\bat::native::", "", str(event["name"]))
     name = name.split("(")[0] if event["cat"] == "kernel" else str(event["name"]).split(" (")[0]
     grid = event.get("args", {}).get("grid")
-    return name[:LONGEST_NAME] + (f" [{' x '.join(map(str, grid))}]" if grid else "")
+    return name[:MAX_NAME_CHARS] + (f" [{' x '.join(map(str, grid))}]" if grid else "")

@@ -1,4 +1,4 @@
-"""The GPU benchmark's way of measuring, on emulated kernels and a tiny model: that it measures, not what."""
+"""The GPU benchmark on emulated kernels and a tiny model: that it measures, not what it measures."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.gpu import card, choices, loading, products, sections, serving, trace
-from bench.gpu.choices import FUSED, NARROW, Figures, Site, Way
+from bench.gpu.choices import FUSED, NARROW, Figures, Site, Variant
 from bench.gpu.clock import Clock, captured
 from bench.gpu.decode import Decoding, filled_cache, step_bytes
 from bench.gpu.products import Contender, Shape
@@ -27,14 +27,14 @@ SMALL = Shape("small", 64, 256)
 
 @pytest.fixture(autouse=True)
 def single_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing looks at what the figures are, and emulated kernels take a thousand times as long as a GPU's."""
+    """No test depends on the figures, and emulated kernels take a thousand times as long as a GPU's."""
     monkeypatch.setattr(Clock, "medians", lambda clock, works, rounds=5: MEDIANS(clock, works, rounds=1))
 
 
 def test_works_take_turns() -> None:
     done: list[str] = []
     found = MEDIANS(CPU, [lambda: done.append("a"), lambda: done.append("b")], rounds=3)
-    assert [name for name, _ in groupby(done)] == ["a", "b"] * (1 + 3)  # to count a round's calls, and three rounds
+    assert [name for name, _ in groupby(done)] == ["a", "b"] * (1 + 3)  # a call to set the repeats, three rounds
     assert len(found) == 2 and min(found) > 0
 
 
@@ -60,7 +60,7 @@ def cache(model: Mistral) -> KVCache:
 
 def test_decoding_is_timed_at_any_context(model: Mistral, cache: KVCache) -> None:
     decoding = Decoding(model, cache, 4)
-    for requests, context in ((1, 7), (2, 70)):  # the second has passed the window
+    for requests, context in ((1, 7), (2, 70)):  # the second reaches beyond the window
         found = decoding.measure(requests, context, steps=2)
         assert min(found.wall_s, found.first_s, decoding.device_s(requests)) > 0
         assert 0 <= found.host_s <= found.wall_s
@@ -69,7 +69,7 @@ def test_decoding_is_timed_at_any_context(model: Mistral, cache: KVCache) -> Non
     assert decoding.scheduler.cache.available == cache.blocks
 
 
-def test_the_floor_counts_what_the_window_leaves(model: Mistral) -> None:
+def test_the_floor_counts_only_tokens_within_the_window(model: Mistral) -> None:
     per_token = 2 * model.config.num_hidden_layers * model.config.kv_size * 2
     assert step_bytes(model, 1000, 2, 30) == 1000 + 2 * 30 * per_token
     assert step_bytes(model, 1000, 2, 100) == 1000 + 2 * 40 * per_token
@@ -138,53 +138,55 @@ def test_every_kernel_that_could_take_the_tokens_is_timed(site: Site) -> None:
         for name in ("wide_8", "wide_16", "wide_32", "wide_64", "wide_64_tall")
         if not site.shape.dense or "t" not in name
     }
-    assert {way.kernel for way in few.seconds} == wide | {"narrow"} | ({"narrow_norm"} if site.normed else set())
+    assert {variant.kernel for variant in few.seconds} == wide | {"narrow"} | (
+        {"narrow_norm"} if site.normed else set()
+    )
     assert few.chosen == (FUSED if site.normed else NARROW)
-    assert {way.kernel for way in many.seconds} == wide - {"wide_8"}
-    assert many.chosen == Way("wide_16", True)  # of less blocks than there are multiprocessors
+    assert {variant.kernel for variant in many.seconds} == wide - {"wide_8"}
+    assert many.chosen == Variant("wide_16", True)  # with fewer blocks than there are multiprocessors
     for figures in (few, many):
         assert all(isinstance(each, float) and each > 0 for each in figures.seconds.values()), figures.seconds
         assert figures.best() <= figures.best(figures.chosen) < float("inf")
 
 
-def test_a_kernel_of_other_results_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_whose_result_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(choices.Kernels):
-        def run(self, way: Way, inputs: choices.Inputs, weight: object, out: torch.Tensor) -> None:
-            super().run(way, inputs, weight, out)  # type: ignore[arg-type]
-            out[0, 0] += way.kernel == "wide_8"
-            assert way != Way("wide_16", True), "not so"
+        def run(self, variant: Variant, inputs: choices.Inputs, weight: object, out: torch.Tensor) -> None:
+            super().run(variant, inputs, weight, out)  # type: ignore[arg-type]
+            out[0, 0] += variant.kernel == "wide_8"
+            assert variant != Variant("wide_16", True), "not so"
 
     ops: CudaOps = emulated_ops()
     (found,) = choices.measured(Wrong(ops._load, ops.device), ops, SITES[1], (1,), CPU)
-    assert found.seconds.pop(Way("wide_8", False)) == found.seconds.pop(Way("wide_8", True)) == "differs"
-    assert found.seconds.pop(Way("wide_16", True)) == "AssertionError: not so"
+    assert found.seconds.pop(Variant("wide_8", False)) == found.seconds.pop(Variant("wide_8", True)) == "differs"
+    assert found.seconds.pop(Variant("wide_16", True)) == "AssertionError: not so"
     assert all(isinstance(each, float) for each in found.seconds.values())
 
 
 def test_choices_are_advised_by_the_whole_step() -> None:
-    whole, split = Way("wide_8", False), Way("wide_8", True)
+    whole, split = Variant("wide_8", False), Variant("wide_8", True)
 
     def figures(site: int, tokens: int, blocks: int, *seconds: float | str) -> Figures:
-        ways = ([FUSED] if SITES[site].normed else []) + [NARROW, whole, split]
-        times = dict(zip(ways, seconds, strict=True))
+        variants = ([FUSED] if SITES[site].normed else []) + [NARROW, whole, split]
+        times = dict(zip(variants, seconds, strict=True))
         return Figures(SITES[site], tokens, NARROW, times, {whole: blocks, split: blocks})
 
     found = [
         figures(0, 1, 100, 1.0, 1.5, 2.0, 3.0),
         figures(1, 1, 10, 4.0, 9.0, 5.0),
         figures(0, 2, 100, 2.0, 1.9, 2.5, 3.0),  # the fused norm takes longer
-        figures(1, 2, 10, 6.0, 9.0, 5.5),  # narrow takes longer here, but in both together it does not
+        figures(1, 2, 10, 6.0, 9.0, 5.5),  # narrow takes longer here, but not in both together
         figures(0, 4, 100, 1.0, 3.0, 2.5, 3.0),
         figures(1, 4, 10, 6.0, 9.0, "differs"),
         figures(0, 8, 100, 1.0, 3.0, 2.5, 3.0),
         figures(1, 8, 10, 6.0, 5.0, 5.5),  # the one wide grid that a split does not make faster
     ]
-    given = choices.advice(found)
-    assert (given.norm_tokens, given.narrow_tokens, given.split_below) == (1, 4, 11)
-    assert given.steps[2] == (32 * (1.9 + 6.0), 32 * (1.9 + 5.5))
+    advice = choices.advice(found)
+    assert (advice.norm_tokens, advice.narrow_tokens, advice.split_below) == (1, 4, 11)
+    assert advice.steps[2] == (32 * (1.9 + 6.0), 32 * (1.9 + 5.5))
 
 
-def test_a_peer_stands_beside_ours_or_is_named_as_missing(
+def test_a_peer_is_measured_beside_ours_or_reported_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(products, "SHAPES", (SMALL,))
@@ -238,7 +240,7 @@ def test_a_real_profile_is_read(model: Mistral) -> None:
     assert any("mm" in activity.name for activity in found)
 
 
-def test_a_section_that_fails_costs_no_other(
+def test_a_failing_section_does_not_stop_the_others(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(bench: sections.Bench) -> None:
@@ -259,7 +261,7 @@ def test_a_section_that_fails_costs_no_other(
     monkeypatch.setattr(sections, "OVERLAPS", ((2, 7),))
     bench = sections.Bench(folder, ops, emulated_ops(), blocks=40)
     bench.__dict__["ceilings"] = card.Ceilings(1e9, 1e9, 1e12)
-    names = [name for name in sections.SECTIONS if name not in ("kernels", *sections.OTHERS)]
+    names = [name for name in sections.SECTIONS if name not in ("kernels", *sections.ISOLATED)]
     sections.run(bench, names)
     printed = capsys.readouterr().out
     assert printed.count("Failed") == 1 and "Failed: ValueError: of no use" in printed
@@ -271,13 +273,13 @@ def test_a_section_that_fails_costs_no_other(
 
 
 class LostClock(Clock):
-    """Of a device that no longer answers."""
+    """The clock of a device that no longer responds."""
 
     def wait(self) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
 
-def test_the_rest_is_done_elsewhere_once_the_device_is_lost(
+def test_a_new_process_does_the_rest_once_the_device_is_lost(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def losing(bench: sections.Bench) -> None:
@@ -286,7 +288,7 @@ def test_the_rest_is_done_elsewhere_once_the_device_is_lost(
 
     asked: list[list[str]] = []
     monkeypatch.setitem(sections.SECTIONS, "decode", ("Decoding one stream", losing))
-    monkeypatch.setattr(sections, "_child", lambda arguments, *_: asked.append(arguments))
+    monkeypatch.setattr(sections, "_run_child", lambda arguments, *_: asked.append(arguments))
     bench = sections.Bench(Path("weights"), emulated_ops())
     sections.run(bench, ["decode", "batches", "memory"])
     assert asked == [["--only", "batches", "--only", "memory", "--folder", "weights"]]
