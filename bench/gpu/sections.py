@@ -340,7 +340,7 @@ def kernel_choices(bench: Bench) -> None:
     kernels = choices.Kernels(bench.ops._load, bench.device)
     say(
         "µs, weights cold, including the norm before a matrix where there is one; * marks what is chosen now, bold the "
-        f"fastest. `/ {linear.SPLITS}`: each block takes a range of K. Results are equal to the bit, or marked `differs`."
+        f"fastest. `/ {linear.SPLITS}`: each block takes a range of K. Results are equal to the bit, or else `differs`."
     )
     found: list[choices.Figures] = []
     for site in choices.SITES:
