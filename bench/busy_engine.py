@@ -36,13 +36,13 @@ class BusyEngine:
         while stream.get(0) is not None:
             pass
         stream.get()
-        begun_s = last_s = time.perf_counter()
+        began_s = last_s = time.perf_counter()
         prompt, gaps = self._submit(PROMPT, 1), []
         while prompt.get(0) is None:
             stream.get()
             gaps.append(time.perf_counter() - last_s)
             last_s += gaps[-1]
-        return last_s - begun_s, gaps
+        return last_s - began_s, gaps
 
     def close(self) -> None:
         self._engine.close()

@@ -33,22 +33,22 @@ TOKENS = 32  # per answer
 
 def measure(folder: Path, engine: str, seed: int) -> dict[str, float]:
     """One engine's figures, measured in this process. Prompts depend on `seed`, so that none is found in a cache."""
-    begun_s = time.perf_counter()
+    began_s = time.perf_counter()
     settings = Settings.model_validate({"engine": engine, "max_concurrency": max(CONCURRENCIES)})
     service = Service.from_folder(folder, settings)
-    figures = {"start-up, s": time.perf_counter() - begun_s}
+    figures = {"start-up, s": time.perf_counter() - began_s}
     service.answer(_request(seed, 0, 20, 4))  # warms up
     for name, words in WORDS.items():
         results = [service.answer(_request(seed, 10 + i, words, TOKENS)) for i in range(3)]
         figures[f"first token, {name}, s"] = statistics.median(result.time_to_first_token for result in results)
         figures[f"tokens/s, {name}"] = statistics.median(result.tokens_per_second for result in results)
     for concurrency in CONCURRENCIES:
-        begun_s = time.perf_counter()
+        began_s = time.perf_counter()
         generations = [service.generate(_request(seed, 100 * concurrency + i, 20, TOKENS)) for i in range(concurrency)]
         for generation in generations:
             for _ in generation:
                 pass
-        seconds = time.perf_counter() - begun_s
+        seconds = time.perf_counter() - began_s
         figures[f"throughput at {concurrency}, tokens/s"] = concurrency * TOKENS / seconds
     figures["peak memory, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     if torch.cuda.is_available():
@@ -93,7 +93,7 @@ def report(found: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=checkpoint, required=True, help="an AWQ checkpoint folder")
-    parser.add_argument("--rounds", type=count, default=3, help="figures are their medians (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=3, help="to take the medians over (default: %(default)s)")
     parser.add_argument("--only", choices=ENGINES, help="measure one engine in this process, and print JSON")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()

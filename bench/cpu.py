@@ -3,9 +3,9 @@
     python -m bench.cpu --peers-python /path/to/venv/bin/python > bench/results/cpu-$(date +%F).md
 
 Decoding reads every weight once per step, so the floor of a step's time is those bytes over the memory bandwidth. On a
-shared machine that drifts with the neighbours' load, so it is measured before each round, and the share of the floor is
-against that measurement. Peers take turns with our engine, round by round, each in a process of its own, under a Python
-that has them installed:
+shared machine that drifts with the neighbours' load, so it is measured before each round, and the share of the floor
+refers to that measurement. Peers take turns with our engine, round by round, each in a process of its own, under a
+Python that has them installed:
 `pip install llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0 onnxruntime onnx onnx-ir transformers torch`.
 """
 
@@ -80,18 +80,18 @@ class TimedOps:
             return found
 
         def timed(*args: Any) -> Any:
-            begun_s = time.perf_counter()
+            began_s = time.perf_counter()
             result = found(*args)
-            self.seconds[name] += time.perf_counter() - begun_s
+            self.seconds[name] += time.perf_counter() - began_s
             return result
 
         return timed
 
 
 def _timed(work: Callable[[], Any]) -> float:
-    begun_s = time.perf_counter()
+    began_s = time.perf_counter()
     work()
-    return time.perf_counter() - begun_s
+    return time.perf_counter() - began_s
 
 
 def batch_of(
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--steps", type=count, default=4, help="decode steps in each of three rounds (default: 4)")
     parser.add_argument("--quick", action="store_true", help="short contexts and prompts only")
     parser.add_argument("--peers-python", type=program, help="a Python with the peers installed; without it, no peers")
-    parser.add_argument("--skip-onnx", action="store_true", help="no onnxruntime-genai: its conversion takes minutes")
+    parser.add_argument("--skip-onnx", action="store_true", help="without onnxruntime-genai (minutes to convert)")
     options = parser.parse_args()
 
     ops = CpuOps(options.threads, options.precision, isa=options.isa)

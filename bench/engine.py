@@ -39,12 +39,12 @@ def throughput(service: Service) -> list[tuple[int, float]]:
                 Request.parse(prompt=f"{turn} {i}: tell me a story.", seed=i, min_tokens=TOKENS, max_tokens=TOKENS)
                 for i in range(concurrency)
             ]
-            begun_s = time.perf_counter()
+            began_s = time.perf_counter()
             generations = [service.generate(request) for request in requests]
             for generation in generations:
                 for _ in generation:
                     pass
-            rate = concurrency * TOKENS / (time.perf_counter() - begun_s)
+            rate = concurrency * TOKENS / (time.perf_counter() - began_s)
             if turn > 0:  # the first round warms up
                 rates[concurrency].append(rate)
     return [(concurrency, statistics.median(found)) for concurrency, found in rates.items()]

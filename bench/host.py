@@ -1,4 +1,4 @@
-"""How busy the host keeps a device: the share of its full speed that is left beside the engine's and the text's work.
+"""What the host costs a GPU: the share of the device's full speed that is left with the engine, and with the text too.
 
     python -m bench.host --weights weights/demo
 
@@ -122,7 +122,7 @@ class Host:
         return cls(engine, service)
 
     def generate_tokens(self, caller: int) -> None:
-        """An answer that is not decoded to text."""
+        """Generate an answer without decoding it to text."""
         params = SamplingParams(TOKENS, stop_ids=frozenset(), seed=caller, temperature=0.7, top_p=0.95)
         self.engine.submit(list(range(24 * caller + 5, 24 * caller + 29)), params).wait_for_last(TIMEOUT_S)
 
@@ -138,10 +138,10 @@ class Found:
 
 
 def measure(ask: Callable[[int], None], concurrency: int) -> Found:
-    begun_s, cpu_s = time.perf_counter(), time.process_time()
+    began_s, cpu_s = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(concurrency) as callers:
         list(callers.map(ask, range(concurrency)))
-    took_s = time.perf_counter() - begun_s
+    took_s = time.perf_counter() - began_s
     return Found(concurrency * TOKENS / took_s, (time.process_time() - cpu_s) / took_s)
 
 

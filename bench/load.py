@@ -91,7 +91,7 @@ async def send(client: httpx.AsyncClient, inputs: dict[str, Any], fate: Fate, af
     """Send one request. After `after` chunks it is cancelled, or the caller disconnects, if that is its fate."""
     headers = {"Accept": "text/event-stream"}
     while True:
-        begun_s = time.monotonic()
+        began_s = time.monotonic()
         async with client.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
             if response.status_code == httpx.codes.CONFLICT:  # a slot is freed slightly after its answer has ended
                 await response.aread()
@@ -101,12 +101,12 @@ async def send(client: httpx.AsyncClient, inputs: dict[str, Any], fate: Fate, af
                 tally.outcomes["refused"] += 1
                 tally.failures.append(f"{response.status_code} {(await response.aread()).decode()[:200]}")
                 return
-            await read(client, response, fate, after, begun_s, tally)
+            await read(client, response, fate, after, began_s, tally)
             return
 
 
 async def read(
-    client: httpx.AsyncClient, response: httpx.Response, fate: Fate, after: int, begun_s: float, tally: Tally
+    client: httpx.AsyncClient, response: httpx.Response, fate: Fate, after: int, began_s: float, tally: Tally
 ) -> None:
     chunks, prediction, cancelled = 0, "", False
     async for event in EventSource(response).aiter_sse():
@@ -116,13 +116,13 @@ async def read(
         elif event.event == "output":
             chunks += 1
             if chunks == 1:
-                tally.first_chunk_s.append(time.monotonic() - begun_s)
+                tally.first_chunk_s.append(time.monotonic() - began_s)
         elif event.event == "completed":
             tally.outcomes[data["status"]] += 1
             if data["status"] == "failed":
                 tally.failures.append(f"{data.get('error')}"[:200] + (" (cancelled)" if cancelled else ""))
             elif data["status"] == "succeeded":
-                tally.total_s.append(time.monotonic() - begun_s)
+                tally.total_s.append(time.monotonic() - began_s)
                 if "output_token_count" not in data["metrics"]:
                     tally.failures.append("an answer came without metrics")
                 tally.tokens += data["metrics"].get("output_token_count", 0)
@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument("--requests", type=count, default=1000, help="in all (default: %(default)s)")
     parser.add_argument("--concurrency", type=count, default=32, help="requests at once (default: %(default)s)")
     parser.add_argument("--max-tokens", type=count, default=64, help="of an answer, at most (default: %(default)s)")
-    parser.add_argument("--abuse", type=float, default=0.3, help="share of requests that are cancelled or disconnect")
+    parser.add_argument("--abuse", type=float, default=0.3, help="share of requests cancelled or disconnected")
     parser.add_argument("--seed", type=int, default=0, help="of the random requests (default: %(default)s)")
     options = parser.parse_args()
     try:
@@ -197,11 +197,11 @@ def main() -> int:
         parser.error(f"{options.url} is not a valid address: {error}")
     if host not in ("127.0.0.1", "localhost", "::1") and not options.remote:
         parser.error(f"{options.url} is not this machine; add --remote if it is yours to load")
-    begun_s = time.monotonic()
+    began_s = time.monotonic()
     tally = asyncio.run(
         load(options.url, options.requests, options.concurrency, options.max_tokens, options.seed, abuse=options.abuse)
     )
-    print(report(tally, time.monotonic() - begun_s))
+    print(report(tally, time.monotonic() - began_s))
     return 1 if tally.failures or sum(tally.outcomes.values()) != options.requests else 0
 
 

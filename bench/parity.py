@@ -175,7 +175,9 @@ def report(found: list[Comparison]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=checkpoint, required=True, help="an AWQ checkpoint folder")
-    parser.add_argument("--precision", choices=("auto", "int8", "int16", "float32"), default="auto", help="on a CPU")
+    parser.add_argument(
+        "--precision", choices=("auto", "int8", "int16", "float32"), default="auto", help="of activations, on a CPU"
+    )
     parser.add_argument("--max-tokens", type=count, default=64, help="of an answer, at most (default: %(default)s)")
     options = parser.parse_args()
     exact = options.precision == "float32"

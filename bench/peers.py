@@ -32,9 +32,9 @@ class Peer(Protocol):
 
 
 def timed(work: Callable[[], Any]) -> float:
-    begun_s = time.perf_counter()
+    began_s = time.perf_counter()
     work()
-    return time.perf_counter() - begun_s
+    return time.perf_counter() - began_s
 
 
 class LlamaCpp:

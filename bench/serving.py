@@ -29,11 +29,11 @@ Ask = Callable[[dict[str, Any]], float]  # inputs → seconds to the first chunk
 
 def through_server(client: Client) -> Ask:
     def ask(inputs: dict[str, Any]) -> float:
-        begun_s = time.perf_counter()
+        began_s = time.perf_counter()
         first_s = 0.0
         with client.stream(**inputs) as answer:
             for _ in answer:
-                first_s = first_s or time.perf_counter() - begun_s
+                first_s = first_s or time.perf_counter() - began_s
         return first_s
 
     return ask
@@ -41,10 +41,10 @@ def through_server(client: Client) -> Ask:
 
 def through_engine(service: Service) -> Ask:
     def ask(inputs: dict[str, Any]) -> float:
-        begun_s = time.perf_counter()
+        began_s = time.perf_counter()
         first_s = 0.0
         for _ in service.generate(Request.parse(**inputs)):
-            first_s = first_s or time.perf_counter() - begun_s
+            first_s = first_s or time.perf_counter() - began_s
         return first_s
 
     return ask
@@ -56,10 +56,10 @@ def measure(ask: Ask, concurrency: int, turn: int) -> tuple[float, float]:
         {"prompt": f"{turn} {i}: tell me a story.", "seed": i, "min_tokens": TOKENS, "max_tokens": TOKENS}
         for i in range(concurrency)
     ]
-    begun_s = time.perf_counter()
+    began_s = time.perf_counter()
     with ThreadPoolExecutor(concurrency) as pool:
         first = list(pool.map(ask, inputs))
-    return concurrency * TOKENS / (time.perf_counter() - begun_s), statistics.median(first)
+    return concurrency * TOKENS / (time.perf_counter() - began_s), statistics.median(first)
 
 
 @report_errors
@@ -71,9 +71,9 @@ def main() -> None:
     environ = {"STARLING_WEIGHTS": str(options.weights.resolve()), "COG_MAX_CONCURRENCY": str(max(CONCURRENCIES))}
     environ |= {"STARLING_ENGINE": options.engine} if options.engine else {}
     service = Service.from_folder(options.weights, Settings.from_env(os.environ | environ))
-    begun_s = time.perf_counter()
+    began_s = time.perf_counter()
     with LocalServer(environ=environ) as server:
-        print(f"server ready after {time.perf_counter() - begun_s:.1f} s")
+        print(f"server ready after {time.perf_counter() - began_s:.1f} s")
         client = Client(server.url)
         ways = {"engine": through_engine(service), "server": through_server(client)}
         for concurrency in CONCURRENCIES:
