@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from httpx_sse import EventSource
@@ -90,12 +91,21 @@ class Client:
                     if response.status_code != httpx.codes.CONFLICT or time.monotonic() - begun_s > BUSY_RETRY_S:
                         raise AnswerError(_refusal(response))
             except httpx.TransportError as error:
-                raise AnswerError(f"The connection to {self._http.base_url} failed: {error}") from error
+                raise self._unreachable(error) from error
             time.sleep(BUSY_PAUSE_S)
 
     def cancel(self, prediction_id: str) -> bool:
-        """True if there was such a prediction to cancel."""
-        return self._http.post(f"/predictions/{prediction_id}/cancel").is_success
+        """True if there was such a prediction to cancel. Raises AnswerError if the server cannot say."""
+        try:
+            response = self._http.post(f"/predictions/{quote(prediction_id, safe='')}/cancel")
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if response.is_success or response.status_code == httpx.codes.NOT_FOUND:
+            return response.is_success
+        raise AnswerError(_refusal(response))
+
+    def _unreachable(self, error: httpx.TransportError) -> AnswerError:
+        return AnswerError(f"The connection to {self._http.base_url} failed: {error}")
 
 
 def _refusal(response: httpx.Response) -> str:

@@ -3,8 +3,10 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -163,8 +165,9 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
         raise RequestError(
             f"json_schema's patterns have {size} bytes in all; at most {MAX_PATTERN_BYTES} are accepted. Shorten them."
         )
-    multiples: list[Any] = [each for found in objects if type(each := found.get("multipleOf")) in (int, float)]
-    digits = set(map(_digits, multiples))
+    values: list[Any] = [each for found in objects if type(each := found.get("multipleOf")) in (int, float)]
+    multiples = Counter(map(_digits, values))
+    digits = {digits for digits, _ in multiples}
     # Two that apply to one number are joined into their least common multiple.
     joined = 1
     for each in digits:  # not all in one call, which for large ones holds the GIL for half a second
@@ -176,6 +179,30 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
             f"json_schema's multipleOf values come to more than {MAX_MULTIPLE}, ignoring decimal points: their sum, or "
             "their least common multiple where two may apply to one number. Use smaller or fewer ones."
         )
+    if any(map(_joins, objects)) and _largest_product(multiples) >= 2**32:
+        raise RequestError(
+            "json_schema has multipleOf values whose product, ignoring decimal points, does not fit 32 bits, and "
+            "allOf, anyOf, oneOf, $ref or patternProperties may apply them to one number. Use smaller or fewer ones."
+        )
+
+
+def _largest_product(multiples: Counter[tuple[int, int]]) -> int:
+    """The largest number that llguidance may compute to join any of these (digits, places); from 2**32 on, a bound.
+
+    It scales a and b to integers and computes a * b / gcd(a, b), in uint32. An overflow goes unnoticed there, and the
+    answer would be a multiple of another number.
+    """
+    most = max((places for _, places in multiples), default=0)
+    scaled = [
+        digits * 10 ** (most - places) for (digits, places), count in multiples.items() for _ in range(min(count, 2))
+    ]
+
+    def lcm(a: int, b: int) -> int:
+        return min(math.lcm(a, b), 2**32)
+
+    before = accumulate(scaled, lcm, initial=1)
+    after = [*accumulate(reversed(scaled), lcm, initial=1)][-2::-1]  # of those behind each
+    return max((each * lcm(a, b) for each, a, b in zip(scaled, before, after, strict=False)), default=0)
 
 
 def _joins(found: dict[str, Any]) -> bool:
@@ -243,10 +270,13 @@ def _schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 pending += found
 
 
-def _digits(number: float) -> int:
-    """The number without its decimal point: 25 for 0.25; 1 if it is 0 or infinite, which llguidance refuses."""
-    digits = re.sub(r"\D", "", f"{Decimal(repr(number).removesuffix('.0')):f}")
-    return int(digits or 0) or 1
+def _digits(number: float) -> tuple[int, int]:
+    """The number without its decimal point, and its decimal places: (25, 2) for 0.25.
+
+    1 instead of 0 and of infinity, which llguidance refuses.
+    """
+    whole, _, places = f"{Decimal(repr(number).removesuffix('.0')):f}".partition(".")
+    return int(re.sub(r"\D", "", whole + places) or 0) or 1, len(places)
 
 
 def _regex_grammar(regex: str) -> str:

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A request's text is 1 MiB at most (starling/request.py); JSON that escapes all but ASCII makes up to three of it.
-MAX_BODY_BYTES = 4 << 20
+# A request's text is 1 MiB at most (starling/request.py), and JSON makes up to six bytes of one: \u0001.
+MAX_BODY_BYTES = 8 << 20
 ATTEMPTS = 5  # replicas on which a request is tried before it fails
 RETRY_PAUSE_S = 0.2
 Event = dict[str, Any]

@@ -1,4 +1,4 @@
-"""The client's timeouts, without a server."""
+"""The client's timeouts and errors, without a server."""
 
 from collections.abc import Iterator
 
@@ -36,6 +36,38 @@ def test_every_wait_for_the_server_has_a_timeout(
     assert client.cancel("pred_1")
     client.close()
     assert waits == [dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)] * 2
+
+
+@pytest.mark.parametrize(("status", "found"), [(200, True), (404, False)])
+def test_a_cancel_says_whether_there_was_a_prediction(
+    monkeypatch: pytest.MonkeyPatch, status: int, found: bool
+) -> None:
+    paths = []
+
+    def handle(transport: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
+        paths.append(request.url.raw_path)
+        return httpx.Response(status)
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", handle)
+    client = Client(URL)
+    assert client.cancel("a/b?c") == found
+    client.close()
+    assert paths == [b"/predictions/a%2Fb%3Fc/cancel"]
+
+
+def test_a_cancel_that_reaches_no_server_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle(transport: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
+        if b"broken" in request.url.raw_path:
+            return httpx.Response(502, text="Bad Gateway")
+        raise httpx.ConnectTimeout("timed out")
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", handle)
+    client = Client(URL)
+    with pytest.raises(AnswerError, match=f"{URL} failed: timed out"):
+        client.cancel("pred_1")
+    with pytest.raises(AnswerError, match="502 Bad Gateway"):
+        client.cancel("broken")
+    client.close()
 
 
 def test_a_timeout_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

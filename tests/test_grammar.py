@@ -1,11 +1,15 @@
 """Which texts a schema or regex allows, token by token, without a model."""
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from starling import tokenizer_json
 from starling.errors import RequestError
@@ -158,9 +162,35 @@ def test_multiples_count_by_their_digits(follows: Follows) -> None:
     apart = {"properties": {"day": {"multipleOf": 86400}, "half": {"multipleOf": 43200}}}
     assert follows('{"day":86400,"half":43200}', apart), "one is a multiple of the other"
     assert follows("0.0000003", {"multipleOf": 1e-7})
+    optional = {"properties": {"a": {"anyOf": [{"multipleOf": 86400}, {"type": "null"}]}, "b": {"multipleOf": 86400}}}
+    assert follows('{"a":86400,"b":172800}', optional), "never two for one number"
+    optional["properties"]["c"] = {"multipleOf": 1e-6}
+    assert follows('{"a":86400,"b":172800,"c":0.000003}', optional), "nor with other decimal places"
     for large in ({"prefixItems": [{"multipleOf": 999983}, {"multipleOf": 0}]}, {"multipleOf": 1e16}):
         with pytest.raises(RequestError, match="more than 100000"):
             follows("[]", large)
+
+
+@pytest.mark.parametrize(
+    "values", [(70000, 70000), (0.00001, 42950), (1e-9, 99991), (0.5, 65537, 65537), (1e-300, 7), (-70000, 70000)]
+)
+def test_multiples_that_would_be_joined_wrongly_are_refused(follows: Follows, values: tuple[float, ...]) -> None:
+    """llguidance would follow 8643 for the first two, and take 10 s for the third with an integer."""
+    with pytest.raises(RequestError, match=r"does not fit 32 bits|more than 100000"):
+        follows("70000", {"type": "integer", "allOf": [{"multipleOf": value} for value in values]})
+
+
+@given(st.lists(st.one_of(st.integers(1, 400), st.integers(1, 400).map(lambda n: n / 8)), min_size=1, max_size=3))
+@settings(deadline=None)
+def test_several_multiples_hold_at_once(follows: Follows, values: list[float]) -> None:
+    """Or are refused. Checked at the least common multiple, at a half of it, and at each alone."""
+    schema = {"type": "number", "allOf": [{"multipleOf": value} for value in values]}
+    eighths = [int(value * 8) for value in values]
+    for number in {math.lcm(*eighths), math.lcm(*eighths) // 2, *eighths}:
+        try:
+            assert follows(f"{number / 8:.10g}", schema) == all(number % each == 0 for each in eighths), number / 8
+        except RequestError as error:
+            assert re.search(r"32 bits|more than 100000|fuel", str(error))
 
 
 @pytest.mark.parametrize("schema", [{"properties": 5}, {"patternProperties": 5}, {"required": 5, "minProperties": 2}])

@@ -274,7 +274,7 @@ def test_an_answer_streams_and_comes_whole(cluster: Cluster) -> None:
         (b"[]", 422, "not of the form"),
         (b'{"input": 1}', 422, "not an object"),
         (json.dumps({"input": {"prompt": ""}}).encode(), 422, "neither"),
-        (json.dumps({"input": {"prompt": "a" * (4 << 20)}}).encode(), 413, "longer than 4194304 bytes"),
+        (json.dumps({"input": {"prompt": "a" * (8 << 20)}}).encode(), 413, "longer than 8388608 bytes"),
     ],
     ids=["cut off", "deep", "list", "number", "nothing to answer", "too long"],
 )
