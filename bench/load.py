@@ -47,6 +47,7 @@ WORDS = [
     "side",
 ]
 Fate = Literal["finish", "cancel", "disconnect"]
+TIMEOUT_S = 300.0  # for a slot, and for the next event
 CANCELLED_TOKENS = 1000  # of an answer to be cancelled: long enough to be unfinished when the cancellation arrives
 
 
@@ -90,10 +91,11 @@ def random_inputs(dice: random.Random, max_tokens: int) -> dict[str, Any]:
 async def send(client: httpx.AsyncClient, inputs: dict[str, Any], fate: Fate, after: int, tally: Tally) -> None:
     """Send one request. After `after` chunks it is cancelled, or the caller disconnects, if that is its fate."""
     headers = {"Accept": "text/event-stream"}
+    began_s = time.monotonic()
     while True:
-        began_s = time.monotonic()
         async with client.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
-            if response.status_code == httpx.codes.CONFLICT:  # a slot is freed slightly after its answer has ended
+            # A slot is freed slightly after its answer has ended. Other callers may hold them all for longer.
+            if response.status_code == httpx.codes.CONFLICT and time.monotonic() - began_s < TIMEOUT_S:
                 await response.aread()
                 await asyncio.sleep(0.02)
                 continue
@@ -150,7 +152,9 @@ async def load(url: str, requests: int, concurrency: int, max_tokens: int, seed:
         plan.append((inputs, fate, dice.randint(0, 5)))
     queue = iter(plan)
     limits = httpx.Limits(max_connections=2 * concurrency, max_keepalive_connections=concurrency)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, mounts=LOOPBACK_WITHOUT_PROXY) as client:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=TIMEOUT_S, limits=limits, mounts=LOOPBACK_WITHOUT_PROXY
+    ) as client:
 
         async def worker() -> None:
             for inputs, fate, after in queue:

@@ -191,7 +191,7 @@ void Context::sample(const float* logits, int64_t tokens, int64_t vocabulary, co
     // The inverse of a tiny temperature overflows float32, and 0 times infinity would be NaN.
     const float inverse = (float)std::min(1 / temperature[t], (double)std::numeric_limits<float>::max());
     kernels_->exp_scaled(row, row[ids[t]], inverse, p, vocabulary);
-    ids[t] = draw(p, vocabulary, Sampling{temperature[t], top_k[t], top_p[t], min_p[t], uniform[t]});
+    ids[t] = draw(p, vocabulary, Sampling{top_k[t], top_p[t], min_p[t], uniform[t]});
   });
 }
 

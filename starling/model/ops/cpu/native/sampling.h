@@ -3,7 +3,6 @@
 #include <cstdint>
 
 struct Sampling {
-  double temperature;  // not 0
   int64_t top_k;       // 0: all
   double top_p;
   double min_p;

@@ -115,7 +115,6 @@ inline void i_store_bytes(int8_t* p, I x) {
 inline I i_widen(__m128i bytes) {
   return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
-inline I i_load_bytes(const uint8_t* p) { return i_widen(_mm_loadu_si128((const __m128i*)p)); }
 inline I i_load_nibbles(const uint8_t* p) {
   __m128i bytes = _mm_loadl_epi64((const __m128i*)p), mask = _mm_set1_epi8(15);
   __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);

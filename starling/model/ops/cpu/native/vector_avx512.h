@@ -107,7 +107,6 @@ template <int n> inline I i_right(I a) { return _mm512_srai_epi32(a, n); }
 inline I i_right_by(I a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 inline int32_t i_sum(I x) { return _mm512_reduce_add_epi32(x); }
 inline void i_store_bytes(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }
-inline I i_load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline I i_load_nibbles(const uint8_t* p) {  // 8 bytes: row 2i in the low half of byte i, row 2i + 1 in the high half
   __m128i bytes = _mm_loadl_epi64((const __m128i*)p), mask = _mm_set1_epi8(15);
   __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);

@@ -105,7 +105,6 @@ inline I i_widen(uint8x16_t bytes) {
   return {{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(low))), vreinterpretq_s32_u32(vmovl_high_u16(low)),
            vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(high))), vreinterpretq_s32_u32(vmovl_high_u16(high))}};
 }
-inline I i_load_bytes(const uint8_t* p) { return i_widen(vld1q_u8(p)); }
 inline I i_load_nibbles(const uint8_t* p) {
   const uint8x8_t bytes = vld1_u8(p), low = vand_u8(bytes, vdup_n_u8(15)), high = vshr_n_u8(bytes, 4);
   return i_widen(vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high)));

@@ -145,11 +145,6 @@ inline int32_t i_sum(I x) {
 inline void i_store_bytes(int8_t* p, I x) {
   for (int i = 0; i < 16; i++) p[i] = (int8_t)(x[i] > 127 ? 127 : x[i] < -128 ? -128 : x[i]);
 }
-inline I i_load_bytes(const uint8_t* p) {
-  I x;
-  for (int i = 0; i < 16; i++) x[i] = p[i];
-  return x;
-}
 inline I i_load_nibbles(const uint8_t* p) {
   I x;
   for (int i = 0; i < 16; i++) x[i] = (p[i / 2] >> (4 * (i % 2))) & 15;
