@@ -1,4 +1,4 @@
-"""Attention over the paged fp16 cache on a GPU: the plan of a step, rotary and KV write, attention itself."""
+"""Attention over the paged fp16 cache on a GPU: a step's plan, rotary and KV write, attention itself."""
 
 import math
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from starling.model.ops.cuda.module import Module
 # As in native/attention.cu.
 THREADS = 128
 SPLIT = 128  # keys
-FEW_ROWS = 16  # of a tile (tokens times the heads of a group)
+FEW_ROWS = 16  # in a tile (tokens times the heads of a group)
 MANY_ROWS = 64
 MAX_HEAD_DIM = 128
-FEW_TOKENS = 16  # a request with more in a step is a prompt
+FEW_TOKENS = 16  # a request with more tokens in a step is a prompt
 TILE_INTS = 8
 RANGE_INTS = 16
 NO_WINDOW = 1 << 30
-RESERVED_SHARED_BYTES = 1 << 10  # what each block takes of a multiprocessor's shared memory beside its own
+RESERVED_SHARED_BYTES = 1 << 10  # what each block takes of a multiprocessor's shared memory beyond its own
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class AttentionPlan:
     blocks: int  # of each layer's launch
     counts: torch.Tensor  # int32 [2]
     tiles: torch.Tensor  # int32 [tiles, TILE_INTS]
-    prompt_tiles: torch.Tensor | None  # int32 [tiles, TILE_INTS]; None: no request has tokens enough for a prompt
+    prompt_tiles: torch.Tensor | None  # int32 [tiles, TILE_INTS]; None: no request can have enough tokens to need any
     ranges: torch.Tensor  # int32 [ranges, RANGE_INTS]
     counters: torch.Tensor  # int32 [tiles, kv_heads]: 0 between launches
 
 
 class AttentionKernels:
-    """One model's attention on one device. What a token gets does not depend on the rest of its step, to the bit.
+    """One model's attention on one device. A token's result does not depend on the rest of its step, bit for bit.
 
-    A token may be in a batch as padding: its slot is -1, and its request, after the real ones, has context 0 or no
-    tokens. Nothing is read or written for it, so its row of an output is whatever it was.
+    A token may be padding: its slot is -1, and its request, after the real ones, has context 0 or no tokens. Nothing is
+    read or written for it, so its row of an output is left uninitialised.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class AttentionKernels:
         max_positions: int,
         ranges: int | None = None,
     ) -> None:
-        """`ranges`: into how many pieces a step's decodes are cut; None: as many as the device runs blocks at once.
+        """`ranges`: how many pieces a step's decodes are cut into; None: as many as the device runs blocks at once.
 
-        Raises DeviceError where the kernels do not know the shape.
+        Raises DeviceError if the kernels do not support the shape.
         """
         self._group = heads // kv_heads
         assert heads == kv_heads * self._group, (heads, kv_heads)
@@ -71,7 +71,7 @@ class AttentionKernels:
         self._scale = math.log2(math.e) / math.sqrt(head_dim)
         self._ranges = ranges or _resident_blocks(device, self.shared_bytes)
         self._max_splits = -(-max_positions // SPLIT)
-        # At most a (tile, head)'s splits in each range: 84 ranges (A40) of 64 splits (8,192 positions): 45 MB.
+        # At most one (tile, head)'s splits per range; 84 ranges (A40) of 64 splits (8,192 positions): 45 MB.
         self._scratch = torch.empty(
             self._ranges, self._max_splits, FEW_ROWS, self._padded_dim + 2, dtype=torch.float32, device=device
         )
@@ -84,7 +84,7 @@ class AttentionKernels:
         return units + parts + 4 * FEW_ROWS * 2 * 4 + 16
 
     def plan(self, batch: Batch, window: int | None) -> AttentionPlan:
-        """The lists of work that every layer of a step goes through. Its sizes depend on the batch's shapes only."""
+        """The work lists that every layer of a step goes through. Their sizes depend on the batch's shapes only."""
         tokens, requests = batch.positions.numel(), batch.context_lens.numel()
         few, many = FEW_ROWS // self._group, MANY_ROWS // self._group
         tiles = min(tokens, requests * -(-FEW_TOKENS // few))
@@ -128,7 +128,7 @@ class AttentionKernels:
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> torch.Tensor:
-        """rotate_and_cache and attention, equal to them to the bit; a step without prompts does both in one launch."""
+        """rotate_and_cache, then attention, bit for bit; in one launch if the step has no prompts."""
         if plan.prompt_tiles is None and self._dim == self._padded_dim:
             return self._attend(qkv, rotary, keys, values, batch, plan)
         q = self.rotate_and_cache(qkv, batch, rotary, keys, values)
@@ -213,5 +213,5 @@ class AttentionKernels:
 def _resident_blocks(device: torch.device, shared_bytes: int) -> int:
     properties = torch.cuda.get_device_properties(device)
     each = properties.shared_memory_per_multiprocessor // (shared_bytes + RESERVED_SHARED_BYTES)
-    # Registers: 255 of each thread, so two blocks of a multiprocessor's 65,536.
+    # Registers: 255 a thread, so a multiprocessor's 65,536 hold two blocks.
     return int(properties.multi_processor_count) * max(1, min(2, each))

@@ -16,14 +16,14 @@ from starling.model.ops.cuda.module import Argument, Grid
 LIBRARY = "libcuda.so.1"
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 SHARED_MEMORY_CARVEOUT, MAX_SHARED = 9, 100  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT; percent
-DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may use without being asked about it
-# The first architecture whose kernels may begin before the one before has ended; and CUDA 12.3, as a driver tells its
-# version, the first whose graphs have edges that say so (programming guide, "Edge Data").
+DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may use without a request for more
+# The first architecture whose kernels may begin before the previous one has ended; and CUDA 12.3, as a driver encodes
+# its version, the first whose graphs have edges for that (programming guide, "Edge Data").
 OVERLAPPING_ARCH, OVERLAPPING_DRIVER = 90, 12030
 _UINT32, _FLOAT32 = struct.Struct("<I"), struct.Struct("<f")
-# CUlaunchConfig: the grid, the threads of a block [3], bytes of shared memory; stream, attributes, how many of them.
+# CUlaunchConfig: blocks [3], threads of a block [3], bytes of shared memory; stream, attributes, their number.
 _CONFIG = struct.Struct("@7IPPI0P")
-# CUlaunchAttribute: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and 64 bytes of value, which is 1.
+# CUlaunchAttribute: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, then 64 bytes that hold the value, 1.
 _OVERLAP = ctypes.create_string_buffer(struct.pack("@i4xi60x", 6, 1), 72)
 
 
@@ -31,8 +31,8 @@ class DriverModule:
     """Kernels on one GPU. Raises DeviceError."""
 
     def __init__(self, code: bytes, stream: Callable[[], int], overlap: bool) -> None:
-        """`code` (a cubin, or PTX) is loaded into the current context. `stream`: the handle of the current one.
-        `overlap`: kernels begin while the one before still runs (see native/device.h), as can_overlap must allow."""
+        """Load `code` (a cubin, or PTX) into the current context. `stream` returns the current stream's handle.
+        `overlap`: kernels may begin while the previous one runs (see native/device.h); can_overlap must allow it."""
         self._cuda, self._launch, self._stream = _library(), _launch_kernel(), stream
         self._attributes = ctypes.addressof(_OVERLAP), int(overlap)
         self._module = ctypes.c_void_p()
@@ -42,11 +42,11 @@ class DriverModule:
 
     @classmethod
     def on_gpu(cls, source: str, device: torch.device, overlap: bool = True) -> "DriverModule":
-        """native/`source`.cu on `device` and torch's current stream there. `overlap`: where its kernels can."""
+        """native/`source`.cu on `device` and torch's current stream there. `overlap`: kernels overlap if they can."""
         code = nvrtc.cubin(source, architecture(device))
         with torch.cuda.device(device):
             torch.cuda.synchronize()  # makes torch create the context that the module is loaded into
-            # As torch.cuda.current_stream(), without the objects that it makes each time.
+            # Like torch.cuda.current_stream(), without the objects that it creates on every call.
             stream = partial(torch._C._cuda_getCurrentRawStream, torch.cuda.current_device())
             return cls(code, stream, overlap and can_overlap(device))
 
@@ -63,38 +63,38 @@ class DriverModule:
         function = ctypes.c_void_p()
         result = self._cuda.cuModuleGetFunction(ctypes.byref(function), self._module, kernel.encode())
         _check(result, "find", kernel)
-        # Attention counts resident blocks by it. And kernels that overlap must part a multiprocessor's memory alike:
-        # otherwise each gets what suits it, and "a kernel with a different preference" may wait for the device
-        # (cudaFuncSetCacheConfig's documentation). Little goes by way of L1 here.
+        # Attention's count of resident blocks relies on it. And kernels that overlap must split a multiprocessor's
+        # memory the same way: otherwise each gets the split that suits it, and "a kernel with a different preference"
+        # may wait for the device (cudaFuncSetCacheConfig's documentation). L1 carries little here.
         result = self._cuda.cuFuncSetAttribute(function, SHARED_MEMORY_CARVEOUT, MAX_SHARED)
-        _check(result, "set", f"the shared memory of {kernel}")
+        _check(result, "set", f"the shared-memory carveout of {kernel}")
         self._kernels[kernel] = function
         self._shared_bytes[kernel] = DEFAULT_SHARED_BYTES
         return function
 
 
 def can_overlap(device: torch.device) -> bool:
-    """Whether kernels on `device` can begin before the one before has ended, in a graph too. Raises DeviceError."""
-    return knows_overlap(architecture(device), driver_version())
+    """Whether kernels on `device` can begin before the previous one has ended, in graphs too. Raises DeviceError."""
+    return supports_overlap(architecture(device), driver_version())
 
 
 def driver_version() -> int:
-    """The newest CUDA that the driver knows: 12030 for 12.3. Raises DeviceError where there is no driver."""
+    """The newest CUDA that the driver supports: 12030 for 12.3. Raises DeviceError if there is no driver."""
     version = ctypes.c_int()
-    _check(_library().cuDriverGetVersion(ctypes.byref(version)), "tell", "its version")
+    _check(_library().cuDriverGetVersion(ctypes.byref(version)), "report", "its version")
     return version.value
 
 
-def knows_overlap(arch: int, driver: int) -> bool:
+def supports_overlap(arch: int, driver: int) -> bool:
     """`arch` is 90 for compute capability 9.0, `driver` 12030 for CUDA 12.3."""
     return arch >= OVERLAPPING_ARCH and driver >= OVERLAPPING_DRIVER
 
 
 class Arguments:
-    """Kernel arguments as cuLaunchKernel reads them: the addresses of values, which live as long as this does.
+    """Kernel arguments as cuLaunchKernel reads them: the addresses of values, which live as long as this object.
 
-    A prompt's step launches hundreds of kernels, and the host is soon slower than the device: arrays take a third of
-    the time that an object of ctypes for each value does.
+    A prompt's step launches hundreds of kernels, and the host easily becomes slower than the device: arrays take a
+    third of the time of a ctypes object for each value.
     """
 
     __slots__ = ("_addresses", "_as_parameter_", "_values")
@@ -107,7 +107,7 @@ class Arguments:
 
 
 def _word(argument: Argument) -> int:
-    """Eight bytes of which a kernel reads as many as its parameter has."""
+    """Eight bytes; a kernel reads as many of them as its parameter has."""
     kind = type(argument)
     if kind is torch.Tensor:
         assert argument.is_contiguous()  # type: ignore[union-attr]
@@ -144,8 +144,8 @@ def _library() -> ctypes.CDLL:
 
 @lru_cache(maxsize=1)
 def _launch_kernel() -> Callable[[bytes, ctypes.c_void_p, "Arguments", None], int]:
-    """cuLaunchKernelEx. Called with Python's lock held: other threads would take it at each of a step's launches, for
-    up to 5 ms, and a launch only queues."""
+    """cuLaunchKernelEx, called without releasing the GIL: otherwise another thread could take it at each of a step's
+    launches, for up to 5 ms, and a launch only queues work."""
     function = ctypes.PyDLL(LIBRARY).cuLaunchKernelEx
     function.argtypes = (ctypes.c_char_p, *(ctypes.c_void_p,) * 3)
     return function

@@ -1,4 +1,4 @@
-"""The small operations of a GPU: a token's embedding, the activation, and the picking of rows."""
+"""The small operations on a GPU: embedding, activation, and row selection."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ class ElementwiseKernels:
     def pick(
         self, rows: torch.Tensor, attended: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows int32 [R] of fp16 [T, W], W a multiple of 8, and of float32 [T, H], H a multiple of 4."""
+        """Rows `rows`, int32 [R], of fp16 [T, W], W a multiple of 8, and of float32 [T, H], H a multiple of 4."""
         assert rows.dtype == torch.int32 and attended.dtype == torch.float16 and residual.dtype == torch.float32
         (width, hidden), count = (attended.shape[1], residual.shape[1]), len(rows)
         assert width % 8 == 0 and hidden % 4 == 0, (width, hidden)

@@ -1,4 +1,4 @@
-"""Linear layers of 4-bit weights, the fp16 output projection, the norms around them: native/linear.h and norm.cu."""
+"""4-bit linear layers, the fp16 output projection, and the norms around them: native/linear.h and norm.cu."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,37 +12,37 @@ from starling.model.ops.cuda.module import Module
 
 THREADS = 256
 WARPS = THREADS // 32
-ROWS = 16  # of a row tile
+ROWS = 16  # in a row tile
 TILE_K = 64
 CHUNK_TILES = 8
 CHUNK_K = CHUNK_TILES * TILE_K
-SPLITS = 4  # ranges of K that are summed on their own
+SPLITS = 4  # ranges of K that are summed separately
 GROUPS = (128, 64, 32)
-SCALE_BYTES = 40  # of a row tile's group: 16 scales in fp16, 16 zeros of 4 bits
+SCALE_BYTES = 40  # per group of a row tile: 16 fp16 scales, 16 4-bit zero points
 STORE, ADD, SILU_MUL, LOGITS = range(4)  # enum Epilogue
 
-NARROW_ROWS = ROWS * WARPS // SPLITS  # of a block
+NARROW_ROWS = ROWS * WARPS // SPLITS  # per block
 NARROW_MAX_TOKENS = 8
-NARROW_TILES = 8  # under way at once for each warp; of fp16, HEAD_NARROW_TILES
+NARROW_TILES = 8  # buffered per warp; HEAD_NARROW_TILES for fp16
 HEAD_NARROW_TILES = 4
-# Choices of speed only, results are the same. Every 32 rows read all activations again, 2 * k bytes a token (from L2),
-# beside 16 * k bytes of weights (from memory).
+# These affect speed only, not results. Every 32 rows read all activations again, 2 * k bytes a token (from L2), beside
+# 16 * k bytes of weights (from memory).
 NARROW_TOKENS = 4
-NORM_TOKENS = 2  # a fused norm reads 4 bytes per element instead of 2, and works it out in every block
-TALL_PACE = 1.15  # products per time, against a kernel that reads activations for half as many rows
-PRODUCTS_PER_BYTE = 80  # what a processor multiplies while memory gives its share: 0.67 T/s by 8.3 GB/s on an A40
-MOST_SHARED = 256  # blocks of tokens and rows whose sums can be shared: 67 MB at most
+NORM_TOKENS = 2  # a fused norm reads 4 bytes per element instead of 2, and every block recomputes it
+TALL_PACE = 1.15  # products per time, relative to a kernel that reads activations for half as many rows
+PRODUCTS_PER_BYTE = 80  # of a multiprocessor, per byte of its share of bandwidth: 0.67 T/s by 8.3 GB/s on an A40
+MOST_SHARED = 256  # blocks (in tokens and rows) whose sums can be shared between ranges of K: 67 MB at most
 
 
 @dataclass(frozen=True)
 class Wide:
-    """A kernel whose blocks take `tokens` tokens and `row_tiles` row tiles for each warp."""
+    """A kernel whose blocks take `tokens` tokens, and `row_tiles` row tiles per warp."""
 
     name: str
     tokens: int
     row_tiles: int
-    panel: int  # tiles of k in a stage
-    stages: int  # under way at once
+    panel: int  # tiles of k per stage
+    stages: int  # buffered
     pace: float = 1.0
 
     @property
@@ -61,14 +61,14 @@ class Wide:
 
 
 def stream_bytes(group: int, tiles: int, scale_slots: int) -> int:
-    """Shared memory of one row tile's weights: `tiles` of them, and the scales of `scale_slots` chunks."""
+    """Shared memory of one row tile's stream: `tiles` tiles of weights, and the scales of `scale_slots` chunks."""
     if not group:
         return tiles * ROWS * TILE_K * 2
     return tiles * ROWS * TILE_K // 2 + scale_slots * CHUNK_K // group * SCALE_BYTES
 
 
 def wide_kernels(group: int) -> tuple[Wide, ...]:
-    """Of native/linear_g`group`.cu, of head.cu for 0: ascending by tokens, and the one for many tokens last."""
+    """Those of native/linear_g`group`.cu (head.cu for 0), ascending by tokens, the one for many tokens last."""
     if not group:
         return tuple(Wide(f"wide_{tokens}", tokens, 1, 1, 2 if tokens == 64 else 3) for tokens in (8, 16, 32, 64))
     few = tuple(Wide(f"wide_{tokens}", tokens, 1, 2, 4) for tokens in (8, 16, 32))
@@ -79,7 +79,7 @@ def wide_kernels(group: int) -> tuple[Wide, ...]:
 class PackedLinear(dict[str, torch.Tensor]):
     """A packed weight, and its shape as plain numbers, so that no launch reads a tensor.
 
-    Keys: `weight`, and of 4 bits `scales`, which holds zero points too; native/linear.h says how they lie. `shape`,
+    Keys: `weight` and, for 4 bits, `scales`, which also holds the zero points (layouts: native/linear.h). `shape`,
     int64 [4] on the CPU: output features, input features, group size (0: fp16), whether rows are paired.
     """
 
@@ -98,7 +98,7 @@ class PackedLinear(dict[str, torch.Tensor]):
 class LinearKernels:
     """Activations are fp16 [T, K], the residual stream float32 [T, H], logits float32; T may be 0.
 
-    A token's results do not depend on the other tokens, bit for bit, nor on which kernel their number chooses.
+    A token's results depend, bit for bit, neither on the other tokens nor on which kernel their number selects.
     """
 
     def __init__(self, load: Callable[[str], Module], device: torch.device) -> None:
@@ -111,7 +111,7 @@ class LinearKernels:
         self._chosen: dict[tuple[int, ...], tuple[Wide, int]] = {}
 
     def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
-        """fp16 [T, K] → fp16 [T, N]. The rows of a paired weight come in plain order."""
+        """fp16 [T, K] → fp16 [T, N]. A paired weight's rows come in their original order."""
         return self._multiply(x, weight, STORE, self._empty(x, weight.rows, torch.float16))
 
     def linear_silu_mul(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
@@ -129,14 +129,14 @@ class LinearKernels:
         return self._multiply(x, weight, LOGITS, self._empty(x, weight.rows, torch.float32))
 
     def norm_linear(self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: PackedLinear) -> torch.Tensor:
-        """linear(rms_norm(residual, norm, eps), weight), to the bit."""
+        """linear(rms_norm(residual, norm, eps), weight), bit for bit."""
         out = self._empty(residual, weight.rows, torch.float16)
         return self._norm_multiply(residual, norm, eps, weight, STORE, out)
 
     def norm_linear_silu_mul(
         self, residual: torch.Tensor, norm: torch.Tensor, eps: float, weight: PackedLinear
     ) -> torch.Tensor:
-        """linear_silu_mul(rms_norm(residual, norm, eps), weight), to the bit."""
+        """linear_silu_mul(rms_norm(residual, norm, eps), weight), bit for bit."""
         assert weight.paired
         out = self._empty(residual, weight.rows // 2, torch.float16)
         return self._norm_multiply(residual, norm, eps, weight, SILU_MUL, out)
@@ -191,10 +191,10 @@ class LinearKernels:
         return out
 
     def _choose(self, tokens: int, weight: PackedLinear) -> tuple[Wide, int]:
-        """A kernel, and into how many ranges of K its blocks are divided.
+        """A kernel, and how many ranges its blocks split K into.
 
-        The smallest that takes all tokens, divided where there would be fewer blocks than processors; for many tokens,
-        the way that should take the least time.
+        The smallest that takes all tokens, split if there would be fewer blocks than multiprocessors; for many tokens,
+        the choice that should take the least time.
         """
         for kernel in weight.wide:
             if tokens <= kernel.tokens:
@@ -204,10 +204,10 @@ class LinearKernels:
         return min(ways, key=lambda way: self._work(way[0], way[1], tokens, weight))
 
     def _work(self, kernel: Wide, splits: int, tokens: int, weight: PackedLinear) -> float:
-        """What a processor multiplies, block after block, with shared sums (written and read) in the same measure."""
+        """A multiprocessor's products over all its blocks, plus shared sums (written and read) in the same unit."""
         blocks = self._blocks(kernel, tokens, weight)
-        turns = -(-blocks * splits // self._processors)
-        products = turns * kernel.tokens * kernel.rows * (weight.columns / splits) / kernel.pace
+        waves = -(-blocks * splits // self._processors)
+        products = waves * kernel.tokens * kernel.rows * (weight.columns / splits) / kernel.pace
         if splits == 1:
             return products
         shared_bytes = 2 * blocks * splits * kernel.sums_bytes / self._processors
@@ -277,23 +277,23 @@ class LinearKernels:
 
 
 def pack(weight: AwqWeight, paired: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a PackedLinear, where `weight` is. `paired`: outputs are two halves, gate | up, of the same width.
+    """A PackedLinear's tensors, on the device of `weight`. `paired`: outputs are two halves, gate | up, of equal width.
 
-    Raises DeviceError where the kernels do not know the group size.
+    Raises DeviceError if the kernels do not support the group size.
     """
     rows, columns, group = weight.out_features, weight.in_features, weight.group_size
     if group not in GROUPS:
-        raise DeviceError(f"Group size {group}: the CUDA kernels know {', '.join(map(str, GROUPS))}.")
+        raise DeviceError(f"Group size {group}: the CUDA kernels support {', '.join(map(str, GROUPS))}.")
     assert columns % group == 0 and rows % (16 if paired else 8) == 0
     row_tiles, tiles = -(-rows // ROWS), -(-columns // TILE_K)
     chunks, chunk_groups = -(-tiles // CHUNK_TILES), CHUNK_K // group
 
     def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What lies side by side for all rows → for the first 8 and for the last 8 of every row tile."""
+        """Values side by side for all rows → those of the first 8, and of the last 8, rows of every row tile."""
         split = x.view(len(x), 2, -1) if paired else x.view(len(x), row_tiles, 2, -1).transpose(1, 2)
         return split[:, 0], split[:, 1]
 
-    # A word of the checkpoint is 8 rows at one k; nibbles of the first and the last 8 rows meet in a byte.
+    # A word of the checkpoint holds 8 rows at one k; nibbles of the first and the last 8 rows share a byte.
     words = F.pad(weight.qweight, (0, 0 if paired else 2 * row_tiles - rows // 8, 0, tiles * TILE_K - columns))
     first, last = (half.reshape(tiles * TILE_K, row_tiles) for half in halves(words))
     low = (first & 0x0F0F0F0F) | ((last & 0x0F0F0F0F) << 4)  # rows 0, 4, 1, 5 by byte: COLUMN_OF_NIBBLE[::2]
@@ -306,7 +306,7 @@ def pack(weight: AwqWeight, paired: bool = False) -> dict[str, torch.Tensor]:
     padding = (0, row_tiles * ROWS - rows, 0, chunks * chunk_groups - columns // group)
 
     def by_chunk(values: torch.Tensor) -> list[torch.Tensor]:
-        """[groups, N] → of each half [row tiles, chunks, groups of a chunk, 8]."""
+        """[groups, N] → for each half [row tiles, chunks, groups of a chunk, 8]."""
         shape = (chunks, chunk_groups, row_tiles, 8)
         return [half.reshape(shape).permute(2, 0, 1, 3) for half in halves(F.pad(values, padding))]
 
@@ -321,7 +321,7 @@ def pack(weight: AwqWeight, paired: bool = False) -> dict[str, torch.Tensor]:
 
 
 def pack_head(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors of a PackedLinear from fp16 [V, H], where `matrix` is."""
+    """A PackedLinear's tensors from fp16 [V, H], on the device of `matrix`."""
     rows, columns = matrix.shape
     assert columns % 32 == 0
     row_tiles, tiles = -(-rows // ROWS), -(-columns // TILE_K)

@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler: a .cu file → machine code for one architecture, kept in a cache. Needs no GPU."""
+"""NVIDIA's run-time compiler: a .cu file → machine code for one architecture, cached. Needs no GPU."""
 
 import ctypes
 import hashlib
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 NATIVE = Path(__file__).parent / "native"
 ARCHS = (80, 86, 89, 90)  # A100; A10, A40, RTX 30; L4, L40, RTX 40; H100
 SOURCES = tuple(sorted(path.stem for path in NATIVE.glob("*.cu")))
-# Products and sums are rounded as they are written, fmaf where one rounding is meant: what two kernels must agree on to
-# the bit is not left to where a compiler finds a pair worth contracting.
+# Products and sums are rounded as written, with fmaf where a single rounding is meant: what two kernels must agree on
+# bit for bit must not depend on which pairs a compiler chooses to contract.
 OPTIONS = ("--std=c++17", "--extra-device-vectorization", "--fmad=false")
 LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
@@ -30,8 +30,8 @@ LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 def cubin(source: str, arch: int, cache: Path | None = None) -> bytes:
     """Machine code of native/`source`.cu for compute capability `arch` (86 for 8.6), from the cache if it is there.
 
-    For a GPU newer than the compiler knows it is PTX, which the driver finishes. Raises DeviceError, also where there
-    is no NVRTC and nothing to compile: the cache's key names its version, and every torch for a GPU brings it.
+    For a GPU newer than the compiler supports it is PTX, which the driver finishes. Raises DeviceError; without NVRTC
+    it does so even for cached code, whose key includes NVRTC's version (every CUDA build of torch brings NVRTC).
     """
 
     def build(path: Path) -> None:
@@ -43,19 +43,19 @@ def cubin(source: str, arch: int, cache: Path | None = None) -> bytes:
 
 
 def compile_ahead(archs: Iterable[int] = ARCHS, cache: Path | None = None) -> None:
-    """Put every kernel into the cache for every one of `archs`, as when an image is built. Raises DeviceError."""
+    """Compile every kernel for each of `archs` into the cache, as when an image is built. Raises DeviceError."""
     wanted = [(source, arch) for source in SOURCES for arch in archs]
-    with ThreadPoolExecutor(usable_cores()) as pool:  # NVRTC compiles side by side, and without Python's lock
+    with ThreadPoolExecutor(usable_cores()) as pool:  # NVRTC compiles in parallel, without the GIL
         list(pool.map(lambda pair: cubin(pair[0], pair[1], cache), wanted))
 
 
 def compile_source(source: str, arch: int, ptx: bool = False) -> tuple[bytes, str]:
-    """Machine code, or PTX where asked for, and the compiler's log, with each kernel's registers and spills."""
+    """Machine code, or PTX if asked for, and the compiler's log, with each kernel's registers and spills."""
     nvrtc = _library()
     supported = _supported(nvrtc)
     known = max((known for known in supported if known <= arch), default=None)
     if known is None:
-        raise DeviceError(f"NVRTC compiles for sm_{min(supported)} and newer, and this GPU is sm_{arch}.")
+        raise DeviceError(f"NVRTC supports sm_{min(supported)} and newer, but this GPU is sm_{arch}.")
     virtual = ptx or known != arch
     target = f"--gpu-architecture={'compute' if virtual else 'sm'}_{known}"
     options = [option.encode() for option in (target, *OPTIONS, *(() if virtual else ("--ptxas-options=-v",)))]
@@ -79,7 +79,7 @@ def compile_source(source: str, arch: int, ptx: bool = False) -> tuple[bytes, st
 
 
 def version() -> str:
-    """The compiler's, such as "12.8". Raises DeviceError where there is none."""
+    """The compiler's version, such as "12.8". Raises DeviceError if there is no compiler."""
     nvrtc = _library()
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(nvrtc, nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
@@ -90,8 +90,8 @@ def version() -> str:
 def _library() -> ctypes.CDLL:
     """NVRTC as torch's CUDA build or the pip package nvidia-cuda-nvrtc brings it, else the system's.
 
-    That of torch's own CUDA comes first: pip leaves another one behind where torch is replaced by a build for an older
-    driver, which runs no machine code of a newer major version (CUDA's "Minor Version Compatibility").
+    The one for torch's own CUDA comes first: when torch is replaced by a build for an older driver, pip leaves the old
+    NVRTC behind, and that driver runs no machine code of a newer major version (CUDA's "Minor Version Compatibility").
     """
     spec = importlib.util.find_spec("nvidia")
     roots = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
@@ -100,7 +100,7 @@ def _library() -> ctypes.CDLL:
     for name in sorted((*map(str, bundled), *LIBRARIES), key=lambda name: not name.endswith(own)):
         try:
             if name not in LIBRARIES:
-                # The package for CUDA 13 does not tell it where to look for these; torch loads one version's at most.
+                # CUDA 13's package does not tell NVRTC where to find these; torch loads one version's at most.
                 for builtins in Path(name).parent.glob("libnvrtc-builtins.so.*[0-9]"):
                     ctypes.CDLL(str(builtins))
             return ctypes.CDLL(name)
@@ -135,7 +135,7 @@ def _check(nvrtc: ctypes.CDLL, result: int) -> None:
 
 
 def _key(source: str) -> str:
-    """Changes with the sources, the options and the compiler: a newer one may compile what was PTX for an older."""
+    """Changes with the sources, the options and the compiler: a newer one may compile what an older left as PTX."""
     digest = hashlib.sha256()
     for path in (*sorted(NATIVE.glob("*.h")), NATIVE / f"{source}.cu"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

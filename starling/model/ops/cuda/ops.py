@@ -1,4 +1,4 @@
-"""CudaOps: the operations of `interface.py` by the CUDA kernels in native/."""
+"""CudaOps: the operations of `interface.py`, implemented by the CUDA kernels in native/."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,12 +22,12 @@ from starling.model.ops.interface import DecoderLayer, Packed
 class CudaOps:
     """The operations on one GPU. Activations are fp16, the residual stream and logits float32, the KV cache fp16.
 
-    Results do not depend on the batch, bit for bit. `load` gives a .cu file's kernels. `attention_ranges`: see
-    AttentionKernels; None for what suits the GPU.
+    Results do not depend on the batch, bit for bit. `load` returns a .cu file's kernels. `attention_ranges`: see
+    AttentionKernels; None: what suits the GPU.
     """
 
     name = "cuda"
-    layout: str | None = None  # packed on the GPU in less time than a cache would take to read
+    layout: str | None = None  # packing on the GPU takes less time than reading a cache would
     prefill_tokens = 512
 
     def __init__(
@@ -46,11 +46,11 @@ class CudaOps:
     def on_gpu(cls, overlap: bool = True) -> "CudaOps":
         """`overlap`: see DriverModule. Raises DeviceError where there is no usable GPU."""
         device = usable_gpu()
-        nvrtc.compile_ahead((architecture(device),))  # here, side by side, and not in the first step one by one
+        nvrtc.compile_ahead((architecture(device),))  # here, in parallel, not one by one in the first step
         return cls(device, cache(lambda source: DriverModule.on_gpu(source, device, overlap)))
 
     def sampling(self, rows: int, vocabulary: int, sequences: int) -> SamplingKernels:
-        """The way from logits to ids on the device."""
+        """The kernels that turn logits into ids on the device."""
         return SamplingKernels(self._load, self.device, rows, vocabulary, sequences)
 
     def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
@@ -131,7 +131,7 @@ class CudaOps:
         uniform: torch.Tensor,
     ) -> torch.Tensor:
         rows, vocabulary = logits.shape
-        if not rows:  # of a chunk inside a prompt
+        if not rows:  # a prompt chunk that is not the last
             return torch.empty(0, dtype=torch.int64, device=self.device)
         kernels = SamplingKernels(self._load, self.device, rows, vocabulary, 1)
         settings = settings_of(*(s.numpy() for s in (temperature, top_k, top_p, min_p, uniform)))

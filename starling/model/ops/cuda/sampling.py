@@ -1,9 +1,9 @@
-"""Logits → token ids on the device: penalties, masks, and the draw, with no word from the host.
+"""Logits → token ids on the device: penalties, masks, and the draw, without a round trip to the host.
 
-The tokens of a penalised sequence are counted in a row of a table on the device. The table may lag behind: a step names
-the tokens that its row lacks (its tail: those that the host has confirmed since, the last of which may still be in
-flight, then drafts before the row's position), and says how many of them enter the table now. So nothing that is drawn
-is counted before the host lists it as kept, and nothing ever needs taking back.
+A penalised sequence's tokens are counted in a row of a table on the device. The table may lag behind: a step lists the
+tokens that the row lacks (the tail: those that the host has confirmed since, the last of which may still be in flight,
+then the drafts before the position to sample), and says how many of them to add to the table now. So no drawn token is
+counted before the host lists it as kept, and nothing ever has to be undone.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from starling.errors import DeviceError
 from starling.model.ops.cuda.module import Module
 
-MAX_VOCABULARY = 1 << 16  # ids take 16 bits of a rank, and the sum of as many weights 64
+MAX_VOCABULARY = 1 << 16  # ids take 16 bits of a rank, and the sum of that many weights 64
 CHUNK, BINS = 1024, 2048
 SHAPE_THREADS, DRAW_THREADS, DRAW_SHARED_BYTES = 256, 1024, 29216
 
@@ -31,8 +31,8 @@ SETTINGS = np.dtype(
         ("top_k", np.int32),  # 0: off
         ("table", np.int32),  # 1 + row of the table of counts; 0: not penalised
         ("tail", np.int32),  # where this row's tail begins in `tail`
-        ("seen", np.int32),  # tokens of the tail that come before the one to draw
-        ("commits", np.int32),  # leading tokens of the tail that enter the table; in one row of a sequence only
+        ("seen", np.int32),  # how many tokens of the tail precede the one to draw
+        ("commits", np.int32),  # leading tokens of the tail to add to the table; 0 in all but one row of a sequence
         ("mask", np.int32),  # 1 + row of the masks; 0: none
     ]
 )
@@ -41,7 +41,7 @@ SETTINGS = np.dtype(
 def settings_of(
     temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray, uniform: np.ndarray
 ) -> np.ndarray:
-    """SETTINGS [rows] for the arguments of Ops.sample, each [rows]. Nothing is shaped until more is filled in."""
+    """SETTINGS [rows] for the arguments of Ops.sample, each [rows]. Nothing is shaped unless more is filled in."""
     settings = np.zeros(len(temperature), dtype=SETTINGS)
     drawn = temperature > 0
     settings["uniform"] = np.ldexp(uniform, 64).astype(np.uint64)
@@ -56,16 +56,18 @@ def settings_of(
 
 
 class SamplingKernels:
-    """At most `rows` rows of logits a step, of `vocabulary` tokens; counts of `sequences` sequences.
+    """Samples at most `rows` rows of `vocabulary` logits a step; keeps token counts for `sequences` sequences.
 
-    Raises DeviceError for a larger vocabulary than the kernels take.
+    Raises DeviceError if the vocabulary is larger than the kernels support.
     """
 
     def __init__(
         self, load: Callable[[str], Module], device: torch.device, rows: int, vocabulary: int, sequences: int
     ) -> None:
         if vocabulary > MAX_VOCABULARY:
-            raise DeviceError(f"A vocabulary of {vocabulary} tokens: the CUDA kernels take at most {MAX_VOCABULARY}.")
+            raise DeviceError(
+                f"The vocabulary has {vocabulary} tokens: the CUDA kernels support at most {MAX_VOCABULARY}."
+            )
         self._module = load("sampling")
         self._vocabulary = vocabulary
         self._chunks = -(-vocabulary // CHUNK)
@@ -74,13 +76,13 @@ class SamplingKernels:
         self._sums = torch.zeros(rows, self._chunks, dtype=torch.int64, device=device)
         self._counts = torch.zeros(rows, BINS, dtype=torch.int32, device=device)
         self._weights = torch.zeros(rows, BINS, dtype=torch.int64, device=device)
-        # int32 [2, rows]: the ids that the latest step drew, and whether a row had nothing to draw.
+        # int32 [2, rows]: the ids that the latest step drew, and whether a row had no token to draw.
         self.results = torch.zeros(2, rows, dtype=torch.int32, device=device)
 
     def count(self, row: int, tokens: torch.Tensor, prompt_length: int) -> None:
-        """Row `row` of the table becomes what int32 `tokens` hold, of which the first `prompt_length` are the prompt's.
+        """Rebuild row `row` of the table from int32 `tokens`, the first `prompt_length` of which are the prompt's.
 
-        For a penalised sequence that enters or comes back; the row's former owner needs no farewell.
+        For a penalised sequence that starts or resumes; its row need not be cleared by the previous owner.
         """
         assert tokens.dtype == torch.int32 and 0 <= row < len(self._table)
         self._module.launch(
@@ -94,12 +96,12 @@ class SamplingKernels:
         tail: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """float32 logits [rows, V] → int32 ids [rows], a view of `results` (and valid ids, whatever the logits).
+        """float32 logits [rows, V] → int32 ids [rows], a view of `results` (always valid ids, whatever the logits).
 
         `settings` is uint8 [rows, 64], the bytes of SETTINGS; logits of rows that it shapes change in place. `tail` is
-        int32 [any]: tokens that the table lacks, an id below 0 being -(1 + row) of the `results` before. `masks` is
-        int32 [any, ceil(V / 32)], bit t % 32 of word t / 32 saying that t may be drawn. Where a row holds a NaN or an
-        infinity above, or nothing but -inf, its id is 0 and its fault 1.
+        int32 [any]: tokens that the table lacks; an id below 0 is -(1 + row) of the previous `results`. `masks` is
+        int32 [any, ceil(V / 32)]: bit t % 32 of word t / 32 says that t may be drawn. If a row holds a NaN or +inf, or
+        only -inf, its id is 0 and its fault 1.
         """
         rows, vocabulary = logits.shape
         assert vocabulary == self._vocabulary and rows <= self.results.shape[1]

@@ -1,50 +1,50 @@
 // Attention over a paged cache of fp16 keys and values, for a step's mix of decodes, drafts and prompt chunks.
 //
-// What a token gets does not depend on the rest of the step, to the bit, because the order of its sums is fixed by the
-// absolute positions of its keys, and so is every rounding:
+// A token's result does not depend on the rest of the step, to the bit, because the absolute positions of its keys fix
+// the order of its sums, and every rounding:
 //   a unit is 32 keys (a multiple of 32 and the 31 after it): scores on tensor cores, softmax against the unit's own
-//   largest score, weights rounded to fp16, their product with the values from zero;
+//   largest score, weights rounded to fp16, their product with the values summed from zero;
 //   a split is 4 units (128 keys), folded in order; a token's splits are folded in order. Folding (m, l, a), the
-//   largest score, the sum of weights and the weighted values, keeps whichever m is larger. A unit or a split that a
-//   token cannot see folds as nothing, exactly: its weights are 0 and the scale of what came before is 2^0.
-// Who computes which part is then free:
+//   largest score, the sum of weights and the weighted values, keeps the larger m. A unit or a split that a token
+//   cannot see adds exactly nothing: its weights are 0 and what came before is scaled by 2^0.
+// Which block or warp computes which part is then free:
 //   few rows (a request with at most 16 tokens in this step): a tile is 16 rows (token, head of the group) of one
-//   request; the list of its (tile, KV head, split) items is cut into as many equal ranges as blocks are resident. A
+//   request; the list of (tile, KV head, split) items is cut into as many equal ranges as there are resident blocks. A
 //   block's four warps take one unit each, and fetch the next item's keys as soon as they have read this one's. A
 //   (tile, head) within one range is folded in registers and written out; for one that is cut, the block with its first
-//   split leaves what it folded in scratch, the others leave each split, and the last block to arrive folds them.
+//   split leaves what it folded in scratch, the others leave each split, and the last block to arrive folds them all.
 //   Given q|k|v as projected, these blocks rotate queries and keys themselves and take this step's own keys and values
-//   from there (every tile of the request does, so that none waits for another); a token's own tile writes them.
+//   from q|k|v (every tile of the request does, so that none waits for another); a token's own tile writes them.
 //   many rows (prompts): a block takes 64 rows of one KV head, 16 a warp, through all their keys, two units at a time.
 //
-// Keys outside of what the tile may see are zeros in shared memory, and their blocks are not read: masked weights are
-// 0, and 0 times whatever an unused block holds must not be NaN.
+// Keys that the tile may not see are zeros in shared memory, and their blocks are not read: masked weights are 0, but 0
+// times whatever an unused block holds could be NaN.
 //
 // Few rows, D = 128: a KV head's position is 512 bytes, read once, by 16-byte asynchronous copies of whole 256-byte
 // rows. 64 KiB a block are in flight at the start and at least 32 KiB always, one block per multiprocessor on an A40,
-// two on an H100: 2.7 MB and 8.6 MB, of which 0.4 and 2.4 MB fill the memory. 128 keys are 64 products of 16 x 8 x 16
-// and about 1,000 other instructions per warp: 1.2 us on GA102, where the memory of an A40 needs 7.9 us for each
+// two on an H100: 2.7 MB and 8.6 MB, where 0.4 and 2.4 MB saturate memory. 128 keys are 64 products of 16 x 8 x 16 and
+// about 1,000 other instructions per warp: 1.2 us on GA102, while the memory of an A40 needs 7.9 us for each
 // multiprocessor's 64 KiB (H100: 2.9 us, and two blocks to hide it). So a layer's decode at 4,096 positions should take
-// its 16.8 MB / bandwidth (24 us on an A40) and 3 to 4 us of start, first latency and last fold; at 128 positions only
-// those, 8 blocks fetching 64 KiB each, once.
+// its 16.8 MB / bandwidth (24 us on an A40) plus 3 to 4 us for start, first latency and last fold; at 128 positions
+// only the latter, 8 blocks fetching 64 KiB each, once.
 //
 // Many rows: 64 products and about 450 other instructions per unit and warp, 1,024 cycles of tensor cores on GA102: 60
-// to 70% of them, with a warp on each scheduler. That is 4% of the work of a prompt of 2,048 tokens.
+// to 70% of their peak, with one warp per scheduler. Attention is 4% of the work of a prompt of 2,048 tokens.
 #include "rotary.h"
 
 constexpr int kThreads = 128;
 constexpr int kUnit = 32;          // keys
 constexpr int kSplit = 4 * kUnit;  // a unit for each warp
 constexpr int kStage = 2 * kUnit;  // keys that a prompt's block fetches at once
-constexpr int kFewRows = 16;       // of a tile
+constexpr int kFewRows = 16;       // in a tile
 constexpr int kManyRows = 64;
-constexpr int kFewTokens = 16;  // a request with more of them in a step is a prompt
+constexpr int kFewTokens = 16;  // a request with more tokens in a step is a prompt
 
 DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 struct Step {
   const half_t* q;       // [tokens][heads][dim], rotated; or [tokens][heads + 2 kv_heads][dim]: q|k|v as projected,
-  const float* rotary;   // to be rotated by this [positions][dim], and k and v to be written. Null: all that was done
+  const float* rotary;   // to rotate by this [positions][dim], with k and v to be written. Null: that is already done
   half_t* keys;          // [blocks][kv_heads][block_size][dim]
   half_t* values;
   half_t* out;           // [tokens][heads][dim]
@@ -58,7 +58,7 @@ struct Step {
 
 // Consecutive tokens of one request, with the heads of a KV head's group: row r is token r / group, head r % group.
 struct alignas(16) Tile {
-  int token, tokens, position, request;        // first of the step's tokens, how many, the first one's position
+  int token, tokens, position, request;        // the first one's index in the step, how many, the first one's position
   int first_split, splits, first_item, fresh;  // what they see; where their items begin (few rows only); the position
                                                // of the request's first token in this step
 
@@ -70,10 +70,10 @@ struct alignas(16) Tile {
 
 template <int D> constexpr int kUnitBytes = kUnit * D * 2;
 
-// Bytes to 8 dimensions of a key in a unit; exclusive or, so that the 8 rows of a matrix lie in different banks.
+// Byte offset of 8 dimensions of a key in a unit; exclusive or, so that the 8 rows of a matrix lie in different banks.
 template <int D> DEVICE int place(int key, int piece) { return (key * (D / 8) + (piece ^ (key & 7))) * 16; }
 
-// Where a position's key and value lie, in 16-byte pieces; -1 where the tile may not see it.
+// Where a position's key and value lie in the cache, in 16-byte pieces; -1 if the tile may not see it.
 DEVICE int cache_row(const Step& step, const Tile& tile, int head, int position) {
   if (position < tile.first_seen(step.window) || position >= tile.end()) return -1;
   const int block = step.tables[(i64)tile.request * step.table_width + position / step.block_size];
@@ -81,11 +81,11 @@ DEVICE int cache_row(const Step& step, const Tile& tile, int head, int position)
   return block < 0 ? -1 : row * (step.dim / 8);
 }
 
-// A warp's copy of a unit's keys or values, up to key `fresh`; `row` is the cache_row of the lane's own key.
+// A warp copies a unit's keys or values, up to key `fresh`; `row` is the cache_row of the lane's own key.
 template <int D> DEVICE void copy_unit(u8* to, const half_t* cache, int row, int dim, int fresh = kUnit) {
   constexpr int kPieces = D / 8, kRows = 32 / kPieces;
   const int lane = threadIdx.x % 32, piece = lane % kPieces;
-#pragma unroll 4  // all at once, their addresses would take more registers than there are
+#pragma unroll 4  // fully unrolled, the addresses would take more registers than there are
   for (int first = 0; first < kUnit; first += kRows) {
     const int key = first + lane / kPieces;
     const int at = __shfl_sync(0xffffffffu, row, key);
@@ -95,12 +95,12 @@ template <int D> DEVICE void copy_unit(u8* to, const half_t* cache, int row, int
   }
 }
 
-// The key of a unit from which on the tile's keys are this step's, where attention takes them from q|k|v itself.
+// The first key of a unit that is this step's own, if attention takes those from q|k|v itself.
 DEVICE int fresh_key(const Step& step, const Tile& tile, int position) {
   return step.rotary ? max(0, tile.fresh - position) : kUnit;
 }
 
-// And the keys (rotated) or values from there: to shared memory, and to the cache where they are the tile's own.
+// Copies the keys (rotated) or values from there on to shared memory, and those of the tile's own tokens to the cache.
 template <int D, bool kKeys>
 DEVICE void copy_fresh(u8* to, int row, const Step& step, const Tile& tile, int head, int position) {
   constexpr int kPieces = D / 8, kRows = 32 / kPieces;
@@ -111,7 +111,7 @@ DEVICE void copy_fresh(u8* to, int row, const Step& step, const Tile& tile, int 
     const int key = first + lane / kPieces;
     const int at = __shfl_sync(0xffffffffu, row, min(key, end - 1));
     if (key >= end || at < 0) continue;
-    const int ahead = position + key - tile.position;  // of the tile's first token; behind it where below 0
+    const int ahead = position + key - tile.position;  // of the tile's first token; behind it if below 0
     const int from_head = step.heads + head + (kKeys ? 0 : step.kv_heads);
     const half_t* from = step.q + (tile.token + ahead) * step.token_stride() + from_head * D;
     uint4 x = *(const uint4*)(from + 8 * piece);
@@ -124,12 +124,12 @@ DEVICE void copy_fresh(u8* to, int row, const Step& step, const Tile& tile, int 
   }
 }
 
-// What a thread knows of its two rows, lane / 4 and 8 more: the positions from `first` to `last` that each sees.
+// For each of a thread's two rows, lane / 4 and lane / 4 + 8: the positions from `first` to `last` that it sees.
 struct Rows {
   int first[2], last[2];
 };
 
-// Queries of 16 rows as fragments. Rows that are no token's are zeros and see nothing.
+// Queries of 16 rows as fragments. Rows beyond the tile's tokens are zeros and see nothing.
 template <int D>
 DEVICE Rows load_queries(u32 (&q)[D / 16][4], const Step& step, const Tile& tile, int head, int first_row) {
   const int lane = threadIdx.x % 32, group = step.group();
@@ -216,7 +216,7 @@ DEVICE void soften(float (&scores)[4][4], u32 (&weights)[2][4], float (&top)[2],
       weights[j][i] = pack_halves(scores[2 * j + i / 2][i % 2 * 2], scores[2 * j + i / 2][i % 2 * 2 + 1]);
 }
 
-// Weights times a unit's values: use(n, product) of the dimensions 8n to 8n + 7.
+// Weights times a unit's values: calls use(n, product) for the dimensions 8n to 8n + 7.
 template <int D, class Use> DEVICE void multiply_values(const u32 (&weights)[2][4], const u8* values, Use use) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -234,12 +234,12 @@ template <int D, class Use> DEVICE void multiply_values(const u32 (&weights)[2][
   }
 }
 
-// How a row's sums so far and what joins them are scaled.
+// What a row's sums so far, and the values that join them, are multiplied by.
 struct Scales {
   float old, fresh;
 };
 
-// Products and sums are rounded as written here, in every place, whatever the compiler might like to contract.
+// Products and sums are rounded as written here, everywhere, whatever the compiler might want to contract.
 DEVICE float join(float old, float fresh, Scales scales) { return fmaf(old, scales.old, fresh * scales.fresh); }
 
 DEVICE Scales fold(float& top, float& sum, float fresh_top, float fresh_sum) {
@@ -250,7 +250,7 @@ DEVICE Scales fold(float& top, float& sum, float fresh_top, float fresh_sum) {
   return scales;
 }
 
-// Shared memory: keys and values of four units each, then either a prompt's sums, or of few rows each warp's weighted
+// Shared memory: keys and values of four units each, then either a prompt's sums or, for few rows, each warp's weighted
 // values [16][D + 8] float32 (8 more, so that a fragment's rows lie in different banks), its largest scores and sums
 // [16][2], and a word.
 template <int D> constexpr int kPartStride = D + 8;
@@ -264,7 +264,7 @@ template <int D> DEVICE void attend_many(const Step& step, const Tile& tile, int
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = step.group();
   const int first_row = 16 * warp, dim = step.dim;
   u8* shared = shared_memory();
-  // A stage holds keys of two units, then values of them; each warp copies one of the four.
+  // A stage holds the keys of two units, then their values; each warp copies one of the four.
   const auto fetch = [&](int stage) {
     const int row = cache_row(step, tile, head, stage * kStage + warp % 2 * kUnit + lane);
     copy_unit<D>(shared + (stage % 2 * 4 + warp) * kUnitBytes<D>, warp < 2 ? step.keys : step.values, row, dim);
@@ -280,7 +280,7 @@ template <int D> DEVICE void attend_many(const Step& step, const Tile& tile, int
   const int last_seen = tile.position + last_token;
   const int first_seen = max(0, tile.position + first_token - step.window + 1);
 
-  // Of this split, then of the splits before: their values would take 64 more registers, so they are at
+  // Sums of this split, then of the previous splits, whose values would take 64 more registers and so are at
   // all[kThreads * n] in shared memory.
   float top[2], sum[2], a[D / 8][4];
   float all_top[2] = {minus_infinity(), minus_infinity()}, all_sum[2] = {};
@@ -348,7 +348,7 @@ template <int D> DEVICE void attend_many(const Step& step, const Tile& tile, int
 
 // -- few rows -----------------------------------------------------------------------------------------------------
 
-// Items are cut into ranges of `each`, the first `longer` of them one more.
+// The items are cut into ranges of `each` items; the first `longer` ranges have one more.
 struct Cut {
   int each, longer;
 
@@ -359,7 +359,7 @@ struct Cut {
   }
 };
 
-// A block's range of items, with all that it needs to begin. begin == end: there are fewer items than blocks.
+// A block's range of items, with all that it needs to begin. begin == end if there are fewer items than blocks.
 struct alignas(16) Range {
   Tile tile;
   int index, head, split;  // of the first item
@@ -368,10 +368,10 @@ struct alignas(16) Range {
   int none;
 };
 
-// One item of the list, which goes through the splits of a (tile, head), then the heads, then the tiles.
+// One item of the list, in which splits vary fastest, then heads, then tiles.
 struct Item {
   Tile tile;
-  int index, head, split;  // of the tile in its list; of the tile's splits
+  int index, head, split;  // the tile's in its list; KV head; which of the tile's splits
 
   __device__ __forceinline__ bool last_split() const { return split == tile.splits - 1; }
   __device__ __forceinline__ int position() const { return (tile.first_split + split) * kSplit; }
@@ -386,7 +386,7 @@ DEVICE Item following(Item item, const Tile* tiles, int kv_heads) {
   return item;
 }
 
-// Part of a tile's rows: a thread keeps four dimensions of every kStep-th row.
+// A thread's share of a tile: four dimensions of every kStep-th row.
 template <int D> struct Share {
   static constexpr int kColumns = D / 4, kStep = kThreads / kColumns, kCount = kFewRows / kStep;
   float top[kCount], sum[kCount], a[kCount][4];
@@ -410,8 +410,8 @@ template <int D> struct Share {
   }
 };
 
-// Scratch: for each range `slots` slots of [16][D] weighted values and [16][2] largest scores and sums. Slot 0 is what
-// was folded from a first split on; slot 1 + i the i-th item of the range alone.
+// Scratch: for each range `slots` slots of [16][D] weighted values and [16][2] largest scores and sums. Slot 0 holds
+// what was folded from a first split on; slot 1 + i holds the i-th item of the range alone.
 template <int D> constexpr int kSlot = kFewRows * (D + 2);
 
 template <int D> DEVICE void leave(float* slot, int rows, int k, float top, float sum, float4 a) {
@@ -424,7 +424,7 @@ template <int D> DEVICE void leave(float* slot, int rows, int k, float top, floa
 // Folds what the blocks of a (tile, head) left, in the order of splits; its items are those from `first` to `end`.
 template <int D>
 DEVICE void fold_left(Share<D>& share, const float* scratch, int slots, Cut cut, int first, int end, int rows) {
-  constexpr int kAtOnce = 8;  // loads under way
+  constexpr int kAtOnce = 8;  // loads in flight
   share.clear();
 #pragma unroll
   for (int k = 0; k < Share<D>::kCount; k++) {
@@ -529,7 +529,7 @@ DEVICE void attend_few(const Step& step, const Tile* tiles, const Range* ranges,
     if (more) take_keys(next);
     soften(scores, weights, top, sum, item.position() + warp * kUnit, rows, step.scale);
     copy_async_wait<1>();
-    __syncthreads();  // and nobody reads the parts of the item before
+    __syncthreads();  // and no warp reads the previous item's parts any more
     multiply_values<D>(weights, values, [&](int n, const float(&product)[4]) {
       float* part = parts + (warp * kFewRows + g) * kPartStride<D> + 8 * n + 2 * t;
       if (g < used) *(float2*)part = make_float2(product[0], product[1]);
@@ -582,7 +582,7 @@ DEVICE void attend_few(const Step& step, const Tile* tiles, const Range* ranges,
   }
 }
 
-// Blocks take prompt tiles in turn, where a step can have any, then their range of items.
+// Blocks take prompt tiles in turn, if the step can have any, then their own range of items.
 template <int D>
 DEVICE void attend(const Step& step, const int* counts, const Tile* tiles, const Tile* prompt_tiles,
                    const Range* ranges, int max_ranges, u32* counters, float* scratch, int slots) {
@@ -607,17 +607,17 @@ DEVICE void attend(const Step& step, const int* counts, const Tile* tiles, const
 KERNEL(kThreads) attention_64(PARAMETERS) { attend<64>(STEP, LISTS); }    // heads of up to 64 dimensions
 KERNEL(kThreads) attention_128(PARAMETERS) { attend<128>(STEP, LISTS); }  // and up to 128
 
-// -- the plan of a step -------------------------------------------------------------------------------------------
+// -- a step's plan ------------------------------------------------------------------------------------------------
 
 // One block makes the lists that all layers' attention reads: tiles of few rows and of prompts, how few-row items are
-// cut, and `counts`, the few-row items and prompt tiles. `counters` becomes 0 for each (tile, KV head).
+// cut, and `counts`, the numbers of few-row items and of prompt tiles. It zeroes `counters` of each (tile, KV head).
 KERNEL(256) plan_attention(const int* query_starts, const int* context_lens, int requests, int group, int kv_heads,
                            int window, int max_ranges, int* counts, int* tiles_at, int* prompt_tiles_at, int* ranges_at,
                            u32* counters) {
   wait_for_kernel_before();
   Tile* tiles = (Tile*)tiles_at;
   Tile* prompt_tiles = (Tile*)prompt_tiles_at;
-  int* totals = (int*)shared_memory();  // [3][256]: tiles, items, prompt tiles of the requests up to a thread's own
+  int* totals = (int*)shared_memory();  // [3][256]: tiles, items, prompt tiles of the requests up to this thread's
   const int thread = threadIdx.x, few = kFewRows / group, many = kManyRows / group;
   int before[3] = {};
   for (int base = 0; base < requests; base += blockDim.x) {
@@ -658,7 +658,7 @@ KERNEL(256) plan_attention(const int* query_starts, const int* context_lens, int
       for (int j = 0; j < 3; j++) totals[j * 256 + thread] = sum[j];
       __syncthreads();
     }
-    int at[3];  // where this request's begin
+    int at[3];  // where this request's own begin
     for (int j = 0; j < 3; j++) at[j] = before[j] + totals[j * 256 + thread] - own[j];
     for (int j = 0; j < 3; j++) before[j] += totals[j * 256 + 255];
     __syncthreads();

@@ -1,13 +1,13 @@
 // What the kernels use of the device beyond plain CUDA C++: fp16 as bits, tensor cores, asynchronous copies.
 //
-// It includes no header, so that NVRTC compiles the kernels without CUDA's. Kernels keep to these rules, on which the
-// tests' emulated device rests, and DriverModule:
+// It includes no header, so that NVRTC compiles the kernels without CUDA's. Kernels follow these rules, on which the
+// tests' emulated device and DriverModule rely:
 //   blocks have one dimension of threads, a multiple of 32, and every thread of a warp reaches each warp operation;
 //   all shared memory is dynamic, from shared_memory();
 //   parameters are pointers, int and float;
-//   no block waits for another one (the last to arrive at a counter may do what remains);
-//   every thread calls wait_for_kernel_before(), and until then only asks for weights, by asynchronous copies: no kernel
-//   writes them but those that packed them, and another kernel or a copy lies between, as a step's inputs do.
+//   no block waits for another (the last to arrive at a counter may do what remains);
+//   every thread calls wait_for_kernel_before(), and before that only requests weights, by asynchronous copies: only
+//   the kernels that packed them write them, and another kernel or a copy (a step's inputs) comes in between.
 #ifndef STARLING_DEVICE_H
 #define STARLING_DEVICE_H
 
@@ -74,7 +74,7 @@ DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {  // a * b + c, rounded once
   return y;
 }
 
-// 2^x to within 2^-22 of it: exactly 1 at 0, 0 at minus infinity and wherever the result would be subnormal.
+// 2^x to within a relative 2^-22: exactly 1 at 0, and 0 at minus infinity and wherever the result would be subnormal.
 DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -97,8 +97,8 @@ DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four matrices of 8 x 8 halves from shared memory; lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, so
-// aligned). m[i] holds row g, columns 2t and 2t+1 of matrix i; transposed: rows 2t and 2t+1 of column g.
+// Four matrices of 8 x 8 halves from shared memory; lane l gives the address of row l % 8 of matrix l / 8 (16 bytes,
+// aligned to 16). m[i] holds row g, columns 2t and 2t+1 of matrix i; transposed: rows 2t and 2t+1 of column g.
 DEVICE void load_matrices(u32 (&m)[4], const void* row) {
   const u32 address = (u32)__cvta_generic_to_shared(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -113,14 +113,14 @@ DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) {
 
 // -- memory -------------------------------------------------------------------------------------------------------
 
-// 16 bytes from global to shared memory, in the background; zeros where not `valid` (`from` is not read then).
+// 16 bytes from global to shared memory, in the background; zeros if not `valid` (then `from` is not read).
 DEVICE void copy_async(void* shared, const void* from, bool valid = true) {
   const u32 to = (u32)__cvta_generic_to_shared(shared);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
-// The same of what no block reads again soon: it leaves the second-level cache first, so that a step's weights do not
-// drive out the little that every layer reads: tables, norms, what the layer before has written.
+// The same for what no block reads again soon: L2 evicts it first, so that a step's weights do not displace the little
+// that every layer reads: tables, norms, what the previous layer has written.
 DEVICE void copy_async_once(void* shared, const void* from, bool valid = true) {
   const u32 to = (u32)__cvta_generic_to_shared(shared);
   asm volatile(
@@ -129,15 +129,15 @@ DEVICE void copy_async_once(void* shared, const void* from, bool valid = true) {
       : : "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
-// What this thread has asked for since the last commit becomes a group.
+// The copies that this thread has begun since the last commit become a group.
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 
-// Waits until at most `pending` of this thread's latest groups are under way. Other threads' copies need a barrier too.
+// Waits until at most `pending` of this thread's latest groups are in flight. Other threads' copies need a barrier too.
 template <int pending> DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory");
 }
 
-// `bytes`, a multiple of 16, for copy_async_once come to the second-level cache: for while the kernel before still runs.
+// Brings `bytes`, a multiple of 16, into L2 for copy_async_once, while the previous kernel still runs.
 DEVICE void prefetch(const void* from, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -147,12 +147,12 @@ DEVICE void prefetch(const void* from, u32 bytes) {
 #endif
 }
 
-// -- kernels after one another ------------------------------------------------------------------------------------
+// -- consecutive kernels ------------------------------------------------------------------------------------------
 
-// From sm_90 on, the blocks of a kernel begin as soon as all blocks of the one before it have passed this call and leave
-// room (programmatic dependent launch): what a kernel does ahead of the call hides what starting costs. When it returns,
-// the kernels before have ended, and all that they wrote is visible. That holds for all of them, and not only for the
-// latest, because every thread of every kernel calls it. Older GPUs start a kernel when the one before it has ended.
+// From sm_90 on, the blocks of a kernel begin as soon as all blocks of the previous one have passed this call and leave
+// room (programmatic dependent launch): what a kernel does ahead of the call hides its launch overhead. When the call
+// returns, all earlier kernels have ended and everything they wrote is visible: all of them, not only the latest,
+// because every thread of every kernel makes the call. Older GPUs start a kernel when the previous one has ended.
 // Source: PTX ISA, "griddepcontrol".
 DEVICE void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
@@ -161,17 +161,17 @@ DEVICE void wait_for_kernel_before() {
 #endif
 }
 
-// -- what threads do together --------------------------------------------------------------------------------------
+// -- across threads ------------------------------------------------------------------------------------------------
 
-DEVICE float warp_sum(float x) {  // the same in every lane, and added in the same order
+DEVICE float warp_sum(float x) {  // the same in every lane, added in a fixed order
 #pragma unroll
   for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
   return x;
 }
 
-// True in the last of `blocks` blocks to call it with this counter, which must be 0 before and is 0 again after. What
-// the others wrote to global memory before is visible then. Every thread of the block calls it; `scratch` is an int of
-// shared memory.
+// True in the last of `blocks` blocks to call it with this counter, which must be 0 before and is 0 again after. That
+// block then sees what the others wrote to global memory before their calls. Every thread of the block calls it;
+// `scratch` is an int in shared memory.
 DEVICE bool last_to_arrive(u32* counter, u32 blocks, int* scratch) {
   __threadfence();
   __syncthreads();

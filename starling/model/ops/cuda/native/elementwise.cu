@@ -1,8 +1,8 @@
-// A token's embedding, the activation between gate|up and down, and what of a last layer's tokens goes on.
+// The embedding, the activation between gate|up and down, and the selection of the tokens that leave the last layer.
 #include "device.h"
 
 // table fp16 [V][hidden] at ids [tokens] → out float32 [tokens][hidden], hidden a multiple of 4. An id below 0 is
-// -(1 + row) of `sampled`, what the step before drew, which the host need not know yet.
+// -(1 + row) of `sampled`, the previous step's draws, which the host need not know yet.
 KERNEL(256) embed(const int* ids, const int* sampled, const half_t* table, float* out, int hidden) {
   wait_for_kernel_before();
   const int id = ids[blockIdx.x] >= 0 ? ids[blockIdx.x] : sampled[-1 - ids[blockIdx.x]];
@@ -13,8 +13,8 @@ KERNEL(256) embed(const int* ids, const int* sampled, const half_t* table, float
   }
 }
 
-// Rows `rows` [blocks] of attended fp16 [tokens][width] and of residual float32 [tokens][hidden]; a width is a multiple
-// of 8, hidden one of 4.
+// Copies rows `rows` [blocks] of attended fp16 [tokens][width] and of residual float32 [tokens][hidden]; width is a
+// multiple of 8, hidden one of 4.
 KERNEL(256) pick(const int* rows, const half_t* attended, const float* residual, half_t* picked, float* kept, int width,
                  int hidden) {
   wait_for_kernel_before();

@@ -1,63 +1,63 @@
-// y = x W^T for a W of 4 bits, or of fp16: every layer of the model and its output projection. linear_*.cu and head.cu
-// name the kernels; the layout is packed by ../linear.py.
+// y = x W^T for a 4-bit or fp16 W: the linears of every layer, and the output projection. linear_*.cu and head.cu name
+// the kernels; ../linear.py packs the layout.
 //
 // The product runs on tensor cores with the weights as the left operand (16 output rows x 16 k) and the activations as
 // the right one (16 k x 8 tokens), so that a single token costs one tile of 8 and no weight is converted twice. The
-// unit of work, a *tile*, is 16 rows x 64 k: 512 bytes of nibbles, 16 bytes of each lane. The order of k within a tile
-// is free as long as both operands agree, so it is the one that makes activations 16-byte loads too: lane 4g + t holds,
+// unit of work, a *tile*, is 16 rows x 64 k: 512 bytes of nibbles, 16 bytes per lane. The order of k within a tile is
+// free as long as both operands agree, so it is the one that makes activations 16-byte loads too: lane 4g + t holds,
 // for rows g and g + 8 of the weights and for token g of the activations, and for step s = 0..3 and element e = 0..3,
 //     k = 32 (s / 2) + 8 t + 4 (s % 2) + e.
 // Word s of a lane has nibbles (by bits 4i): row g e=0, row g+8 e=0, row g e=2, row g+8 e=2, then the same of e + 1, so
 // that (w >> 8j) & 0x000f000f | 0x64006400 is the pair 1024 + q of row g, and with 0x00f000f0 1024 + 16 q of row g + 8;
-// a subtraction, or a multiplication-addition, leaves q - z, an exact fp16 integer. 9 instructions per 8 weights.
+// a subtraction, or a multiply-add, leaves q - z, an exact fp16 integer. 9 instructions per 8 weights.
 //
-// Numerics, the same to the bit in every kernel here whatever the number of tokens: a part (64 k of one scale; 32 where
-// the group is 32) is summed by the tensor core from zero, and acc = fma(scale, part, acc) in float32; K is cut into
-// kSplits ranges of whole chunks (8 tiles) by its length only; each range has its own acc, and the ranges are added in
-// order. A token's column of the tensor core's product does not depend on the other columns.
+// Numerics, the same to the bit in every kernel here for any number of tokens: a part (64 k of one scale; 32 if the
+// group is 32) is summed by the tensor core from zero, and acc = fma(scale, part, acc) in float32; K is cut into
+// kSplits ranges of whole chunks (8 tiles), by its length alone; each range has its own acc, and the ranges are added
+// in order. A token's column of the tensor core's product does not depend on the other columns.
 //
 // Weights pass through shared memory by asynchronous copies, and each lane reads what it has copied itself: how much is
-// under way does not hang on the compiler's schedule, and takes no registers. Before it waits for the kernel before, a
-// block asks for its first ones (narrow), and for kPrefetchBytes of each row tile to come to the second-level cache: so
+// in flight does not depend on the compiler's schedule, and takes no registers. Before it waits for the previous
+// kernel, a block requests its first weights (narrow) and prefetches kPrefetchBytes of each row tile into L2, so that
 // memory is not idle while attention runs, or while a kernel starts or ends.
 //
 // Two shapes of kernel:
 //   narrow  a block has 2 row tiles and 4 warps for each, one per range of K, which add up in shared memory. x is read
-//           straight from the nearest cache, or, where the RMSNorm before it is fused, normalised into shared memory
-//           while the first weights are on their way. Up to 8 tokens, best for few: warps share nothing but x.
+//           straight from the nearest cache or, if the RMSNorm before it is fused, normalised into shared memory
+//           while the first weights are in flight. Up to 8 tokens, best for few: warps share nothing but x.
 //   wide    a block has 8 warps, each with ROW_TILES row tiles, all with the same tokens, whose activations pass
 //           through shared memory too. A block takes all ranges of K one after another, or one of them (gridDim.z = 4),
-//           and the last to arrive adds them.
+//           and the last block to arrive adds them.
 //
-// What it should reach. The floors read W once: A40 at 696 GB/s, H100 at 3.0 TB/s.
+// Expected performance. The floors are for reading W once: A40 at 696 GB/s, H100 at 3.0 TB/s.
 //     Starling's        rows x k        bytes      A40       H100     blocks: narrow   wide at 8 to 64 tokens
-//     qkv              6144 x 4096    13.1 MB    18.8 us    4.4 us         192          192 (4 for a sum)
+//     qkv              6144 x 4096    13.1 MB    18.8 us    4.4 us         192          192 (4 per sum)
 //     out              4096 x 4096     8.7 MB    12.5 us    2.9 us         128          128 (4)
 //     gate_up         28672 x 4096    61.0 MB    87.7 us   20.3 us         896          224
 //     down             4096 x 14336   30.5 MB    43.8 us   10.2 us         128          128 (4)
 //     head            32002 x 4096   262.2 MB     377 us   87.4 us        1001          251
-// Weights under way in a block: narrow 7 tiles for each of 8 warps, 28 KiB; head 3 tiles, 48 KiB; wide_8 to wide_32 6
-// tiles, 24 KiB; wide_64 4 tiles, 16 KiB; their heads 32 KiB, 16 KiB at 64 tokens. A40 wants 5 kB in a multiprocessor,
-// H100 18 kB. Of narrow, two blocks fit in a multiprocessor of either (128 registers; 35 KiB, with a norm 43 KiB); with
-// a norm of two tokens, 51 KiB, one in an A40's.
-// Instructions: a multiprocessor must take a tile every 107 cycles on an A40 and every 38 on an H100 (1.7 GHz), so in
+// Weights in flight per block: narrow 7 tiles for each of 8 warps, 28 KiB; head 3 tiles, 48 KiB; wide_8 to wide_32 6
+// tiles, 24 KiB; wide_64 4 tiles, 16 KiB; the head's wide ones 32 KiB, 16 KiB at 64 tokens. An A40 needs 5 kB in a
+// multiprocessor, an H100 18 kB. Two blocks of narrow fit in a multiprocessor of either (128 registers; 35 KiB, with a
+// norm 43 KiB); with a norm of two tokens, 51 KiB, only one in an A40's.
+// Instructions: a multiprocessor must finish a tile every 107 cycles on an A40 and every 38 on an H100 (1.7 GHz), so in
 // 430 and 152 issue slots. narrow takes 84 (head 14 for the same bytes), wide_8 112, wide_16 about 115, wide_32 about
-// 145. With more tokens tensor cores set the pace: a product takes 16 cycles of a quarter of an A40's multiprocessor, 8
-// of an H100's, so a tile with 64 tokens 128 and 64 of all four. wide_64_tall, for prompts, has 64 products to some 400
-// other instructions for two tiles, reads each activation from shared memory for 32 rows, and asks L2 for 1 MB for
-// every 134 MFLOP at k = 4096: 1.2 TB/s at the A40's peak of 149.7 TFLOPS.
+// 145. With more tokens tensor cores are the limit: a product takes 16 cycles of a quarter of an A40's multiprocessor,
+// 8 of an H100's, so a tile with 64 tokens takes 128 and 64 of all four. wide_64_tall, for prompts, has 64 products to
+// some 400 other instructions for two tiles, reads each activation from shared memory for 32 rows, and requests 1 MB
+// from L2 for every 134 MFLOP at k = 4096: 1.2 TB/s at the A40's peak of 149.7 TFLOPS.
 #ifndef STARLING_LINEAR_H
 #define STARLING_LINEAR_H
 
 #include "norm.h"
 
-constexpr int kSplits = 4;      // ranges of K, each summed on its own
+constexpr int kSplits = 4;      // ranges of K, each summed separately
 constexpr int kChunkTiles = 8;  // a range is whole chunks
 constexpr int kTileK = 64;
 constexpr int kPanelTileBytes = kTileK * 2;  // of one token's activations
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr u32 kPrefetchBytes = 8192;  // of a row tile: 64 KB a block, 8.6 MB an H100, whose memory takes 3 us for them
+constexpr u32 kPrefetchBytes = 8192;  // per row tile: 64 KB a block, 8.6 MB an H100, whose memory takes 3 us for them
 constexpr int kNarrowRowTiles = kWarps / kSplits;
 constexpr int kNarrowTokens = 8;
 constexpr int kNormBytes = kNarrowTokens * kNormWarps * 4;
@@ -70,11 +70,11 @@ struct Linear {
   const u8* weight;           // [row tiles][tiles][bytes of a tile]
   const u8* scales;           // [row tiles][chunks][bytes of a chunk's scales and zeros]
   const half_t* x;            // fp16 [tokens][k]
-  const float* residual;      // float32 [tokens][k], read instead of x where the norm is fused
+  const float* residual;      // float32 [tokens][k], read instead of x if the norm is fused
   const half_t* norm_weight;  // fp16 [k]
   void* out;                  // kStore: fp16 [tokens][rows]; kAdd: float32 [tokens][rows], added to; kSiluMul: fp16
                               // [tokens][rows / 2]; kLogits: float32 [tokens][rows]
-  float4* partials;           // where a block takes one range of K: [grid y][grid x][kSplits][...][kThreads]
+  float4* partials;           // used if a block takes one range of K: [grid y][grid x][kSplits][...][kThreads]
   u32* counters;              // [grid y][grid x], all 0
   float eps;
   int tokens, rows, k;
@@ -101,7 +101,7 @@ DEVICE int range_start(const Linear& l, int range) { return range * chunks_of(l)
 // scales of rows g and g + 8 for each part.
 template <int GROUP> struct Int4 {
   static constexpr int kTileBytes = 512;
-  static constexpr int kParts = GROUP == 32 ? 2 : 1;  // scales of a row in a tile
+  static constexpr int kParts = GROUP == 32 ? 2 : 1;  // scales per row of a tile
   static constexpr int kGroups = kChunkTiles * kTileK / GROUP;
   // A chunk's scales, fp16 pairs of rows g and g + 8 by [group][g]; then its zeros, nibble pairs in the same order.
   static constexpr int kScaleBytes = kGroups * 40;
@@ -146,8 +146,8 @@ struct Half {
   }
 };
 
-// One row tile's weights on their way through shared memory, for one warp: SLOTS tiles, and the scales of SCALE_SLOTS
-// chunks. Each lane copies what it will read itself; only scales need the warp to be synchronised. Tiles from `end` on
+// One row tile's weights streaming through shared memory, for one warp: SLOTS tiles, and the scales of SCALE_SLOTS
+// chunks. Each lane copies what it will read itself; only the scales need the warp to synchronise. Tiles from `end` on
 // are zeros. ONCE: no other block reads these weights.
 template <class W, int SLOTS, int SCALE_SLOTS, bool ONCE> struct Stream {
   static constexpr int kBytes = SLOTS * W::kTileBytes + SCALE_SLOTS * W::kScaleBytes;
@@ -165,7 +165,7 @@ template <class W, int SLOTS, int SCALE_SLOTS, bool ONCE> struct Stream {
     end = row_tile < row_tiles_of(l) ? end_ : 0;
   }
 
-  // Tile `tile` of chunk `chunk`; the chunk's scales come with its first.
+  // Copies tile `tile` of chunk `chunk`; the chunk's scales come with its first tile.
   METHOD void copy(u32 slot, u32 chunk, u32 tile) const {
     const int lane = threadIdx.x % 32;
     const bool valid = chunk * kChunkTiles + tile < end;
@@ -186,7 +186,7 @@ template <class W, int SLOTS, int SCALE_SLOTS, bool ONCE> struct Stream {
     else copy_async(to, from, valid);
   }
 
-  // The first kilobytes from tile `first` on, and their scales, on their way to the second-level cache.
+  // Prefetches kPrefetchBytes of tiles from `first` on, and their scales, into L2.
   METHOD void prefetch_from(u32 first) const {
     if (threadIdx.x % 32 || first >= end) return;
     const u32 last = min(first + kPrefetchBytes / W::kTileBytes, end), chunk = first / kChunkTiles;
@@ -244,12 +244,12 @@ DEVICE void write_out(const Linear& l, const float (&c)[4], int row_tile, int fi
   }
 }
 
-// The 16 bytes of one row of activations that are chunk `chunk` (of 8) of a tile, in shared memory: rows of a pair lie
-// in different halves of the banks, so that 8 lanes that read 4 chunks of two rows touch every bank once.
+// Where the 16 bytes of chunk `chunk` (of 8) of a tile lie in a row of activations in shared memory: rows of a pair use
+// different halves of the banks, so that 8 lanes that read 4 chunks of two rows touch every bank once.
 DEVICE int swizzled(int row, int chunk) { return (chunk ^ ((row & 1) << 2)) * 16; }
 
 // Grid: row tiles / 2. Shared memory: the streams of 8 warps; with NORM also kNormBytes and the normalised activations,
-// tokens * tiles * 128. Tokens: 1 to kNarrowTokens.
+// tokens * tiles * 128 bytes. Tokens: 1 to kNarrowTokens.
 template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear& l) {
   typedef Stream<W, SLOTS, 2, true> Weights;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -258,7 +258,7 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
   const Weights weights(l, row_tile, end, shared_memory() + warp * Weights::kBytes);
   const int row_bytes = tiles_of(l) * kPanelTileBytes;
   u8* const normed = shared_memory() + kWarps * Weights::kBytes + kNormBytes;
-  if constexpr (NORM) {  // its weights, to where the first token will lie
+  if constexpr (NORM) {  // the norm's weights go where the first token will lie
     for (int i = threadIdx.x; i < l.k / 8; i += kThreads) copy_async(normed + i * 16, l.norm_weight + i * 8);
     copy_async_commit();
   }
@@ -304,7 +304,7 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
   };
 
   float acc[4] = {0, 0, 0, 0};
-  uint4 b[2][2];  // of even and of odd tiles
+  uint4 b[2][2];  // for even and for odd tiles
   load_x(b[0], begin);
   load_x(b[1], begin + 1);
   static_assert(kChunkTiles % SLOTS == 0, "");
@@ -316,7 +316,7 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
       u32 a[4][4];
       float scale[W::kParts][2];
       copy_async_wait<SLOTS - 2>();
-      __syncwarp();  // the scales are there, and nobody reads the slot before any more
+      __syncwarp();  // the scales have arrived, and no lane reads the previous slot any more
       weights.operands(i, chunk, first + i, a, scale);
       weights.copy((i + SLOTS - 1) % SLOTS, chunk + ahead / kChunkTiles, ahead % kChunkTiles);
       copy_async_commit();
@@ -327,7 +327,7 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
 
   copy_async_wait<0>();
   const auto sums = [&](int of_warp) { return (float4*)(shared_memory() + of_warp * Weights::kBytes) + lane; };
-  *sums(warp) = make_float4(acc[0], acc[1], acc[2], acc[3]);  // over what only this lane has read
+  *sums(warp) = make_float4(acc[0], acc[1], acc[2], acc[3]);  // overwrites what only this lane has read
   __syncthreads();
   if (range != 0 || row_tile >= row_tiles_of(l)) return;
 #pragma unroll
@@ -336,10 +336,10 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
 }
 
 // Grid: tokens / (8 * TOKEN_TILES), row tiles / (8 * ROW_TILES), 1 or kSplits. Shared memory: STAGES panels of
-// PANEL tiles for all tokens; 8 * ROW_TILES streams; ROW_TILES * TOKEN_TILES * 16 bytes of each thread.
+// PANEL tiles for all tokens; 8 * ROW_TILES streams; ROW_TILES * TOKEN_TILES * 16 bytes per thread.
 template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE void linear_wide(const Linear& l) {
-  constexpr bool kAlone = TOKEN_TILES <= 4;  // up to 32 tokens are one block's, so its weights no other's
-  // With a single stage ahead, of a single tile, the scales of a chunk have been read when the next ones are asked for.
+  constexpr bool kAlone = TOKEN_TILES <= 4;  // one block takes up to 32 tokens, so no other reads its weights
+  // With a single stage ahead, of a single tile, a chunk's scales have been read when the next ones are requested.
   typedef Stream<W, STAGES * PANEL, (STAGES - 1) * PANEL == 1 ? 1 : 2, kAlone> Weights;
   static_assert((STAGES - 1) * PANEL <= kChunkTiles && kChunkTiles % PANEL == 0, "");
   constexpr int kTokens = 8 * TOKEN_TILES, kPanelBytes = kTokens * PANEL * kPanelTileBytes;
@@ -360,7 +360,7 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
   for (int r = 0; kAlone && r < ROW_TILES; r++) weights[r].prefetch_from(begin);
   wait_for_kernel_before();
 
-  // Thread i copies 16 bytes of rows i / (8 * PANEL), and every so many after it; zeros beyond the last token and k.
+  // Thread i copies 16 bytes of row i / (8 * PANEL) and every kRowStep-th after it; zeros beyond the last token and k.
   constexpr int kRowChunks = PANEL * 8, kRowStep = kThreads / kRowChunks;
   const int copy_row = threadIdx.x / kRowChunks, copy_chunk = threadIdx.x % kRowChunks;
   const half_t* const copy_from = l.x + (i64)(first_token + copy_row) * l.k + copy_chunk * 8;
@@ -383,7 +383,7 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; stage++) copy_stage(stage, begin + stage * PANEL);
 
-  // Sums of the ranges before: each thread's own, in shared memory because registers are short.
+  // Each thread's sums over the previous ranges, in shared memory because registers are scarce.
   float4* const totals = (float4*)(streams + kWarps * ROW_TILES * Weights::kBytes) + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < kSums; i++) totals[i * kThreads] = make_float4(0, 0, 0, 0);
@@ -393,7 +393,7 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
   u32 stage = 0, range_end = begin;
   for (u32 base = begin; base < end; base += PANEL) {
     copy_async_wait<STAGES - 2>();
-    __syncthreads();  // this stage is there, and nobody reads the one before it any more
+    __syncthreads();  // this stage has arrived, and no warp reads the previous one any more
 #pragma unroll
     for (int i = 0; i < PANEL; i++) {
       u32 a[ROW_TILES][4][4];

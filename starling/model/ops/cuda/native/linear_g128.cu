@@ -1,4 +1,4 @@
-// The linears of groups of 128.
+// Linears with a group size of 128.
 #include "linear.h"
 
 KERNEL(256, 2) narrow(LINEAR_PARAMETERS) { linear_narrow<Int4<128>, 8, false>(LINEAR); }

@@ -1,4 +1,4 @@
-// The linears of groups of 32.
+// Linears with a group size of 32.
 #include "linear.h"
 
 KERNEL(256, 2) narrow(LINEAR_PARAMETERS) { linear_narrow<Int4<32>, 8, false>(LINEAR); }

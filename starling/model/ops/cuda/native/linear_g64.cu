@@ -1,4 +1,4 @@
-// The linears of groups of 64.
+// Linears with a group size of 64.
 #include "linear.h"
 
 KERNEL(256, 2) narrow(LINEAR_PARAMETERS) { linear_narrow<Int4<64>, 8, false>(LINEAR); }

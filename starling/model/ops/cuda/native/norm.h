@@ -1,4 +1,4 @@
-// RMSNorm of rows of float32 by 256 threads, and SiLU: one arithmetic, in kernels of their own and around a linear.
+// RMSNorm of float32 rows by 256 threads, and SiLU: the same arithmetic in separate kernels and fused around a linear.
 #ifndef STARLING_NORM_H
 #define STARLING_NORM_H
 
@@ -7,7 +7,7 @@
 constexpr int kNormThreads = 256;
 constexpr int kNormWarps = kNormThreads / 32;
 
-// This warp's part of the sum of squares of row [width], a multiple of 4; the same in every lane.
+// This warp's part of the sum of squares of row [width], width a multiple of 4; the same in every lane.
 DEVICE float norm_partial(const float* row, int width) {
   float sum = 0;
   for (int i = 4 * threadIdx.x; i < width; i += 4 * kNormThreads) {

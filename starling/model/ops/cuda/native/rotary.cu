@@ -1,14 +1,14 @@
-// Rotary embedding of queries and keys, and the writing of keys and values to the paged cache, in one launch.
+// Rotary embedding of queries and keys, and the write of keys and values to the paged cache, in one launch.
 //
 // A token of Starling moves 12 KiB in and 12 KiB out: at batch 1 two dependent reads (position and slot; angles) and a
-// write, about 1.5 us of latency. Steps of few tokens leave it to attention itself.
+// write, about 1.5 us of latency. In steps of few tokens, attention does it itself.
 #include "rotary.h"
 
 // qkv fp16 [tokens][heads + 2 kv_heads][dim] → q [tokens][heads][dim] rotated, keys (rotated) and values at `slots` of
 // [blocks][kv_heads][block_size][dim]. rotary float32 [positions][dim]: dim / 2 cosines, then sines; element i pairs
-// with i + dim / 2. A slot below 0 is a padding token's: nothing of it is read or written.
+// with i + dim / 2. A slot below 0 marks a padding token, for which nothing is read or written.
 //
-// A thread turns 8 pairs, or copies 16 elements of a value: dim / 16 threads a head.
+// A thread rotates 8 pairs, or copies 16 elements of a value: dim / 16 threads a head.
 KERNEL(128) rotate_and_cache(const half_t* qkv, const int* positions, const int* slots, const float* rotary,
                              half_t* q, half_t* keys, half_t* values, int tokens, int heads, int kv_heads, int dim,
                              int block_size) {
@@ -33,7 +33,7 @@ KERNEL(128) rotate_and_cache(const half_t* qkv, const int* positions, const int*
   }
   const float* cos = rotary + (i64)position * dim + i;
   const float* sin = cos + dim / 2;
-  // Both before either is stored: for all that the compiler knows, a store could change the angles.
+  // Compute both before storing either: as far as the compiler knows, a store could change the angles.
   const uint4 first = turn(a, b, cos, sin, false), second = turn(b, a, cos, sin, true);
   *(uint4*)to = first;
   *(uint4*)(to + dim / 2) = second;

@@ -1,26 +1,25 @@
-// From logits to token ids: shape (penalties, a mask of what may come, the largest logit), weigh (what a row's tokens
-// weigh, by chunk and by bin), draw (Ops.sample).
+// From logits to token ids: shape (penalties, a mask of allowed tokens, the largest logit), weigh (the weights of a
+// row's tokens, by chunk and by bin), draw (Ops.sample).
 //
 // A weight is floor(2^47 e^((l - max) / T)), an integer made of the float32 exponential's own bits. Sums of weights are
-// therefore exact whatever their order, so a draw is the same alone and in any batch, and running sums can be compared
-// with a target level by level: 32 ranges of ids, 32 parts of a range, the ids of a part. A token below 2^-47 of the
-// likeliest weighs nothing; all of them together are less than 65,536 * 2^-47 = 2^-31 of the sum.
+// therefore exact in any order, so a draw is the same alone and in any batch, and running sums can be compared with a
+// target level by level: 32 ranges of ids, 32 parts of a range, the ids of a part. A token below 2^-47 of the likeliest
+// weighs nothing; all such tokens together are less than 65,536 * 2^-47 = 2^-31 of the sum.
 //
 // top_k and top_p are both "the first token of the ranking (by logit, then by id) at which a running sum passes a
-// target": of ones, or of weights. A histogram over 2,048 bins of (max - l) / T says in which bin that is; the tokens
-// of that bin are listed (62 bins for each factor e: a few dozen for a trained model) and each counts those before it.
-// Where a bin holds more than the list, it is divided by the next 11 bits of the token's rank, as often as needed.
-// min_p is a least logit. All three leave the tokens up to one (logit, id) of the ranking, which is what draw tests.
+// target": of ones, or of weights. A histogram over 2,048 bins of (max - l) / T says which bin that token is in; the
+// bin's tokens are listed (62 bins per factor of e: a few dozen tokens for a trained model) and each counts those
+// before it. A bin with more tokens than the list holds is divided by the next 11 bits of the token's rank, as often as
+// needed. min_p is a least logit. All three keep the tokens up to one (logit, id) of the ranking, which draw tests.
 //
-// Cost, predicted for one row of 32,002 (128 KB, from the second-level cache after shape's first read). shape and weigh
-// spread it over 32 blocks: 2 µs each, launch included; they are bound by latency. draw has one block a row, whose
-// multiprocessor issues some 2.5 instructions a clock: greedy and uncut rows read one number a chunk, then one chunk
-// (1.5 and 2.5 µs). A row that is cut loads the histogram, looks for the bin (1.5 µs), passes over the row to list it
-// and again to sum what is kept by ranges of ids (13 instructions a token that is not, 1,000 warp-tokens: 3 µs a pass
-// on an A40 or H100 alike; 50 a token that is kept, should all be). With top_k and top_p both, one pass more. In all 5
-// µs greedy, 7 µs uncut, 14 µs with one filter, 18 µs with two; 64 rows run side by side. Only flat rows cost more: a
-// bin of more than 256 tokens at the cut takes a pass for each division (1 to 4; up to 30 µs each where all tokens are
-// in it).
+// Predicted cost for one row of 32,002 (128 KB, from L2 after shape's first read). shape and weigh spread it over 32
+// blocks: 2 µs each, launch included; they are bound by latency. draw has one block a row, whose multiprocessor issues
+// some 2.5 instructions a clock: greedy and uncut rows read one number a chunk, then one chunk (1.5 and 2.5 µs). A row
+// that is cut loads the histogram, finds the bin (1.5 µs), passes over the row to list the bin's tokens and again to
+// sum what is kept by ranges of ids (13 instructions a token not kept, 1,000 warp-tokens: 3 µs a pass on an A40 or H100
+// alike; 50 a token kept, should all be). With both top_k and top_p, one more pass. In all 5 µs greedy, 7 µs uncut,
+// 14 µs with one filter, 18 µs with two; 64 rows run in parallel. Only flat rows cost more: a bin of more than 256
+// tokens at the cut takes a pass for each division (1 to 4; up to 30 µs each if it holds all tokens).
 #include "device.h"
 
 struct Settings {     // one row; SETTINGS in sampling.py. All zeros: greedy, nothing shaped
@@ -35,17 +34,17 @@ struct Settings {     // one row; SETTINGS in sampling.py. All zeros: greedy, no
   int table;          // 1 + row of the table of counts; 0: no penalties
   int tail;           // first of the tokens in `tail` that the table lacks
   int seen;           // how many of those come before the token to draw
-  int commits;        // how many of those enter the table with this row
+  int commits;        // how many of those this row adds to the table
   int mask;           // 1 + row of the masks; 0: none
 };
 static_assert(sizeof(Settings) == 64, "");
 
 constexpr u64 kOff = ~0ull;
-constexpr int kChunk = 1024, kShapers = 256, kEach = kChunk / kShapers;  // tokens of a block, its threads, of a thread
+constexpr int kChunk = 1024, kShapers = 256, kEach = kChunk / kShapers;  // per block: tokens, threads; per thread
 constexpr int kBins = 2048, kBinsPerE = 62;                             // e^-33 < 2^-47, and 33 * 62 < kBins
-constexpr u32 kPrompt = 0x80000000u;  // in the table: came with the prompt. The other bits count the generated
+constexpr u32 kPrompt = 0x80000000u;  // in the table: occurs in the prompt. The other bits count generated ones
 
-#define CALLED static __device__ __noinline__  // where a body is used more than once: instructions are fetched, too
+#define CALLED static __device__ __noinline__  // for bodies used more than once: instructions must be fetched, too
 
 DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
 
@@ -81,7 +80,8 @@ DEVICE int resolve(int id, const int* sampled) { return id >= 0 ? id : sampled[-
 
 // -- the table of counts ------------------------------------------------------------------------------------------
 
-// A row of the table [V] from a sequence's tokens [count], of which the first `prompt` came with the request.
+// Fills a row of the table [V] from a sequence's tokens [tokens_count], the first `prompt` of which came with the
+// request.
 KERNEL(1024) count(u32* table, int row, const int* tokens, int tokens_count, int prompt, int vocabulary) {
   wait_for_kernel_before();
   u32* counts = table + (i64)row * vocabulary;
@@ -97,8 +97,8 @@ KERNEL(1024) count(u32* table, int row, const int* tokens, int tokens_count, int
 
 
 // Changes logits float32 [rows][V] in place where a row's settings ask for it, and finds each chunk's largest: its key
-// in the high half, ~id in the low. The tokens that enter the table are written to `resolved`, beside `tail`, for draw:
-// by then, `sampled` may hold the new ones. The histogram of a row that is cut starts from 0.
+// in the high half, ~id in the low. Writes the tokens to be added to the table to `resolved`, indexed as `tail`, for
+// draw: by then, `sampled` may hold the new ones. Zeroes the histogram of a row that is cut.
 KERNEL(256) shape(float* logits, const Settings* settings, const u32* table, const int* tail, int* resolved,
                   const int* sampled, const u32* masks, u64* largest, u32* counts, u64* weights, int vocabulary) {
   wait_for_kernel_before();
@@ -126,7 +126,7 @@ KERNEL(256) shape(float* logits, const Settings* settings, const u32* table, con
 #pragma unroll
     for (int j = 0; j < kEach; j++) {
       if (count[j]) l[j] = l[j] > 0 ? l[j] / s.repetition : l[j] * s.repetition;
-      // Three roundings, as torch makes them.
+      // Three roundings, as in torch.
       const u32 generated = count[j] & ~kPrompt;
       const float penalty = __fadd_rn(__fmul_rn(s.frequency, (float)generated), s.presence);
       if (generated) l[j] = __fadd_rn(l[j], -penalty);
@@ -165,7 +165,7 @@ struct Row {
   const float* logits;
   int vocabulary;
   float largest, inverse;
-  float last;   // the ranking up to this logit, and there up to this id, is kept
+  float last;   // the ranking is kept up to this logit and, at this logit, up to this id
   int last_id;
 };
 
@@ -174,7 +174,7 @@ DEVICE bool keeps(const Row& row, float l, int id) {  // & and |: no branches
 }
 DEVICE float exponent_of(const Row& row, float l) { return (l - row.largest) * row.inverse; }
 
-// floor(2^47 e^x), x <= 0: Cephes' expf polynomial, within 2^-23 relative, and the float's bits shifted to their place.
+// floor(2^47 e^x), x <= 0: Cephes' expf polynomial, within 2^-23 relative, and the float's bits shifted into place.
 DEVICE u64 weight_of(float x) {
   if (!(x > -33.0f)) return 0;
   const float shifted = fmaf(x, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23: the sum is rounded to an integer
@@ -206,7 +206,7 @@ DEVICE float at_least(double x) {
   return logit_of(key + 1);
 }
 
-// The row before a cut: min_p leaves the logits from max + T log(min_p) on. By every warp.
+// The row before a cut: min_p keeps logits of at least max + T log(min_p). Computed by every warp.
 DEVICE Row row_of(const float* logits, const Settings& s, u64 best, int row, int vocabulary) {
   const float largest = logit_of((u32)(best >> 32));
   const float least = at_least((double)largest + s.span);
@@ -225,7 +225,7 @@ DEVICE u64 best_of(const u64* largest, int row, int chunks) {
 
 DEVICE bool has_token(const Row& row) { return row.largest > -infinity() && row.largest < infinity(); }
 
-// The sum of each chunk's weights, and for a row that is cut the histogram: tokens in a bin, and their weights.
+// The sum of each chunk's weights and, for a row that is cut, the histogram: tokens per bin, and their weights.
 KERNEL(256) weigh(const float* logits, const Settings* settings, const u64* largest, u64* sums, u32* counts,
                   u64* weights, int vocabulary) {
   wait_for_kernel_before();
@@ -275,18 +275,18 @@ struct Candidate {
 struct Shared {
   u64 sums[2][32];
   Candidate list[kList];
-  Candidate last;     // the last token that a filter keeps; of top_k's, `weight` is of all that are kept
+  Candidate last;     // the last token that a filter keeps; top_k's has the `weight` of all that are kept
   u32 listed, unused[3];
   u64 weights[kBins];  // the histogram
   u32 counts[kBins];
 };
 static_assert(sizeof(Shared) == 29216, "DRAW_SHARED_BYTES in sampling.py");
 
-// Where a token stands in the ranking: 48 bits, the first is 0.
+// A token's place in the ranking: 48 bits, lower is earlier.
 DEVICE u64 rank_of(float l, int id) { return (u64)~key_of(l) << 16 | (u32)id; }
 
-// In a warp: the first lane at which the running sum of x passes `target`, which is brought down by the sum before it;
-// -1, and by the whole sum, where none does.
+// The first lane of a warp at which the running sum of x passes `target`, which is reduced by the sum before that lane;
+// -1 if none does, and `target` is reduced by the whole sum.
 DEVICE int pick(u64 x, u64& target) {
   u64 sum = x;
 #pragma unroll
@@ -305,7 +305,7 @@ struct Found {
   u64 total;
 };
 
-// The first of n <= 65,536 values at which their running sum passes target_of(their sum). By the whole block.
+// The first of n <= 65,536 values at which their running sum passes target_of(their sum). For the whole block to call.
 template <class Value, class Target> DEVICE Found find(Shared* shared, int n, Value value, Target target_of) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = (n + kThreads - 1) / kThreads;
   u64 sum = 0;
@@ -342,14 +342,14 @@ template <class Value, class Target> DEVICE Found find(Shared* shared, int n, Va
   return found;
 }
 
-// Tokens whose bin is `bin` and whose rank begins with `prefix` above `shift` bits.
+// Tokens in bin `bin` whose rank above its lowest `shift` bits is `prefix`.
 struct Group {
   int bin, shift;
   u64 prefix;
 };
 
 template <class Use> DEVICE void for_each(const Row& row, const Group& group, Use use) {
-  constexpr int kAhead = 4;  // loads under way: 16 KB of a block's, what a pass needs against their latency
+  constexpr int kAhead = 4;  // loads in flight: 16 KB a block, what a pass needs to hide their latency
   for (int first = threadIdx.x; first < row.vocabulary; first += kAhead * kThreads) {
     float logits[kAhead];
 #pragma unroll
@@ -375,7 +375,7 @@ CALLED void divide(Shared* shared, Row row, Group group, int digit) {
   for_each(row, group, [&](float l, int id, u64 weight) {
     const int bin = (int)((rank_of(l, id) >> digit) % kBins);
     atomicAdd(shared->counts + bin, 1u);
-    // Shared memory adds 32 bits at a time.
+    // Shared memory adds only 32 bits at a time.
     u32* halves = (u32*)(shared->weights + bin);
     const u32 low = (u32)weight, carry = atomicAdd(halves, low) > ~low, high = (u32)(weight >> 32) + carry;
     if (high) atomicAdd(halves + 1, high);
@@ -383,19 +383,19 @@ CALLED void divide(Shared* shared, Row row, Group group, int digit) {
   __syncthreads();
 }
 
-// The first of the histogram's n first bins at which the running sum, of counts or of weights, passes `target`.
+// The first of the histogram's first n bins at which the running sum, of counts or of weights, passes `target`.
 CALLED Found find_bin(Shared* shared, int n, bool ones, u64 target) {
   return find(shared, n, [&](int i) {
     return ones ? shared->counts[i] : shared->weights[i];
   }, [&](u64) { return target; });
 }
 
-// The last token that a filter keeps: the first of the ranking at which the running sum, of ones or of weights, passes
-// a target, which the histogram has `found` a bin for. It goes to shared->last.
+// Writes to shared->last the last token that a filter keeps: the first of the ranking at which the running sum, of ones
+// or of weights, passes a target. `found` is its bin in the histogram.
 DEVICE void cut(Shared* shared, const Row& row, Found found, bool ones) {
   u64 before = ones ? find_bin(shared, found.index, false, kOff).total : 0;
   Group group = {found.index, 48, 0};
-  while (shared->counts[found.index] > kList) {  // ends: from bit 4 on, at most 16 tokens share a prefix
+  while (shared->counts[found.index] > kList) {  // ends: above bit 4, at most 16 tokens share a prefix
     __syncthreads();
     divide(shared, row, group, group.shift - 11);
     found = find_bin(shared, kBins, ones, found.rest);
@@ -427,8 +427,8 @@ DEVICE void cut(Shared* shared, const Row& row, Found found, bool ones) {
   __syncthreads();
 }
 
-// Ops.sample over logits as shape left them → results int32: ids, and `faults` places on, whether a row had no token
-// to draw (it then says 0): a NaN, an infinity, or nothing but -inf. Rows enter their tokens into the table.
+// Ops.sample over logits as shape left them → results int32: ids and, `faults` places on, whether a row had no token to
+// draw (its id is then 0): it holds a NaN or +inf, or only -inf. Rows add their tokens to the table.
 KERNEL(1024) draw(const float* logits, const Settings* settings, const u64* largest, const u64* sums,
                   const u32* counts, const u64* weights, int chunks, u32* table, const int* resolved, int* results,
                   int faults, int vocabulary) {
@@ -442,7 +442,7 @@ KERNEL(1024) draw(const float* logits, const Settings* settings, const u64* larg
   Row row = row_of(logits, s, best, blockIdx.x, vocabulary);
   int token = has_token(row) ? (int)~(u32)best : 0;
   if (has_token(row) && s.inverse > 0) {
-    // Up to 64 chunks: a lane has two, one after the other.
+    // Up to 64 chunks: a lane has two consecutive ones.
     const int pair = threadIdx.x % 32 * 2;
     const u64 first = pair < chunks ? sums[blockIdx.x * chunks + pair] : 0;
     const u64 second = pair + 1 < chunks ? sums[blockIdx.x * chunks + pair + 1] : 0;
@@ -466,7 +466,8 @@ KERNEL(1024) draw(const float* logits, const Settings* settings, const u64* larg
       __syncthreads();
       u64 sought = (u64)s.top_k - 1;
       if (!ones) {
-        // Kept while the sum before is below top_p of all: the last at a sum past that product, rounded up, less 1.
+        // Tokens are kept while the sum before them is below top_p * all: the last is the first whose running sum
+        // passes that product, rounded up, less 1.
         const u64 floor = __umul64hi(s.top_p, all), fraction = s.top_p * all;
         sought = fraction || !floor ? floor : floor - 1;
       }
