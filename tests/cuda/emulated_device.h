@@ -1,12 +1,12 @@
-// A GPU on a CPU, as far as our kernels use one: what PTX's instructions do (ptx.py makes C++ of them, which calls this).
+// A GPU on a CPU, as far as our kernels use one: what PTX instructions do. ptx.py turns them into C++ that calls this.
 //
-// A thread of the device is a fiber, and fibers run one at a time, in random order between barriers, and some warps of a
-// block far ahead of others, so that a missing barrier shows. Asynchronous copies happen when they are waited for, and
-// not before; but those begun ahead of griddepcontrol.wait read at once. Shared memory holds NaN at first; addresses must
-// be aligned as the device asks, and in global memory lie inside of the tensors that the kernel was given. Two threads
-// that meet in memory, one of them to write, must have a barrier between them, or if they are of two blocks, a fence, an
-// atomic instruction each at one place, and a fence again, whatever order they came in. Some blocks of a kernel may begin
-// before the kernel before it has run, as far as griddepcontrol.wait.
+// A thread of the device is a fiber. Fibers run one at a time, in random order between barriers, with some warps of a
+// block far ahead of others, so that a missing barrier shows. Asynchronous copies happen only when they are waited for,
+// but those begun ahead of griddepcontrol.wait read at once. Shared memory holds NaN at first; addresses must be
+// aligned as the device requires and, in global memory, lie within the tensors that the kernel was given. Two threads
+// that access the same memory, at least one of them writing, must have a barrier between them or, if they are of two
+// blocks, a fence, an atomic instruction by each at the same place, and another fence, whatever order they came in.
+// Some blocks of a kernel may begin before the previous kernel has run, and get as far as griddepcontrol.wait.
 #ifndef STARLING_EMULATED_DEVICE_H
 #define STARLING_EMULATED_DEVICE_H
 
@@ -36,12 +36,12 @@ namespace emulator {
 
 constexpr int kStackBytes = 128 << 10;
 constexpr int kWarp = 32;
-constexpr int kUnit = 2;  // bytes of memory that are watched together: no kernel stores single ones
+constexpr int kUnit = 2;  // bytes of memory that are tracked together: no kernel stores single bytes
 constexpr int kPage = 4096;
 
 struct Barrier { int waiting = 0; u32 generation = 0; };
 
-// Who touched memory, after how many barriers of its block and of its warp, and after how many fences of its own.
+// Which thread touched memory, after how many barriers of its block and of its warp, and fences of its own.
 struct Touch {
   u32 block = 0;
   int16_t thread = -1;
@@ -51,41 +51,41 @@ struct Touch {
 
 struct Unit {
   Touch write, read;              // the latest ones
-  Touch other_warp, other_block;  // the latest reads by others than `read`'s
+  Touch other_warp, other_block;  // the latest reads by another warp, and block, than `read`'s
   bool under_way = false;         // an asynchronous copy may write it at any moment
 };
 
-// `early`: begun ahead of griddepcontrol.wait, so `bytes` may be what was there before the kernel before had run.
+// `early`: begun ahead of griddepcontrol.wait, so `bytes` may be what was there before the previous kernel ran.
 struct Copy { void* to; const void* from; bool valid; Touch begun; bool early; u8 bytes[16]; };
 
-// What an atomic instruction in global memory makes known to those that come by there: what its block did that was
-// fenced off before it. PTX ISA, "Memory Consistency Model": release and acquire patterns, and fences being cumulative.
+// What an atomic instruction in global memory makes visible to later ones at that place: what its block did ahead of a
+// fence before it. PTX ISA, "Memory Consistency Model": release and acquire patterns; fences are cumulative.
 struct Release {
   Touch by;
   u32 before = 0;           // all that its block did ahead of so many barriers
   std::vector<u16> fences;  // and what each thread did ahead of so many fences
 };
 
-// Global memory in the course of one launch. Other launches come before or after it as a whole.
+// Global memory during one launch. Other launches come before or after it as a whole.
 struct GlobalMemory {
   std::unordered_map<u64, std::unique_ptr<Unit[]>> pages;
   std::unordered_map<u64, std::vector<Release>> releases;  // by the place of the atomic instruction
-  std::vector<std::pair<u64, u64>> given;                  // the tensors, from where to where; none: all that there is
+  std::vector<std::pair<u64, u64>> given;                  // the tensors' first bytes and ends; none: all of memory
 };
 
-// A thread came by a place with releases.
+// A thread executed an atomic instruction at a place with so many releases.
 struct Acquire { u64 place; size_t releases; Touch by; };
 
 struct Fiber {
   ucontext_t context;
   jmp_buf at;
   bool started = false, ended = false;
-  bool waited = false;  // for the kernel before; `held` until that has run
+  bool waited = false;  // for the previous kernel; `held` until that has run
   bool held = false;
-  Barrier* barrier = nullptr;  // what it waits for, and until which generation has passed
+  Barrier* barrier = nullptr;  // what it waits at, until generation `generation` has passed
   u32 generation = 0;
-  u16 block_barriers = 0, warp_barriers = 0;  // passed, of those that order memory
-  std::vector<u16> fences;                    // how many of its block's barriers each came after
+  u16 block_barriers = 0, warp_barriers = 0;  // how many it has passed, of those that order memory
+  std::vector<u16> fences;                    // for each fence, how many block barriers came before it
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
   std::vector<Copy> open;
 };
@@ -93,7 +93,7 @@ struct Fiber {
 struct Block {
   int threads = 0, alive = 0, current = 0;
   Index index, grid;
-  bool early = false;  // the kernel before has not run yet
+  bool early = false;  // the previous kernel has not run yet
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
   Barrier all;
@@ -102,14 +102,14 @@ struct Block {
   std::vector<Unit> units;
   GlobalMemory* global = nullptr;
   std::vector<Acquire> acquires;
-  u64 exchange[1024];      // a word of each thread, for warp operations
+  u64 exchange[1024];      // a word per thread, for warp operations
   u32 fragments[1024][6];
   void (*run)(void**) = nullptr;
   void** arguments = nullptr;
   std::vector<std::unique_ptr<u8[]>> stacks;
 };
 
-inline Block* block;  // the one at work
+inline Block* block;  // the one that is running
 inline jmp_buf home;
 inline u64 random_state = 1;
 inline const char* failure = nullptr;  // ends the grid
@@ -163,7 +163,7 @@ inline bool is_released(const Touch& touch, const Release& release) {
          (touch.blocks < release.before || touch.fences < release.fences[touch.thread]);
 }
 
-// Whether what another block did at `place` is known to this one.
+// Whether what another block did at `place` is visible to this one.
 inline bool is_acquired(const Touch& now, const Touch& before, u64 place) {
   for (const Acquire& acquire : block->acquires) {
     if (acquire.place == place && acquire.by.thread == now.thread && before.atomic) return true;
@@ -180,15 +180,15 @@ inline bool is_acquired(const Touch& now, const Touch& before, u64 place) {
 inline void check_order(const Touch& now, const Touch& before, u64 place) {
   if (before.thread < 0 || (before.atomic && now.atomic)) return;
   if (before.block != now.block) {
-    if (!is_acquired(now, before, place)) fail("two blocks meet in memory without fences and an atomic instruction");
+    if (!is_acquired(now, before, place)) fail("two blocks access memory without fences and an atomic instruction");
     return;
   }
   if (before.thread == now.thread || before.blocks < now.blocks) return;
   if (before.thread / kWarp == now.thread / kWarp && before.warps < now.warps) return;
-  fail("two threads meet in memory without a barrier");
+  fail("two threads access memory without a barrier");
 }
 
-// `now` is when it may have begun: of an asynchronous copy's read, long before.
+// `now` is when the access may have begun: for an asynchronous copy's read, long ago.
 inline void meet(Unit& unit, const Touch& now, bool writes, u64 place = 0) {
   if (unit.under_way) fail("a thread uses shared memory that a copy under way may write");
   check_order(now, unit.write, place);
@@ -203,7 +203,7 @@ inline void meet(Unit& unit, const Touch& now, bool writes, u64 place = 0) {
   unit.read = latest;
 }
 
-// The thread at work touches so many bytes of shared memory, from a host's address on.
+// The running thread touches `bytes` bytes of shared memory, from a host address on.
 inline void touch_shared(const u8* address, int bytes, bool writes, bool atomic = false) {
   const u64 from = address - block->memory;
   if (address < block->memory || from + bytes > kUnit * block->units.size())
@@ -219,7 +219,7 @@ inline void check_given(u64 address, u64 bytes) {
     fail("an address lies outside the tensors that the kernel was given");
 }
 
-// The same of global memory; of one page, as aligned accesses are.
+// The same for global memory, within one page, as aligned accesses are.
 inline void touch_global(const u8* address, int bytes, bool writes, const Touch& now) {
   const u64 place = (u64)(uintptr_t)address;
   std::unique_ptr<Unit[]>& page = block->global->pages[place / kPage];
@@ -250,9 +250,9 @@ inline void release_and_acquire(u64 place) {
   if (any) releases.push_back(std::move(release));
 }
 
-// Passes through shared memory: what an instruction asks for in its lanes, 128 bytes at a time, comes in one if no two
-// words of it lie in the same of 32 banks. Counted where `counting`; which lanes' calls are one instruction is told by
-// the line of the call, and how often the lane came by.
+// Passes through shared memory: what an instruction's lanes access, 128 bytes at a time, takes one pass if no two of
+// its words lie in the same one of 32 banks. Counted if `counting`; lanes' calls are of one instruction if they are on
+// the same line and each lane has been there equally often.
 struct Passes { u64 least = 0, taken = 0; };
 inline bool counting = false;
 inline Passes passes;
@@ -295,7 +295,7 @@ inline void finish(std::vector<Copy>& copies) {
 inline void fiber_main() {
   block->run(block->arguments);
   Fiber& fiber = block->fibers[block->current];
-  if (!fiber.waited) fail("a thread ends without having waited for the kernel before");
+  if (!fiber.waited) fail("a thread ends without having waited for the previous kernel");
   for (auto& group : fiber.groups) finish(group);
   fiber.ended = true;
   block->alive--;
@@ -322,13 +322,13 @@ inline std::unique_ptr<Block> make_block(Index index, Index grid, int threads, i
   return made;
 }
 
-// To the end; one that is early until all of its threads wait for the kernel before.
+// Runs a block to its end, or an early one until all of its threads wait for the previous kernel.
 inline void run_block(Block& running) {
   block = &running;
   blockIdx = running.index, gridDim = running.grid, blockDim = {(u32)running.threads, 1, 1};
   const int threads = running.threads;
   std::vector<int> ready(threads), patient;
-  std::vector<u32> patience(threads / kWarp);  // a warp runs in one of so many rounds, unless no other could
+  std::vector<u32> patience(threads / kWarp);  // a warp runs in one of so many rounds, unless no other can run
   for (u32& rounds : patience) rounds = 1u << 3 * random_below(4);
   while (running.alive) {
     ready.clear(), patient.clear();
@@ -387,9 +387,9 @@ inline int lane() { return block->current % kWarp; }
 
 // -- instructions: a register is the bits that it holds -----------------------------------------------------------
 
-constexpr u64 dynamic_shared_memory = 1024;  // where a block's begins, in addresses of its own
+constexpr u64 dynamic_shared_memory = 1024;  // where a block's begins, in the address space of shared memory
 
-// What to add to an address in shared memory to have the host's.
+// What to add to an address in shared memory to get the host's.
 inline u64 shared_window() { return (u64)(uintptr_t)block->memory - dynamic_shared_memory; }
 
 template <class T> inline T get(u64 bits) {
@@ -399,7 +399,7 @@ template <class T> inline T get(u64 bits) {
 }
 template <> inline bool get<bool>(u64 bits) { return bits != 0; }
 
-template <class T> inline u64 put(T x) { return (u64)(i64)x; }  // signed ones reach into wider registers
+template <class T> inline u64 put(T x) { return (u64)(i64)x; }  // sign-extends to wider registers
 template <> inline u64 put<u64>(u64 x) { return x; }
 template <> inline u64 put<float>(float x) {
   u32 bits;
@@ -458,7 +458,7 @@ template <class T> inline u64 atomic_or(u8* at, u64 operand) {
   return put<T>(before);
 }
 
-// Shifts by the width and more move everything out.
+// Shifts by the width or more move everything out.
 template <class T> inline T shl(T x, u32 by) { return by < 8 * sizeof(T) ? (T)(x << by) : (T)0; }
 template <class T> inline T shr(T x, u32 by) {
   return x >> std::min<u32>(by, 8 * sizeof(T) - 1) >> (by >= 8 * sizeof(T));
@@ -521,7 +521,7 @@ inline void block_barrier() {
 }
 
 inline void whole_warp(u64 mask) {
-  if ((u32)mask != ~0u) fail("a warp operation of a part of a warp");
+  if ((u32)mask != ~0u) fail("a warp operation by only part of a warp");
 }
 inline void warp_sync(u64 mask) {
   whole_warp(mask);
@@ -540,7 +540,7 @@ inline u32 ballot(bool mine, u64 mask) {
 }
 
 // PTX ISA, shfl.sync: `clamp` holds the segment's mask in bits 8 to 12, and the last lane (up: the first) in 0 to 4.
-// Where the source lies outside, a lane keeps its own, and `valid` is false.
+// If the source lies outside, a lane keeps its own value and `valid` is false.
 inline u32 shuffle(u32 x, int from, bool reaches, bool& valid, u64 mask) {
   whole_warp(mask);
   valid = reaches;
@@ -595,7 +595,7 @@ inline void load_matrices(u32 (&m)[4], u64 address, bool transposed, int line = 
 
 // -- asynchronous copies
 
-// 16 bytes; of which `bytes` are read, and the rest is zeros.
+// Copies 16 bytes, of which `bytes` are read and the rest are zeros.
 inline void copy_async(u64 to, u64 from, u64 bytes, int line = __builtin_LINE()) {
   if (bytes != 0 && bytes != 16) fail("a copy of neither 0 nor 16 bytes");
   if (bytes) check_aligned((const void*)from, 16), check_given(from, 16);
@@ -652,7 +652,7 @@ struct Launch {
   }
 };
 
-// Begins a launch: up to `early` blocks run as far as they can while the kernel before has not run.
+// Begins a launch: up to `early` blocks run as far as they can before the previous kernel has run.
 inline const char* begin(Launch& launch, u32 early, u64 seed) {
   if (launch.threads == 0 || launch.threads % kWarp || launch.threads > 1024)
     return "a block needs 32 to 1024 threads, in whole warps";
@@ -671,7 +671,7 @@ inline const char* begin(Launch& launch, u32 early, u64 seed) {
   return failure;
 }
 
-// Runs what is left of a launch. Both return what is wrong, null if nothing is.
+// Runs the rest of a launch. Both return what is wrong, or null.
 inline const char* end(Launch& launch) {
   failure = nullptr;
   while (!failure && !(launch.early.empty() && launch.order.empty())) {

@@ -61,13 +61,13 @@ static std::vector<std::unique_ptr<CUmod_st>> modules;
 static std::set<CUfunction> found;
 static u64 seed = 0;
 
-// -- for the tests: the machine, what it was told, and what it knows ------------------------------------------------
+// -- for the tests: the machine, and what it was asked for ----------------------------------------------------------
 
 extern "C" {
 int architecture = 86, version = 13000;  // compute capability 8.6, CUDA 13.0
 int failure = SUCCESS;                   // what the next call returns, once
 void* library = nullptr;                 // emulator.py's build of the .cu file whose machine code is loaded next
-// CUlaunchConfig's numbers; the attribute's id and value, 0 without one; the share of memory that the kernel asked for
+// CUlaunchConfig's numbers; the attribute's id and value, 0 without one; the kernel's shared-memory carveout
 u64 launched[12];
 int max_shared_bytes[8], max_shared_calls = 0;  // of cuFuncSetAttribute
 
@@ -191,7 +191,7 @@ extern "C" CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction fu
   if (threads > function->max_threads) return LAUNCH_OUT_OF_RESOURCES;
   for (u32 i = 0; i < c.numAttrs; i++) {
     if (c.attrs[i].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) return INVALID_VALUE;
-    if (architecture < 90) return NOT_SUPPORTED;  // what a driver does is not documented: it must not be asked
+    if (architecture < 90) return NOT_SUPPORTED;  // what a driver does then is undocumented: never ask for it
   }
   const CUlaunchAttribute attribute = c.numAttrs ? c.attrs[0] : CUlaunchAttribute{};
   const u64 numbers[] = {c.gridDimX, c.gridDimY, c.gridDimZ, c.blockDimX, c.blockDimY, c.blockDimZ, c.sharedMemBytes,

@@ -1,7 +1,7 @@
-"""The CUDA kernels on a CPU, behind the launches of `Module`.
+"""The CUDA kernels on a CPU, behind `Module`'s launches.
 
-What runs is what NVRTC makes of a .cu file, its PTX: the instructions that the sources write out, and what NVIDIA's
-compiler kept, moved and joined around them. Only the assembler's work, and the device itself, are not in it.
+What runs is the PTX that NVRTC makes of a .cu file: the instructions that the sources spell out, and what NVIDIA's
+compiler kept, moved and merged around them. Only the assembler's work and the device itself are missing.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ HEADER = Path(__file__).with_name("emulated_device.h")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", "-ffp-contract=off")
 MOST_EARLY = 3  # blocks
 KERNEL = re.compile(r"^KERNEL\([^)]*\)\s*(\w+)\(", re.MULTILINE)
-# Of each kernel, and of a file.
+# The entry points for each kernel, and for a file.
 KERNEL_CALLS = """extern "C" void* make_{0}(unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared_bytes,
                                 void** arguments) {{
   return new emulator::Launch{{{0}, arguments, {{x, y, z}}, threads, shared_bytes}};
@@ -47,7 +47,7 @@ extern "C" emulator::Passes counted() { return emulator::passes; }"""
 
 
 class Passes(ctypes.Structure):
-    """Through shared memory, by warps: how many there were, and how many there had been without bank conflicts."""
+    """Passes of warps through shared memory: how many there were, and how many it takes without bank conflicts."""
 
     _fields_ = (("least", ctypes.c_uint64), ("taken", ctypes.c_uint64))
     least: int
@@ -57,7 +57,7 @@ class Passes(ctypes.Structure):
 class EmulatedModule:
     """Blocks and threads run in random order, drawn from `seed`. A fault raises AssertionError.
 
-    Launches run at once, as compiled for an A40; or on a `stream`, in its own time, as compiled for an H100.
+    Launches run at once, as compiled for an A40, or on a `stream`, when their turn comes, as compiled for an H100.
     """
 
     def __init__(self, source: Path | str, seed: int | None = None, stream: "EmulatedStream | None" = None) -> None:
@@ -67,7 +67,7 @@ class EmulatedModule:
         self._stream = stream
 
     def count(self, work: Callable[[], object]) -> Passes:
-        """Those of the launches that `work` makes."""
+        """The passes of the launches that `work` makes."""
         self._library["set_counting"](True)
         work()
         counted = self._library["counted"]
@@ -88,7 +88,7 @@ class EmulatedModule:
 
 
 class EmulatedLaunch:
-    """One kernel's run: some of its blocks may begin long before the rest."""
+    """One launch of a kernel: some of its blocks may begin long before the rest."""
 
     def __init__(
         self, library: ctypes.CDLL, kernel: str, numbers: tuple[int, ...], arguments: tuple[Argument, ...]
@@ -120,9 +120,9 @@ class EmulatedLaunch:
 
 
 class EmulatedStream:
-    """Kernels as they follow one another from sm_90 on: some blocks begin when the kernel before has yet to run.
+    """Kernels as they follow one another from sm_90 on: some blocks begin before the previous kernel has run.
 
-    What torch does with the tensors on the way does not wait its turn: leave that until `synchronize`.
+    torch's own operations on the tensors are not queued: leave them until after `synchronize`.
     """
 
     def __init__(self) -> None:
@@ -140,22 +140,22 @@ class EmulatedStream:
 
 @lru_cache(maxsize=32)
 def build(path: Path, arch: int) -> Path:
-    """The shared library of a .cu file's kernels, as they are for compute capability `arch`."""
+    """The shared library of a .cu file's kernels, as compiled for compute capability `arch`."""
     source = str(path.with_suffix(""))
 
     def text() -> str:
         kernels = map(KERNEL_CALLS.format, KERNEL.findall(path.read_text(encoding="utf-8")))
         return "\n".join(["using namespace emulator;", translate(ptx_of(source, arch)), *kernels, CALLS])
 
-    # Of what the text is made from: to make it takes a second, of NVRTC and in translate.
+    # The key is of what the text is made from, since making it takes a second, in NVRTC and in translate.
     translators = [Path(file).read_bytes() for file in (ptx.__file__, __file__)]
     return compiled(f"{path.stem}-{arch}", HEADER, text, key=(nvrtc_key(source), translators))
 
 
 def compiled(name: str, header: Path, text: Callable[[], str] = lambda: "", key: object = None) -> Path:
-    """The shared library of C++, `text` after `header`; from a cache, also another checkout's, if it is there.
+    """The shared library built from C++, `text` after `header`; from the cache, which checkouts share, if it is there.
 
-    `key` changes with the text, which is not asked for where the library is found.
+    `key` changes with the text, which is made only if the library is not found.
     """
     compiler = find_compiler()
     assert compiler is not None
@@ -172,6 +172,6 @@ def compiled(name: str, header: Path, text: Callable[[], str] = lambda: "", key:
 
 
 def emulated_ops(stream: EmulatedStream | None = None) -> CudaOps:
-    """CudaOps on the CPU. The attention's work is cut for six blocks, so that pieces meet."""
+    """CudaOps on the CPU. Attention's work is cut for six blocks, so that there are pieces to combine."""
     load = cache(lambda source: EmulatedModule(source, stream=stream))
     return CudaOps(torch.device("cpu"), load, attention_ranges=6)

@@ -1,4 +1,4 @@
-// Each thing that the emulation offers, used once: tests/cuda/test_emulator.py says what must come out.
+// Uses each feature of the emulation once; tests/cuda/test_emulator.py says what must come out.
 #include "device.h"
 
 KERNEL(64) reverse(const float* x, float* y) {  // through shared memory, by a copy that must be waited for
@@ -29,7 +29,7 @@ KERNEL(64) reverse_without_barrier(const float* x, float* y) {
   y[threadIdx.x] = shared[63 - threadIdx.x];
 }
 
-// A buffer is filled anew while another warp may still read it.
+// A buffer is refilled while another warp may still read it.
 KERNEL(64) refill_without_barrier(const float* x, float* y) {
   wait_for_kernel_before();
   float* shared = (float*)shared_memory();
@@ -51,7 +51,7 @@ KERNEL(64) divergent() {
   __syncthreads();
 }
 
-// c [16][8] = a [16][16] * b [16][8]; b by way of ldmatrix, transposed.
+// c [16][8] = a [16][16] * b [16][8]; b goes through ldmatrix, transposed.
 KERNEL(32) product(const half_t* a, const half_t* b, float* c) {
   wait_for_kernel_before();
   half_t* shared = (half_t*)shared_memory();
@@ -81,7 +81,7 @@ KERNEL(32) total(const float* x, float* parts, u32* counter, float* sum) {
   }
 }
 
-// One block writes each place once; of two, both write it.
+// One block writes each place once; two blocks both write it.
 KERNEL(64) write_without_barrier(float* x, float* y) {
   wait_for_kernel_before();
   x[(threadIdx.x + 32 * blockIdx.x) % 64] = 1;
@@ -126,7 +126,7 @@ KERNEL(32) total_without(const float* x, float* parts, u32* counter, float* sum,
   sum[threadIdx.x] = all;
 }
 
-// Words `stride` apart: stride 1 and odd ones come in one pass, 2 in two, 32 in 32.
+// Words `stride` apart: an odd stride takes one pass, 2 takes two, 32 takes 32.
 KERNEL(32) strided(float* y, int stride) {
   wait_for_kernel_before();
   float* shared = (float*)shared_memory();
@@ -149,8 +149,8 @@ KERNEL(32) powers(const float* x, float* y) {
   y[threadIdx.x] = fast_exp2(x[threadIdx.x]);
 }
 
-// Warp 0 writes late what warp 1 reads early: without the barrier, that order is likely and not certain. Atomic
-// instructions are no fault where they meet.
+// Warp 0 writes late what warp 1 reads early: without the barrier, that order is likely but not certain. Atomic
+// instructions may meet without a fault.
 KERNEL(64) overtake(u32* x, u32* y, int barrier) {
   wait_for_kernel_before();
   const int i = threadIdx.x;
@@ -173,7 +173,7 @@ KERNEL(32, 2) merge(const u32* x, u32* y) {
   y[threadIdx.x] = and_or(x[threadIdx.x], 0x000f000f, 0x64006400);
 }
 
-// What to do before the kernel before has run, and what not.
+// What may be done before the previous kernel has run, and what may not.
 KERNEL(32) scale(const float* x, const float* factors, float* y) {
   const float factor = factors[threadIdx.x];
   wait_for_kernel_before();
@@ -208,7 +208,7 @@ KERNEL(32) ask_ahead(const float* x, float* y) {
   y[threadIdx.x] = 0;
 }
 
-// Of each kind of parameter some, in an order that leaves a gap.
+// Some parameters of each kind, in an order that leaves a gap.
 KERNEL(32) parameters(int* ints, int a, float* floats, float b, int c, float d, const float* e, float f, int g,
                       const float* null, int h) {
   wait_for_kernel_before();

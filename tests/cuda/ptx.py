@@ -1,7 +1,7 @@
-"""PTX, as NVRTC makes it of our kernels → C++ that does the same on emulated_device.h, an instruction after the other.
+"""The PTX that NVRTC makes of our kernels → C++ that does the same on emulated_device.h, instruction by instruction.
 
 A register is a variable with the bits it holds, a kernel a function of its arguments' addresses. Only what our kernels
-come to is known; anything else is an AssertionError that names it. Source: PTX ISA 8.7, "Instruction Set".
+compile to is known; anything else is an AssertionError that names it. Source: PTX ISA 8.7, "Instruction Set".
 """
 
 import re
@@ -34,23 +34,23 @@ CALLS = {
     "rsqrt.approx.f32": "reciprocal_root", "ex2.approx.f32": "exp2f", "ex2.approx.ftz.f32": "exp2_flushed",
     "sub.rn.f16x2": "half2_sub", "mul.rn.f16x2": "half2_mul", "fma.rn.f16x2": "half2_fma",
 }  # fmt: skip
-# Of cvta: from a space's own addresses to generic ones, which are the host's, and back.
+# For cvta: from a space's own addresses to generic ones, which are the host's, and back.
 WINDOWS = {"shared": "+ shared_window()", "to.shared": "- shared_window()", "to.global": "", "local": ""}
 
 
 @lru_cache(maxsize=32)  # several tests read the same
 def ptx_of(source: str, arch: int) -> str:
-    """Of native/`source`.cu, or of another file by its absolute path, without suffix."""
+    """The PTX of native/`source`.cu, or of another file, by its absolute path without suffix."""
     return compile_source(source, arch, ptx=True)[0].decode().rstrip("\0")
 
 
 def kernels_of(source: str, arch: int) -> list[str]:
-    """The same, each kernel by itself, from its name on."""
+    """The same, split into kernels, each from its name on."""
     return ptx_of(source, arch).split(".entry ")[1:]
 
 
 def translate(ptx: str) -> str:
-    """C++ of every kernel and function. Where kernels cannot begin early, they wait for the one before at once."""
+    """C++ of every kernel and function. Where kernels cannot begin early, they wait for the previous one at once."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
     target = re.search(r"\.target sm_(\d+)", ptx)
     assert target
@@ -69,7 +69,7 @@ def translate(ptx: str) -> str:
 
 
 def body(ptx: str, at: int) -> Iterator[str]:
-    """The statements from `at` on to the brace that closes what was open there."""
+    """The statements from `at` to the brace that closes what is open there."""
     depth = 1
     while depth:
         found = STATEMENT.match(ptx, at)
@@ -138,7 +138,7 @@ def address(operand: str) -> str:
 
 
 def place(space: str, operand: str, kind: str, count: int, use: str) -> str:
-    """The host's address of so many values, for `use`: whether it is written, and by an atomic instruction."""
+    """The host address of `count` values, for `use`: whether they are written, and by an atomic instruction."""
     at = address(operand)
     if space == "param":
         return at
@@ -169,12 +169,12 @@ def expression(code: str, sources: list[str]) -> str:
     if name in ("not", "neg"):
         return f"{'!' if kind == 'pred' else '~' if name == 'not' else '-'}{of[0]}"
     if kind.startswith("f"):
-        assert how == ["rn"], code  # rounded as it stands
+        assert how == ["rn"], code  # rounded by itself
         return f"1.0f / {of[0]}" if name == "rcp" else f"{of[0]} {INFIX[name]} {of[1]}"
     if name in ("div", "rem"):
         return f"{of[0]} {INFIX[name]} {of[1]}"
     assert not how or how == ["lo"], code
-    wide = [f"(u64){part}" for part in of]  # where it wraps around without being undefined
+    wide = [f"(u64){part}" for part in of]  # so that overflow wraps around and is not undefined
     return f"{wide[0]} * {wide[1]} + {wide[2]}" if name == "mad" else f"{wide[0]} {INFIX[name]} {wide[1]}"
 
 
@@ -185,7 +185,7 @@ def set_predicate(rest: list[str], target: str, left: str, right: str) -> str:
     if how == "nan":
         found = unordered
     elif how in COMPARISONS:
-        assert (how, kind) != ("ne", "f32")  # which is false of NaN, and C++'s is not
+        assert (how, kind) != ("ne", "f32")  # false for NaN, where C++'s != is true
         found = f"{a} {COMPARISONS[how]} {b}"
     else:
         found = f"{unordered} || {a} {COMPARISONS[how[:2]]} {b}"
@@ -232,7 +232,7 @@ def access(name: str, rest: list[str], first: str, second: str) -> str:
     space = rest.pop(0) if rest and rest[0] in ("global", "shared", "local", "param") else "generic"
     vector, where = (second, first) if name == "st" else (first, second)
     parts = listed(vector)
-    assert rest == ([f"v{len(parts)}"] if len(parts) > 1 else []), how  # weak, by the coherent path
+    assert rest == ([f"v{len(parts)}"] if len(parts) > 1 else []), how  # weak, through the coherent path
     at = place(space, where, kind, len(parts), "true" if name == "st" else "false")
     steps = []
     for index, part in enumerate(parts):
@@ -245,7 +245,7 @@ def access(name: str, rest: list[str], first: str, second: str) -> str:
 
 
 def atomic(rest: list[str], *operands: str) -> str:
-    """And red, which keeps nothing of what was there."""
+    """And red, which does not return what was there."""
     space, how, kind = rest
     *targets, where, operand = operands
     found = f"atomic_{how}<{TYPES[kind]}>({place(space, where, kind, 1, 'true, true')}, {value(operand)});"

@@ -1,4 +1,4 @@
-"""Attention against the plain-torch oracle: emulated on small models, on a GPU over Starling's full shapes."""
+"""Attention against the plain-torch oracle: emulated at small shapes, on a GPU at Starling's full ones."""
 
 import random
 import re
@@ -27,7 +27,7 @@ EMULATED = [(8, 2, 128), (9, 3, 64), (4, 4, 16), (8, 1, 80), (4, 1, 112)]
 
 @pytest.fixture
 def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever torch.empty returns holds NaN (0xff), between guards that must be there still at the end."""
+    """Whatever torch.empty returns holds NaN (0xff), between guards that must still be intact at the end."""
     whole: list[tuple[torch.Tensor, int]] = []
 
     def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -56,7 +56,7 @@ def random_cache(
     device: str = "cpu",
     window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values at the positions before the step's that it can see, NaN in everything else."""
+    """Keys and values at the earlier positions that the step can see, NaN everywhere else."""
     cache = torch.full((2, blocks, kv_heads, block_size, dim), torch.nan, dtype=torch.float16, device=device)
     for piece in pieces:
         first = 0 if window is None else max(0, piece.start - window + 1)
@@ -77,7 +77,7 @@ def mixed_pieces(rng: random.Random, spans: list[tuple[int, int]], block_size: i
 
 
 def without_passed_blocks(batch: Batch, window: int | None, block_size: int) -> Batch:
-    """Entries of blocks that no token of the step sees any more are -1, as the cache's owner leaves them."""
+    """Table entries of blocks that no token of the step sees any more are -1, as the cache's owner leaves them."""
     tables = batch.block_tables.clone()
     if window is not None:
         for request, context in enumerate(batch.context_lens.tolist()):
@@ -91,17 +91,17 @@ def check(
 ) -> None:
     """Against the oracle in float32, on the same fp16 queries, keys and values.
 
-    Rounding of weights to fp16: 2^-11 of each, so at most 2^-11 of the attended |values|; of the output: 2^-11 again.
-    Scores are sums of D exact products in float32, and powers of two good to 2^-22: together less than 2^-11 for scores
-    of a few tens. All are multiples of the attended |values|. A weight below 2^-14 of the largest is rounded to a
-    multiple of 2^-24 instead: 2^-25 of every |value| in sight, which counts where the value attended to is next to 0.
+    Rounding weights to fp16: 2^-11 of each, so at most 2^-11 of the attended |values|; rounding the output: as much.
+    Scores are sums of D exact products in float32, and powers of two are good to 2^-22: together less than 2^-11 for
+    scores of a few tens. All are relative to the attended |values|. A weight below 2^-14 of the largest is rounded to a
+    multiple of 2^-24 instead: 2^-25 of every |value| in sight, which matters where the attended value is close to 0.
     """
     wanted = REFERENCE.attention(q.float(), keys.float(), values.float(), batch, window)
     size = REFERENCE.attention(q.float(), keys.float(), values.float().abs(), batch, window)
     mean = REFERENCE.attention(torch.zeros_like(q).float(), keys.float(), values.float().abs(), batch, window)
     seen = (batch.positions + 1).clamp(max=window or len(keys) * keys.shape[2])[:, None]
     assert found.shape == wanted.shape and found.dtype == torch.float16
-    assert ((found.float() - wanted).abs() <= 3 * 2**-11 * size + 2**-25 * mean * seen + 2**-24).all()  # False of NaN
+    assert ((found.float() - wanted).abs() <= 3 * 2**-11 * size + 2**-25 * mean * seen + 2**-24).all()  # False for NaN
 
 
 @pytest.mark.parametrize(("shape", "told"), [((8, 2, 256), "head_dim 256"), ((8, 2, 40), "40"), ((17, 1, 64), "17")])
@@ -140,10 +140,10 @@ def test_a_mixed_step(rng: random.Random, guards: None, shape: Shape, window: in
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_shared_memory_is_free_of_bank_conflicts(rng: random.Random, dim: int) -> None:
-    """But where a prompt's tile ends, and its queries' halves meet."""
+    """Except at the end of a prompt's tile, which reads the halves of its sums one by one."""
     module = EmulatedModule("attention")
     kernels = AttentionKernels(lambda _source: module, torch.device("cpu"), 4, 1, dim, 1024, 6)
-    for spans in ([(300, 1), (70, 3)], [(100, 60)]):  # answers, and a prompt
+    for spans in ([(300, 1), (70, 3)], [(100, 60)]):  # few rows, and a prompt
         pieces = mixed_pieces(rng, spans, 16, 60)
         batch = step(pieces, 16)
         keys, values = random_cache(pieces, 60, 1, 16, dim)
@@ -157,7 +157,7 @@ def test_shared_memory_is_free_of_bank_conflicts(rng: random.Random, dim: int) -
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("shape", [(4, 1, 128), (3, 1, 64)])
 def test_a_token_gets_the_same_whatever_shares_its_step(rng: random.Random, shape: Shape, window: int | None) -> None:
-    """Alone, as one of some drafts, in prompt chunks of any cut, among others, however the work is spread."""
+    """Alone, as one of several drafts, in prompt chunks cut anywhere, among others, however the work is spread."""
     check_invariance(rng, lambda ranges: emulated(shape, ranges), shape, window, 420, "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles, without a GPU, for the cards that it is meant for; nothing spills."""
+"""Every kernel compiles, without a GPU, for the GPUs that it is meant for; nothing spills."""
 
 import importlib.metadata
 import re
@@ -35,14 +35,14 @@ def test_compiles_without_spills(source: str, arch: int) -> None:
 
 
 @pytest.mark.parametrize("source", nvrtc.SOURCES)
-def test_kernels_wait_for_the_one_before_where_they_may_begin_early(source: str) -> None:
+def test_kernels_that_may_begin_early_wait_for_the_previous_one(source: str) -> None:
     kernels = kernels_of(source, 90)
     assert kernels
     for kernel in kernels:
         ahead, waits, _ = kernel.partition("griddepcontrol.wait;")
         assert waits
-        # Copies of weights to shared memory, and nothing else: what a plain load finds may be old, and what is written
-        # may still be read.
+        # Copies of weights to shared memory, and nothing else: a plain load may return stale data, and a store may
+        # overwrite what is still being read.
         assert not re.findall(r"^\s*(?:@\S+\s+)?((?:ld|st)\.global\S*|(?:atom|red)\.\S*)", ahead, re.M)
     assert "griddepcontrol" not in ptx_of(source, 86)
 
@@ -101,7 +101,7 @@ def test_whatever_changes_the_machine_code_is_compiled_again(tmp_path: Path, mon
         assert compiled == [source]
 
 
-def test_code_that_does_not_compile_is_told_in_the_compilers_words(
+def test_code_that_does_not_compile_is_reported_in_the_compilers_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "wrong.cu").write_text("int f() { return absent; }\n")
@@ -110,7 +110,7 @@ def test_code_that_does_not_compile_is_told_in_the_compilers_words(
         nvrtc.compile_source("wrong", 86)
 
 
-def test_without_a_compiler_its_installation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(nvrtc, "LIBRARIES", ("libnvrtc-of-nobody.so",))
     nvrtc._library.cache_clear()
@@ -123,7 +123,7 @@ def test_without_a_compiler_its_installation_is_told(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in the place of those in which pip's packages of NVIDIA lie."""
+    """An empty folder instead of those in which pip installs NVIDIA's packages."""
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     nvrtc._library.cache_clear()
@@ -136,7 +136,7 @@ def test_of_several_compilers_the_one_of_torchs_cuda_is_chosen(
     bundled: Path, monkeypatch: pytest.MonkeyPatch, cuda: str, chosen: str
 ) -> None:
     monkeypatch.setattr("torch.version.cuda", cuda)
-    shared_library(bundled / "cu99" / "lib" / "libnvrtc.so.99", "")  # as packages lie since CUDA 13
+    shared_library(bundled / "cu99" / "lib" / "libnvrtc.so.99", "")  # the packages' layout since CUDA 13
     shared_library(bundled / "cuda_nvrtc" / "lib" / "libnvrtc.so.98", "")
     assert Path(nvrtc._library()._name).parts[-3] == chosen
 
@@ -175,7 +175,7 @@ def test_an_image_is_prepared_without_a_gpu(
 ) -> None:
     monkeypatch.setenv("STARLING_DEVICE", "cuda")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where this user may have some
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where this user may have compiled some
     monkeypatch.setattr(nvrtc, "SOURCES", ("elementwise",))
     assert main(["prepare"]) == 0
     assert "compiled for sm_80, sm_86, sm_89, sm_90" in capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_an_image_is_prepared_without_a_gpu(
     assert [name.split("-")[3] for name in made] == ["sm80", "sm86", "sm89", "sm90"]
 
 
-def test_a_card_newer_than_the_compiler_gets_ptx_and_an_older_one_an_error() -> None:
+def test_a_gpu_too_new_for_the_compiler_gets_ptx_and_one_too_old_an_error() -> None:
     source = nvrtc.SOURCES[0]
     assert b".target sm_" in nvrtc.compile_source(source, 999)[0]
     with pytest.raises(DeviceError, match="sm_20"):

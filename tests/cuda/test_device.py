@@ -1,4 +1,4 @@
-"""What is wrong with a machine is said with the value, the rule and the remedy."""
+"""Errors about a machine's GPU state the value, the rule and the remedy."""
 
 import pytest
 import torch

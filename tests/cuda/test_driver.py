@@ -1,4 +1,4 @@
-"""DriverModule without a GPU: on emulated_driver.cpp, which takes the machine code that is made for one."""
+"""DriverModule without a GPU: on emulated_driver.cpp, which takes the machine code that a GPU would."""
 
 import ctypes
 import math
@@ -17,7 +17,7 @@ import torch
 from starling.errors import DeviceError
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps, driver, nvrtc
-from starling.model.ops.cuda.driver import DriverModule, driver_version, knows_overlap
+from starling.model.ops.cuda.driver import DriverModule, driver_version, supports_overlap
 from starling.model.ops.cuda.module import Argument, Grid
 from starling.model.ops.cuda.sampling import settings_of
 from tests.cuda.emulator import KERNEL, build, compiled, emulated_ops
@@ -25,7 +25,7 @@ from tests.model.sequences import Sequence, batch_of, step
 from tests.model.tiny import write_checkpoint
 
 SOURCE = Path(__file__).with_name("emulated_driver.cpp")
-PROBE = str(Path(__file__).with_name("probe"))  # a source as those in native/ are: its path is absolute
+PROBE = str(Path(__file__).with_name("probe"))  # works like a source in native/, because its path is absolute
 LAUNCHED = (
     "gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ", "sharedMemBytes", "hStream", "numAttrs",
     "id", "programmaticStreamSerializationAllowed", "carveout",
@@ -37,7 +37,7 @@ def machine_code(source: str, architecture: int) -> bytes:
 
 
 class CheckedModule(DriverModule):
-    """Its kernels are launched with as many arguments, of such sizes, as the machine code has parameters."""
+    """Checks that a kernel is launched with arguments of the number and sizes of its machine code's parameters."""
 
     parameter_bytes: dict[str, list[int]]
 
@@ -95,7 +95,7 @@ def machine(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]
     for each in caches:
         each.cache_clear()
     yield Machine(library)
-    for each in caches:  # a machine that runs this may have a driver
+    for each in caches:  # the machine that runs this may have a driver
         each.cache_clear()
 
 
@@ -125,7 +125,7 @@ def test_arguments_arrive_as_the_types_of_c(probe: CheckedModule) -> None:
     assert torch.equal(floats, torch.tensor([0.1, -math.inf, -1e-40, 6.25]))
 
 
-def test_shared_memory_beyond_what_all_have_is_asked_for_when_it_grows(machine: Machine, probe: CheckedModule) -> None:
+def test_shared_memory_beyond_the_default_is_requested_when_it_grows(machine: Machine, probe: CheckedModule) -> None:
     def launch(kernel: str, kib: int) -> None:
         x, y = torch.randn(64), torch.empty(64)
         probe.launch(kernel, (1, 1, 1), 32 if kernel == "powers" else 64, kib << 10, x, y)
@@ -138,7 +138,7 @@ def test_shared_memory_beyond_what_all_have_is_asked_for_when_it_grows(machine: 
     assert machine.max_shared_bytes == [60 << 10, 99 << 10, 49 << 10]
 
 
-def test_what_the_driver_refuses_is_told_in_its_words(machine: Machine, probe: CheckedModule) -> None:
+def test_what_the_driver_refuses_is_reported_in_its_words(machine: Machine, probe: CheckedModule) -> None:
     x, y = torch.randn(64), torch.empty(64)
 
     def launch(x_blocks: int = 1, threads: int = 64, shared_bytes: int = 256) -> None:
@@ -158,7 +158,7 @@ def test_what_the_driver_refuses_is_told_in_its_words(machine: Machine, probe: C
     with pytest.raises(DeviceError, match=r"launch reverse: unknown error \(12345\)"):
         launch()
     machine.set(failure=3)
-    with pytest.raises(DeviceError, match=r"tell its version: .* \(3\)"):
+    with pytest.raises(DeviceError, match=r"report its version: .* \(3\)"):
         driver_version()
     machine.set(failure=1)
     with pytest.raises(DeviceError, match="reserve"):
@@ -184,10 +184,10 @@ def test_without_a_driver(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> 
         driver_version()
 
 
-def test_kernels_overlap_where_the_gpu_and_the_drivers_graphs_know_how() -> None:
-    assert knows_overlap(90, 12030) and knows_overlap(100, 13000)
-    assert not knows_overlap(90, 12020)  # R535
-    assert not knows_overlap(89, 13000)
+def test_kernels_overlap_where_the_gpu_and_the_drivers_graphs_support_it() -> None:
+    assert supports_overlap(90, 12030) and supports_overlap(100, 13000)
+    assert not supports_overlap(90, 12020)  # R535
+    assert not supports_overlap(89, 13000)
 
 
 @pytest.mark.parametrize(("architecture", "overlap"), [(86, False), (90, True)])
@@ -214,7 +214,7 @@ def test_a_model_computes_what_it_does_without_the_driver(
 
 
 def everything(model: Mistral) -> list[torch.Tensor]:
-    """What comes of each kind of launch."""
+    """The results of each kind of launch."""
     ops, sequence, cache = model.ops, Sequence([5, 0, 3]), model.allocate_cache(8, 16)
     assert isinstance(ops, CudaOps)
     made = []

@@ -1,4 +1,4 @@
-"""The emulated device does what device.h promises, and finds what it is there to find."""
+"""The emulated device does what device.h promises, and detects the faults that it is there for."""
 
 import contextlib
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_copies_and_barriers(probe: EmulatedModule) -> None:
     ],
 )
 def test_a_missing_wait_is_a_fault(probe: EmulatedModule, kernel: str, fault: str) -> None:
-    for _ in range(20):  # in whatever order threads run
+    for _ in range(20):  # whatever order the threads run in
         with pytest.raises(AssertionError, match=fault):
             probe.launch(kernel, (1, 1, 1), 64, 256, torch.randn(64), torch.empty(64))
 
@@ -56,7 +56,7 @@ def test_shared_memory_has_bounds(probe: EmulatedModule) -> None:
 @pytest.mark.parametrize("short", ["x", "y", None])
 @pytest.mark.parametrize(("kernel", "threads"), [("powers", 32), ("reverse", 64), ("ask_ahead", 32)])
 def test_global_memory_is_what_a_kernel_was_given(kernel: str, threads: int, short: str | None) -> None:
-    """Loads, asynchronous copies, what is asked for ahead; stores. Beyond these tensors there is other memory."""
+    """Loads, asynchronous copies, prefetches; stores. Beyond these tensors there is other memory."""
     stream = EmulatedStream()
     x, y = (torch.zeros(128)[: threads - 4 if name == short else threads] for name in "xy")
     with fault_of("outside the tensors" if short else None):
@@ -101,7 +101,7 @@ def test_the_last_block_adds_in_order(probe: EmulatedModule) -> None:
     ("kernel", "blocks", "fault"),
     [
         ("write_without_barrier", 1, None),
-        ("write_without_barrier", 2, "two blocks meet"),
+        ("write_without_barrier", 2, "two blocks access"),
         ("read_without_barrier", 1, "without a barrier"),
         ("copy_without_barrier", 1, "without a barrier"),
     ],
@@ -116,7 +116,7 @@ def test_threads_that_meet_in_global_memory(probe: EmulatedModule, kernel: str, 
 def test_blocks_that_meet_need_fences_and_barriers(probe: EmulatedModule, missing: int) -> None:
     x, parts, total, counter = torch.randn(5, 32), torch.empty(5, 32), torch.empty(32), torch.zeros(1).int()
     for _ in range(20):
-        with fault_of("two blocks meet" if missing >= 0 else None):
+        with fault_of("two blocks access" if missing >= 0 else None):
             probe.launch("total_without", (5, 1, 1), 32, 4, x, parts, counter.zero_(), total, missing)
             torch.testing.assert_close(total, x.sum(0), rtol=1e-5, atol=1e-5)
 
@@ -152,7 +152,7 @@ def test_a_warp_may_be_far_ahead_of_another(probe: EmulatedModule) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["scale", "scale_too_early"])
-def test_a_kernel_begins_before_the_one_before_it_has_run(kernel: str) -> None:
+def test_a_kernel_begins_before_the_previous_one_has_run(kernel: str) -> None:
     stream = EmulatedStream()
     module = EmulatedModule(PROBE, stream=stream)
     x, factors, y = torch.ones(32), torch.full((32,), 3.0), torch.full((32,), torch.nan)
@@ -166,12 +166,12 @@ def test_a_kernel_begins_before_the_one_before_it_has_run(kernel: str) -> None:
 
 @pytest.mark.parametrize("way", ["global.nc", "volatile.global", "relaxed.gpu.global"])
 def test_a_load_of_another_kind_is_not_taken_for_a_plain_one(way: str) -> None:
-    """What comes by a path that is not coherent, say, may be old where a kernel of the same time writes it."""
+    """A load through a path that is not coherent, say, may return stale data that an overlapping kernel writes."""
     with pytest.raises(AssertionError, match=way):
         ptx.instruction(f"ld.{way}.u32", ["%r1", "[%rd1]"])
 
 
-def test_a_copy_may_come_before_the_kernel_before_has_run() -> None:
+def test_a_copy_may_come_before_the_previous_kernel_has_run() -> None:
     stream = EmulatedStream()
     module = EmulatedModule(PROBE, stream=stream)
     x, factors, y = torch.ones(32), torch.full((32,), 3.0), torch.full((32,), torch.nan)
@@ -181,7 +181,7 @@ def test_a_copy_may_come_before_the_kernel_before_has_run() -> None:
     assert (x == 3).all() and (y == 1).all()
 
 
-def test_every_thread_waits_for_the_kernel_before() -> None:
+def test_every_thread_waits_for_the_previous_kernel() -> None:
     module = EmulatedModule(PROBE, stream=EmulatedStream())
     with pytest.raises(AssertionError, match="without having waited"):
         module.launch("scale_without_waiting", (1, 1, 1), 64, 0, torch.ones(64), torch.ones(64), torch.empty(64))

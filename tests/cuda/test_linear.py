@@ -2,8 +2,8 @@
 
 Bounds. Weights are exact fp16 integers times float32 scales, products are exact in float32, and sums are float32 (on
 tensor cores truncated, not rounded: 2^-23 instead of 2^-24). An output of K products s (q - z) x, each part of at most
-4 + K / 64 + 4 sums, errs by less than (K / 64 + 24) 2^-23 sum |s (q - z) x|, and where it is fp16 by half a unit of
-2^-10 of itself more (2^-25 below the normal ones). Those are bounds of every single element, not of norms.
+4 + K / 64 + 4 sums, errs by less than (K / 64 + 24) 2^-23 sum |s (q - z) x|; if it is fp16, by half a unit of 2^-10 of
+itself more (2^-25 for subnormals). These bounds hold for every single element, not for norms.
 """
 
 import random
@@ -23,11 +23,11 @@ from tests.cuda.ptx import kernels_of
 
 REFERENCE = ReferenceOps()
 EPS = 1e-5
-GUARD = 64  # elements on either side of an output that nobody may touch
+GUARD = 64  # elements on either side of an output that no kernel may touch
 
 
 class Guarded(LinearKernels):
-    """Outputs are full of NaN at first, and lie between guards that must stay as they were."""
+    """Outputs are full of NaN at first, and lie between guards that must not change."""
 
     def __init__(self, load: Callable[[str], object], device: torch.device) -> None:
         super().__init__(load, device)  # type: ignore[arg-type]
@@ -72,13 +72,13 @@ def random_awq(inputs: int, outputs: int, group: int) -> AwqWeight:
 
 
 def random_activations(tokens: int, width: int) -> torch.Tensor:
-    """fp16, of quite different sizes, and a few large ones, as real ones have."""
+    """fp16, of widely different sizes and with a few outliers, as real ones are."""
     x = torch.randn(tokens, width) * torch.rand(tokens, 1) * 4
     return torch.where(torch.rand(tokens, width) < 2 / width, 100 * x, x).to(torch.float16)
 
 
 def random_residual(tokens: int, width: int) -> torch.Tensor:
-    """float32, with a first token so small that EPS counts."""
+    """float32, with a first token so small that EPS matters."""
     residual = torch.randn(tokens, width) * 10
     residual[0] *= 1e-4
     return residual
@@ -93,14 +93,14 @@ def packed(kernels: LinearKernels, weight: AwqWeight, paired: bool = False) -> P
 
 
 def wanted(x: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x @ matrix.T in float64, and how far a float32 sum of it may be off."""
+    """x @ matrix.T in float64, and how far off a float32 sum may be."""
     x, matrix = x.double(), matrix.double()
     bound = (x.shape[1] / 64 + 24) * 2**-23 * (x.abs() @ matrix.abs().T)
     return x @ matrix.T, bound
 
 
 def rounded(exact: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """The bound of what is then rounded to fp16."""
+    """The bound after rounding to fp16."""
     return bound + (exact.abs() + bound) * 2**-11 + 2**-25
 
 
@@ -112,7 +112,7 @@ def check(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None
 
 def check_linear(kernels: Guarded, weight: AwqWeight, tokens: int, paired: bool = False) -> None:
     """Every epilogue, and a token alone against the same one among others."""
-    device = kernels.device  # which computes what is wanted too: on a CPU that takes a minute at Starling's size
+    device = kernels.device  # which computes the expected values too: a CPU takes a minute at Starling's size
     x = random_activations(tokens, weight.in_features).to(device)
     w = packed(kernels, weight, paired)
     exact, bound = wanted(x, on(device, weight).dequantize())
@@ -137,7 +137,7 @@ def check_silu(kernels: Guarded, found: torch.Tensor, exact: torch.Tensor, bound
     gate, up = exact.chunk(2, dim=1)
     gate_bound, up_bound = bound.chunk(2, dim=1)
     silu = gate * gate.sigmoid()
-    # silu's slope is within (-0.1, 1.1); exp and the quotient err by some units of 2^-23, exp by one per unit of gate.
+    # silu's slope is within (-0.1, 1.1); exp and the quotient err by a few units of 2^-23, exp by one per unit of gate.
     silu_bound = 1.1 * gate_bound + silu.abs() * (8 + gate.abs()) * 2**-22
     product = silu * up
     check(found, product, rounded(product, silu_bound * up.abs() + (silu.abs() + silu_bound) * up_bound))
@@ -172,7 +172,7 @@ def test_linear_of_pairs(kernels: Guarded, rng: random.Random, inputs: int, half
 @pytest.mark.parametrize("group", linear.GROUPS)
 @pytest.mark.parametrize("splits", [1, linear.SPLITS])
 def test_kernels_agree_to_the_bit(kernels: Guarded, rng: random.Random, group: int, splits: int) -> None:
-    """Every kernel, where another one would have been chosen, over several blocks of tokens and of rows."""
+    """Every kernel, even where another would have been chosen, over several blocks of tokens and of rows."""
     inputs, outputs, tokens = 1152, 136, rng.randint(65, 72)
     w = packed(kernels, random_awq(inputs, outputs, group))
     x = random_activations(tokens, inputs)
@@ -190,11 +190,11 @@ def test_kernels_agree_to_the_bit(kernels: Guarded, rng: random.Random, group: i
         (5, 4096, 4096, ("wide_8", 4)),  # 32 blocks
         (8, 28672, 4096, ("wide_8", 1)),  # 224
         (64, 28672, 4096, ("wide_64", 1)),
-        (128, 6144, 4096, ("wide_64_tall", 1)),  # 48 blocks at once; 96 of half the rows would take two turns
+        (128, 6144, 4096, ("wide_64_tall", 1)),  # 48 blocks at once; 96 of half the rows would take two waves
         (128, 4096, 14336, ("wide_64", 1)),  # 64 blocks at once; 128 quarters of twice the rows: as long, and more sums
-        (192, 4096, 14336, ("wide_64", 4)),  # 384 quarters: 5 / 4 turns of the two that 96 blocks would take
-        (128, 28672, 4096, ("wide_64_tall", 1)),  # 224, three turns; quarters would take 11 / 4, and 117 MB of sums
-        (256, 4096, 4096, ("wide_64_tall", 1)),  # 64 blocks at once; 128 of half the rows: two turns
+        (192, 4096, 14336, ("wide_64", 4)),  # 384 quarters: 5 / 4 waves, where 96 blocks would take two
+        (128, 28672, 4096, ("wide_64_tall", 1)),  # 224, three waves; quarters would take 11 / 4, and 117 MB of sums
+        (256, 4096, 4096, ("wide_64_tall", 1)),  # 64 blocks at once; 128 of half the rows: two waves
     ],
 )
 def test_what_84_processors_are_given(tokens: int, rows: int, columns: int, way: tuple[str, int]) -> None:
@@ -230,7 +230,7 @@ def test_fused_norm(kernels: Guarded, rng: random.Random, inputs: int, half: int
 
 
 def check_fused_norm(kernels: Guarded, w: PackedLinear) -> None:
-    """Against the norm in a kernel of its own, to the bit; also for more tokens than are ever asked of it."""
+    """Against the norm in a kernel of its own, to the bit; also for more tokens than it is ever given."""
     norm = torch.randn(w.columns).half().to(kernels.device)
     for tokens in (1, 2, 3, 8):
         residual = random_residual(tokens, w.columns).to(kernels.device)
@@ -253,8 +253,8 @@ def test_norms(kernels: Guarded, rng: random.Random, hidden: int) -> None:
 
 
 def check_norms(kernels: Guarded, tokens: int, hidden: int) -> None:
-    """Where float32 errs by some units of 2^-23, rounding to fp16 may go the other way, before the multiplication and
-    after it: each time by a unit, of 2^-10 at most or of the least numbers' 2^-24.
+    """float32 errs by a few units of 2^-23, so rounding to fp16 may go the other way, before the multiplication and
+    after it: each time by a unit, of at most 2^-10 or, for subnormals, 2^-24.
     """
     device = kernels.device
     x, residual, norm = torch.randn(tokens, hidden).half(), random_residual(tokens, hidden), torch.randn(hidden).half()
@@ -304,7 +304,7 @@ SOURCES = ("linear_g128", "linear_g64", "linear_g32", "head")
 
 @pytest.mark.parametrize("group", [128, 32])
 def test_shared_memory_is_free_of_bank_conflicts(group: int) -> None:
-    """But where the compiler parts a load of 16 bytes in two, which costs one of the kernels 2%."""
+    """Except where the compiler splits a load of 16 bytes in two, which costs one of the kernels 2%."""
     module = EmulatedModule(f"linear_g{group}")
     kernels = LinearKernels(lambda _source: module, torch.device("cpu"))
     w = packed(kernels, random_awq(1024, 192, group))
@@ -325,14 +325,14 @@ def test_weights_and_activations_come_16_bytes_at_a_time(source: str) -> None:
             ("cg.shared.global", "16")
         }, name[0]
         assert "mma.sync" in entry and ".local" not in entry, name[0]
-        if name[0] == "narrow":  # reads activations by itself, and nothing else from global memory but what it adds to
+        if name[0] == "narrow":  # loads activations itself, and nothing else from global memory but what it adds to
             loads = re.findall(r"ld\.global\S*", entry)
             assert {load for load in loads if ".v4" in load} and set(loads) <= {"ld.global.v4.u32", "ld.global.f32"}
 
 
 @pytest.mark.parametrize("group", [*linear.GROUPS, 0])
 def test_shared_memory_fits(group: int) -> None:
-    """An A40 has 100 KiB in a multiprocessor, of which each block takes 1 more than it asks for."""
+    """An A40 has 100 KiB per multiprocessor, of which each block takes 1 KiB more than it asks for."""
     assert all(kernel.shared_bytes(group) <= 99 << 10 for kernel in linear.wide_kernels(group))
 
 

@@ -1,4 +1,4 @@
-"""The whole forward pass on the CUDA kernels: near transformers' own, and equal to itself however it is cut."""
+"""The whole forward pass on the CUDA kernels: close to transformers', and the same however it is cut into steps."""
 
 import random
 from collections.abc import Callable
@@ -50,8 +50,8 @@ def prompt_of(length: int) -> list[int]:
 
 
 def test_logits_are_near_those_of_transformers(model: Mistral, folder: Path) -> None:
-    """fp16 activations and weights that fp16 holds but for their scale: each of some 20 roundings on the way to a logit
-    is off by 2^-11 at most, and they add up as a random walk does."""
+    """fp16 activations, and weights that fp16 holds exactly up to their scale: each of some 20 roundings on the way to
+    a logit is off by 2^-11 at most, and they add up as a random walk does."""
     tokens = prompt_of(57)
     cache = model.allocate_cache(8, BLOCK)
     (found,) = step(model, cache, [(Sequence([5, 0, 3, 7]), tokens)])
@@ -61,7 +61,7 @@ def test_logits_are_near_those_of_transformers(model: Mistral, folder: Path) -> 
 
 
 def test_however_it_is_cut(model: Mistral) -> None:
-    """Whole, in chunks, token by token, and beside another: the same logits to the bit."""
+    """Whole, in chunks, token by token, and alongside another sequence: the same logits to the bit."""
     tokens, other = prompt_of(41), prompt_of(19)
     cache = model.allocate_cache(24, BLOCK)
     (whole,) = step(model, cache, [(Sequence([9, 4, 1]), tokens)])
@@ -74,7 +74,7 @@ def test_however_it_is_cut(model: Mistral) -> None:
 
 
 def test_the_logits_that_are_wanted_are_those_of_all(model: Mistral) -> None:
-    """To the bit, and with the same cache behind it."""
+    """To the bit, and they leave the same cache."""
     prompts = [prompt_of(length) for length in (30, 1, 12)]
     for wanted in ([], [42], [0, 29, 30, 41], sorted(random.sample(range(43), 20))):
         assert torch.equal(*some_and_all(model, prompts, wanted))
@@ -82,7 +82,7 @@ def test_the_logits_that_are_wanted_are_those_of_all(model: Mistral) -> None:
 
 @pytest.mark.parametrize("prompt", [1, 2, 7, 33])
 def test_kernels_that_begin_early(folder: Path, prompt: int) -> None:
-    """As from sm_90 on: the same last token's logits to the bit, of a prompt and then of single tokens."""
+    """As from sm_90 on: the last token's logits are the same to the bit, for a prompt and then for short steps."""
     stream = EmulatedStream()
     plain, early = Mistral.load(folder, emulated_ops()), Mistral.load(folder, emulated_ops(stream))
     caches = [model.allocate_cache(8, BLOCK) for model in (plain, early)]
@@ -98,7 +98,7 @@ def test_kernels_that_begin_early(folder: Path, prompt: int) -> None:
 
 
 def test_all_layers_at_once_are_the_operations_one_by_one(model: Mistral) -> None:
-    """But for what the fused ones keep in float32: the sums that enter the residual stream, and gate and up."""
+    """Except for what the fused ones keep in float32: the sums that enter the residual stream, and gate and up."""
     tokens = prompt_of(9)
     cache = model.allocate_cache(8, BLOCK)
     (fused,) = step(model, cache, [(Sequence([5]), tokens)])

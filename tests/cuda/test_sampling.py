@@ -26,7 +26,7 @@ LAST = 1 - 2.0**-53
 
 @dataclass(frozen=True)
 class Device:
-    """Where the kernels run, and how many rows and ids a check of them takes there."""
+    """Where the kernels run, and how many rows and ids they are checked with there."""
 
     device: torch.device
     rows: int
@@ -65,7 +65,7 @@ def ints(on: Device, values: list[int]) -> torch.Tensor:
 
 
 def sample(on: Device, logits: torch.Tensor, rows: list[Settings]) -> list[int]:
-    """Draws without shaping, each row between others that are NaN, into results of which the rest must stay."""
+    """Draw without shaping, from rows that lie between rows of NaN; the rest of the results must stay as it was."""
     count, vocabulary = logits.shape
     kernels = on.kernels(count + 2, vocabulary)
     kernels.results.fill_(-7)
@@ -84,11 +84,11 @@ def oracle(logits: torch.Tensor, rows: list[Settings]) -> list[int]:
 
 
 def is_clear(logits: torch.Tensor, setting: Settings) -> bool:
-    """Whether no rounding of the kernel's can move this draw; without, either side of a boundary is right.
+    """Whether no rounding in the kernels can change this draw; if one can, either side of the boundary is right.
 
     With a = (max - l) / T: the float32 exponent errs by at most 3 EPSILON a (subtraction, 1 / T, product), the
-    exponential by 2 EPSILON more, and a weight loses up to 2^-47 to its integer. A share of a kept sum then errs by at
-    most the mean of those relative errors, weighted by what is kept. min_p compares logits, in float64.
+    exponential by 2 EPSILON more, and a weight loses up to 2^-47 in becoming an integer. A share of a kept sum then
+    errs by at most the mean of those relative errors, weighted by what is kept. min_p compares logits, in float64.
     """
     temperature, top_k, top_p, min_p, draw = setting
     if temperature == 0:
@@ -160,11 +160,11 @@ def test_draws_are_the_oracles(on: Device, name: str, rng: random.Random) -> Non
 
 @pytest.mark.parametrize("vocabulary", [32002, 49152, 65536])
 def test_ties_are_cut_by_id(on: Device, vocabulary: int) -> None:
-    """The last token that is kept, which only every digit of logit and id together name."""
+    """The last token that is kept, which takes all digits of logit and id together to find."""
     cut = vocabulary - 12345
     rows: list[Settings] = [(1.0, cut, 1.0, 0.0, LAST), (0.7, 0, (cut - 0.5) / vocabulary, 0.0, LAST)]
     assert sample(on, torch.zeros(2, vocabulary), rows) == [cut - 1] * 2
-    below = torch.full((1, vocabulary), -(2.0**-24))  # weights of 2^47 - 2^23: of their sums the low halves overflow
+    below = torch.full((1, vocabulary), -(2.0**-24))  # weights of 2^47 - 2^23: the low halves of their sums overflow
     below[0, 0] = 0
     assert sample(on, below, [(1.0, *rows[1][1:])]) == [cut - 1]
     lower = torch.zeros(1, vocabulary)
@@ -186,7 +186,7 @@ def test_every_part_of_a_long_row_is_reached(on: Device, rng: random.Random) -> 
 
 
 def test_the_least_draw_is_the_first_token_that_weighs(on: Device) -> None:
-    """Whatever lies ahead of it: ids, whole chunks, and halves of a lane's pair of them that weigh nothing."""
+    """Whatever weighs nothing ahead of it: ids, whole chunks, and one of a lane's two chunks."""
     firsts = [0, 5, 1023, 1024, 1500, 2048, 3077]
     logits = torch.zeros(len(firsts), 3100)
     for row, first in zip(logits, firsts, strict=True):
@@ -196,7 +196,7 @@ def test_the_least_draw_is_the_first_token_that_weighs(on: Device) -> None:
 
 
 def test_a_logit_next_to_the_least_of_min_p(on: Device) -> None:
-    """The nearest float32 to log(min_p) is kept where it is not below it."""
+    """The float32 nearest to log(min_p) is kept unless it lies below."""
     least = [0.03 * i for i in range(1, 31)]
     logits = torch.tensor([[0.0, math.log(min_p)] for min_p in least])
     wanted = [int(float(logit) >= math.log(min_p)) for logit, min_p in zip(logits[:, 1], least, strict=True)]
@@ -247,7 +247,7 @@ def test_equal_logits_go_to_the_lowest_id(on: Device) -> None:
     assert sample(on, ties.expand(4, 5), [(*s, LAST) for s in wanted]) == list(wanted.values())
     shares = [0.25, 0.5, 0.75]  # of four equals: what reaches top_p exactly is enough
     assert sample(on, torch.zeros(3, 4), [(1.0, 0, share, 0.0, LAST) for share in shares]) == [0, 1, 2]
-    apart = torch.tensor([[-(2.0**-149), 0.0]])  # and one weight: the larger logit is likelier all the same
+    apart = torch.tensor([[-(2.0**-149), 0.0]])  # of equal weight: the larger logit ranks first all the same
     assert sample(on, apart, [(0.05, 0, 0.0, 0.0, 0.0)]) == oracle(apart, [(0.05, 0, 0.0, 0.0, 0.0)]) == [1]
 
 
@@ -280,7 +280,7 @@ def test_every_combination_of_filters(data: st.DataObject) -> None:
 
 
 def test_draws_follow_the_distribution(on: Device) -> None:
-    """Seed 0 among others. 3 degrees of freedom: 16.27 is passed once in a thousand; the draws are fixed."""
+    """With seed 0. 3 degrees of freedom: 16.27 is exceeded once in a thousand; the draws are fixed."""
     draws = 160
     rows: list[Settings] = [(1.0, 0, 1.0, 0.0, uniform(0, position)) for position in range(draws)]
     counts = Counter(sample(on, torch.tensor([TABLE]).expand(draws, 4), rows))
@@ -331,7 +331,7 @@ def test_padding_is_harmless(on: Device) -> None:
 
 @dataclass
 class Penalised:
-    """A sequence as the host knows it: all of its tokens, and how many of them the table has."""
+    """A sequence as the host knows it: all of its tokens, and how many of them are in the table."""
 
     repetition: float
     frequency: float
@@ -371,7 +371,8 @@ def fill(settings: np.void, sequence: Penalised, row: int) -> None:
 
 @pytest.mark.parametrize("vocabulary", [31, 2077])
 def test_penalties_are_the_engines_to_the_bit_step_after_step(on: Device, vocabulary: int, rng: random.Random) -> None:
-    """Three sequences and one without penalties, their last tokens always in flight; now and then one is rebuilt."""
+    """Three sequences, and one without penalties; their last tokens are always in flight, and now and then a row of
+    the table is rebuilt."""
     sequences = [penalised(rng, vocabulary) for _ in range(3)]
     kernels = on.kernels(4, vocabulary, sequences=5)
     place = [4, 0, 2]  # rows of the table
@@ -416,7 +417,7 @@ def test_rows_with_drafts_see_the_drafts_before_them(on: Device, rng: random.Ran
     sequence = penalised(rng, vocabulary)
     kernels = on.kernels(drafts + 1, vocabulary, sequences=2)
     kernels.count(1, ints(on, sequence.tokens), len(sequence.prompt))
-    for accepted in (0, 8, 3):  # of the step before: they and the token after them are in the tail, then the drafts
+    for accepted in (0, 8, 3):  # in the previous step: they and the token after them are in the tail, then the drafts
         fresh = [rng.choice([*sequence.tokens, 1099]) for _ in range(accepted + 1)]
         sequence.generated += fresh
         guesses = [rng.choice(sequence.tokens) for _ in range(drafts)]
