@@ -73,7 +73,7 @@ struct GlobalMemory {
   std::vector<std::pair<u64, u64>> given;                  // the tensors' first bytes and ends; none: all of memory
 };
 
-// A thread executed an atomic instruction at a place with so many releases.
+// A thread executed an atomic instruction at a place with that many releases.
 struct Acquire { u64 place; size_t releases; Touch by; };
 
 struct Fiber {

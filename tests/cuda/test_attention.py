@@ -91,7 +91,7 @@ def check(
 ) -> None:
     """Against the oracle in float32, on the same fp16 queries, keys and values.
 
-    Rounding weights to fp16: 2^-11 of each, so at most 2^-11 of the attended |values|; rounding the output: as much.
+    Rounding weights to fp16: 2^-11 of each, so at most 2^-11 of the attended |values|; the output: 2^-11 again.
     Scores are sums of D exact products in float32, and powers of two are good to 2^-22: together less than 2^-11 for
     scores of a few tens. All are relative to the attended |values|. A weight below 2^-14 of the largest is rounded to a
     multiple of 2^-24 instead: 2^-25 of every |value| in sight, which matters where the attended value is close to 0.

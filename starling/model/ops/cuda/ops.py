@@ -60,13 +60,13 @@ class CudaOps:
         return PackedLinear(pack_head(weight), self.device)
 
     def restore(self, weight: Packed) -> Packed:
-        return _linear(weight)
+        return _packed(weight)
 
     def awq_linear(self, x: torch.Tensor, weight: Packed, prompt_tokens: torch.Tensor) -> torch.Tensor:
-        return self._linear.linear(x.to(torch.float16), _linear(weight))
+        return self._linear.linear(x.to(torch.float16), _packed(weight))
 
     def head(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
-        return self._linear.head(x.to(torch.float16), _linear(weight))
+        return self._linear.head(x.to(torch.float16), _packed(weight))
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
         known = None if sampled is None else sampled.to(torch.int32)
@@ -109,16 +109,16 @@ class CudaOps:
     ) -> torch.Tensor:
         linear, residual = self._linear, x
         kv_heads, dim = keys.shape[2], keys.shape[4]
-        attention = self._attention_for(_linear(layers[0].qkv).rows // dim - 2 * kv_heads, keys[0], len(rotary))
+        attention = self._attention_for(_packed(layers[0].qkv).rows // dim - 2 * kv_heads, keys[0], len(rotary))
         plan = attention.plan(batch, window)
         for layer, own_keys, own_values in zip(layers, keys, values, strict=True):
-            qkv = linear.norm_linear(residual, layer.input_norm, eps, _linear(layer.qkv))
+            qkv = linear.norm_linear(residual, layer.input_norm, eps, _packed(layer.qkv))
             attended = attention.attend(qkv, batch, plan, rotary, own_keys, own_values)
             if layer is layers[-1] and not batch.wants_all:
                 attended, residual = self._elementwise.pick(batch.logit_rows.to(torch.int32), attended, residual)
-            linear.add_linear(attended, _linear(layer.out), residual)
-            active = linear.norm_linear_silu_mul(residual, layer.post_attention_norm, eps, _linear(layer.gate_up))
-            linear.add_linear(active, _linear(layer.down), residual)
+            linear.add_linear(attended, _packed(layer.out), residual)
+            active = linear.norm_linear_silu_mul(residual, layer.post_attention_norm, eps, _packed(layer.gate_up))
+            linear.add_linear(active, _packed(layer.down), residual)
         return residual
 
     def sample(
@@ -145,6 +145,6 @@ class CudaOps:
         return self._attention[shape]
 
 
-def _linear(weight: Packed) -> PackedLinear:
+def _packed(weight: Packed) -> PackedLinear:
     assert isinstance(weight, PackedLinear)
     return weight
