@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cog import BasePredictor, ConcatenateIterator, Input, concurrent, streaming
 
 from starling.coglet import current_signal, discard_folders, drain, install_cancellation
-from starling.garbage import nothing_to_collect
+from starling.garbage import frozen_heap
 from starling.logs import configure as configure_logs
 from starling.request import Request
 from starling.settings import Settings
@@ -35,7 +35,7 @@ class Predictor(BasePredictor):
         try:
             configure_logs()
             install_cancellation()
-            with nothing_to_collect():
+            with frozen_heap():
                 self.service = self.load_service(Settings.from_env(os.environ))
         except BaseException:
             traceback.print_exc()

@@ -35,7 +35,7 @@ from starling.model.huge_pages import wait_for_moves
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops.cpu import CpuOps
-from starling.model.ops.cpu.ops import MOST_PREFILL_TOKENS
+from starling.model.ops.cpu.ops import MAX_PREFILL_TOKENS
 
 BLOCK = 16
 DECODES = ((1, 128), (1, 1024), (1, 2048), (1, 4096), (2, 128), (4, 128), (8, 128), (8, 1024))
@@ -163,7 +163,7 @@ def prefill(model: Mistral, stream: MemoryStream, peers: list[Peer], tokens: int
 
 def prefill_interference(model: Mistral, streams: int) -> list[str]:
     """How a prompt delays the answers that are decoded beside it, by how many of its tokens a step takes."""
-    chunks = dict.fromkeys((MOST_PREFILL_TOKENS, model.ops.prefill_tokens))
+    chunks = dict.fromkeys((MAX_PREFILL_TOKENS, model.ops.prefill_tokens))
     found: dict[int, list[tuple[float, list[float]]]] = {chunk: [] for chunk in chunks}
     for _ in range(ROUNDS):
         for chunk in chunks:

@@ -21,14 +21,14 @@ import torch
 from bench.command import checkpoint, report_errors
 from starling.engine.cache import BlockCache
 from starling.engine.engine import Engine
-from starling.engine.frame import TURNS, Frame, Shape, Upload
+from starling.engine.frame import HOST_BUFFERS, Frame, Shape, Upload
 from starling.engine.graph_runner import SIZES
 from starling.engine.inputs import StepInputs, split
 from starling.engine.runner import Step
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams
 from starling.engine.shaping import Shaping
-from starling.garbage import nothing_to_collect
+from starling.garbage import frozen_heap
 from starling.model.config import ModelConfig
 from starling.model.ops.cpu.cores import usable_cores
 from starling.model.ops.cuda import CudaOps
@@ -79,7 +79,7 @@ class ClockRunner:
 
     def start(self, plan: list[Work]) -> Step:
         inputs = StepInputs.of(plan, self._books)
-        self._turn = (self._turn + 1) % TURNS
+        self._turn = (self._turn + 1) % HOST_BUFFERS
         frame = self._frame(plan, inputs)
         frame.write(self._turn, inputs)
         host = frame.host[self._turn]
@@ -124,7 +124,7 @@ class Host:
     def generate_tokens(self, caller: int) -> None:
         """Generate an answer without decoding it to text."""
         params = SamplingParams(TOKENS, stop_ids=frozenset(), seed=caller, temperature=0.7, top_p=0.95)
-        self.engine.submit(list(range(24 * caller + 5, 24 * caller + 29)), params).wait_for_last(TIMEOUT_S)
+        self.engine.submit(list(range(24 * caller + 5, 24 * caller + 29)), params).wait_until_finished(TIMEOUT_S)
 
     def generate_text(self, caller: int) -> None:
         for _ in self.service.generate(Request.parse(prompt=f"{caller}: tell me", seed=caller, max_tokens=TOKENS)):
@@ -153,7 +153,7 @@ def main() -> None:
     print(f"{usable_cores()} cores · torch {torch.__version__}\n")
     print(f"{TOKENS} tokens an answer, medians of {ROUNDS} rounds, as a share of what the device alone could do")
     for concurrency, step_ms in STEPS_MS.items():
-        with nothing_to_collect():  # as in the server
+        with frozen_heap():  # as in the server
             host = Host.of(options.weights, concurrency, step_ms / 1e3)
         ways = {"engine": host.generate_tokens, "text": host.generate_text}
         found: dict[str, list[Found]] = {way: [] for way in ways}

@@ -62,7 +62,7 @@ REQUESTS = {
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """The first token on which two greedy answers differ."""
 
     index: int
@@ -83,7 +83,7 @@ class Comparison:
     prompt_tokens: int
     ours: list[int]
     reference: list[int]
-    parting: Parting | None
+    divergence: Divergence | None
 
 
 def compare_answers(folder: Path, settings: Settings, max_tokens: int = 64) -> list[Comparison]:
@@ -103,19 +103,19 @@ def compare_answers(folder: Path, settings: Settings, max_tokens: int = 64) -> l
     for name, request in REQUESTS.items():
         prompt = chat.prompt_ids(request)
         left, right = _take(ours.submit(prompt, params)), _take(reference.submit(prompt, params))
-        parting = None
+        divergence = None
         differing = [i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b]
         if differing:
             at = differing[0]
             pair = [left[at], right[at]]
-            parting = Parting(
+            divergence = Divergence(
                 index=at,
                 our_token=left[at],
                 reference_token=right[at],
                 our_logits=_pair(our_logits(model, prompt, left[:at])[pair]),
                 reference_logits=_pair(reference.logits(prompt + left[:at])[pair]),
             )
-        found.append(Comparison(name, len(prompt), left, right, parting))
+        found.append(Comparison(name, len(prompt), left, right, divergence))
     ours.close()
     reference.close()
     return found
@@ -160,13 +160,13 @@ def report(found: list[Comparison]) -> str:
     ]
     for case in found:
         count = max(len(case.ours), len(case.reference))
-        equal = count if case.parting is None else case.parting.index
+        equal = count if case.divergence is None else case.divergence.index
         line = f"{case.name:<22} {case.prompt_tokens:>6} {count:>6} {equal:>6}"
-        if case.parting is not None:
-            ours, reference = case.parting.gaps
-            line += f"   {ours:.4f}, {reference:.4f}  (logits {case.parting.our_logits[0]:.3f} and "
-            line += f"{case.parting.our_logits[1]:.3f}; {case.parting.reference_logits[0]:.3f} and "
-            line += f"{case.parting.reference_logits[1]:.3f})"
+        if case.divergence is not None:
+            ours, reference = case.divergence.gaps
+            line += f"   {ours:.4f}, {reference:.4f}  (logits {case.divergence.our_logits[0]:.3f} and "
+            line += f"{case.divergence.our_logits[1]:.3f}; {case.divergence.reference_logits[0]:.3f} and "
+            line += f"{case.divergence.reference_logits[1]:.3f})"
         lines.append(line)
     return "\n".join(lines)
 

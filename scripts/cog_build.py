@@ -19,7 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from starling.openapi import slots  # noqa: E402
+from starling.openapi import declared_concurrency  # noqa: E402
 
 REQUIREMENTS = ".cog/tmp/requirements.txt"  # written by the builder: the project's file without cog and coglet
 SCHEMA = ".cog/openapi_schema.json"
@@ -104,7 +104,7 @@ def dockerfile(config: CogYaml, root: Path = ROOT, base: str | None = None, pip_
     lines.append(f"RUN {pip} cog{extra}=={build['sdk_version']}")
     lines += [f"RUN {command.replace(UV, pip)}" for command in build.get("run", [])]
     lines += ["WORKDIR /src", "EXPOSE 5000", f'ENV COG_PREDICT_TYPE_STUB="{config.predict}"']
-    lines.append(f"ENV COG_MAX_CONCURRENCY={slots(root / config.predict.split(':')[0])}")
+    lines.append(f"ENV COG_MAX_CONCURRENCY={declared_concurrency(root / config.predict.split(':')[0])}")
     if traces.get("enabled"):
         lines.append("ENV COG_TRACE_CONFIGURED=true")
         lines += [f"ENV COG_TRACE_SAMPLER={traces['sampler']}"] if "sampler" in traces else []

@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 
 from cog import CancelationException
 
-from starling.errors import GenerationCancelled, RequestError, StarlingError, unforeseen
+from starling.errors import GenerationCancelled, RequestError, StarlingError, unexpected
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ def discard_folders() -> None:
             each.rmdir()
 
 
-class Generation(Protocol):
+class CancellableStream(Protocol):
     """What the service returns for one request."""
 
     def __iter__(self) -> Iterator[str]: ...
@@ -131,7 +131,7 @@ class Generation(Protocol):
     def close(self) -> None: ...
 
 
-G = TypeVar("G", bound=Generation)
+G = TypeVar("G", bound=CancellableStream)
 
 
 def drain(start: Callable[[], G], record: Callable[[G], None], signal: CancelSignal) -> Iterator[str]:
@@ -165,4 +165,4 @@ def drain(start: Callable[[], G], record: Callable[[G], None], signal: CancelSig
         raise
     except Exception as error:
         traceback.print_exc()
-        raise unforeseen(error) from error
+        raise unexpected(error) from error

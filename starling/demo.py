@@ -23,7 +23,7 @@ from starling import tensor_file, tokenizer_json
 from starling.chat import END_OF_TURN
 from starling.command import exit_code
 from starling.errors import WeightsError
-from starling.file_system import alone
+from starling.file_system import exclusive_lock
 from starling.model import awq
 from starling.weights.digest import sha256_of
 from starling.weights.location import STAND_IN_MARKER as MARKER
@@ -80,7 +80,7 @@ def prepare(folder: Path, full_precision: bool = False) -> Path:
     if _is_current(folder, full_precision):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone(folder.parent / f".{folder.name}.making", "maker of the demo model"):
+    with exclusive_lock(folder.parent / f".{folder.name}.making", "maker of the demo model"):
         if _is_current(folder, full_precision):
             return folder
         if folder.exists() and any(folder.iterdir()) and not is_demo(folder):

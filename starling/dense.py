@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from starling.errors import CheckpointError
 from starling.model.awq import AwqWeight
-from starling.model.checkpoint import FREQUENCIES
+from starling.model.checkpoint import INV_FREQ_SUFFIX
 from starling.model.config import ARCHITECTURES, read_config
 
 _AWQ_PARTS = (".qweight", ".qzeros", ".scales")
@@ -35,7 +35,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         self.quantized = "quantization_config" in self.raw_config
         self.architecture, self.config = _model_config(folder, self.raw_config)
         self._files = _open_all(folder)
-        self._names = sorted({_dense_name(name) for name in self._files if not name.endswith(FREQUENCIES)})
+        self._names = sorted({_dense_name(name) for name in self._files if not name.endswith(INV_FREQ_SUFFIX)})
         if self.config.tie_word_embeddings and "lm_head.weight" not in self._names:
             self._names.append("lm_head.weight")
 

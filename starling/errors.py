@@ -53,6 +53,6 @@ class GenerationCancelled(StarlingError):  # noqa: N818 - an outcome that was as
     """The generation was cancelled while its text was being read."""
 
 
-def unforeseen(error: Exception) -> EngineError:
+def unexpected(error: Exception) -> EngineError:
     """What a caller is told about an unexpected error: only its type, since its text may quote a prompt."""
     return EngineError(f"The server failed on this request ({type(error).__name__}). Its log has the traceback")

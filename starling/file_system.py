@@ -16,7 +16,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def alone(path: Path, work: str) -> Iterator[None]:
+def exclusive_lock(path: Path, work: str) -> Iterator[None]:
     """Hold a lock on the file at `path`, which stays; the kernel releases it when the process ends, however it ends.
 
     `work` names the holder in the log, which reports waiting for another process, and a file system without locks,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def nothing_to_collect() -> Iterator[None]:
+def frozen_heap() -> Iterator[None]:
     """Objects created inside live until the process ends, and the collector never scans them.
 
     A full collection over a server's modules, tables and weights takes 0.1 s with every thread stopped. There would be

@@ -95,7 +95,7 @@ class Generation(Iterator[str]):
             while finish is None:
                 pause_s = max(0.0, sent_s + COALESCE_S - time.monotonic())
                 if self._patient and pause_s > 0:
-                    self._stream.wait_for_last(pause_s)
+                    self._stream.wait_until_finished(pause_s)
                     pause_s = 0.0
                 delivery = self._stream.get(pause_s if buffer else None)
                 if delivery is not None:

@@ -22,7 +22,7 @@ import httpx
 
 from starling.errors import StarlingError
 from starling.logs import configure as configure_logs
-from starling.openapi import slots
+from starling.openapi import declared_concurrency
 from starling.settings import Settings
 from starling.weights import locate_weights
 
@@ -62,7 +62,7 @@ def server_environment(root: Path, port: int, environ: Mapping[str, str], predic
     """
     interpreter_dir = str(Path(sys.executable).parent)  # the worker is started as bare `python`
     return {
-        "COG_MAX_CONCURRENCY": str(slots(root / "predict.py")),
+        "COG_MAX_CONCURRENCY": str(declared_concurrency(root / "predict.py")),
         **environ,
         "COG_PREDICT_TYPE_STUB": predictor,
         "PATH": os.pathsep.join([interpreter_dir, environ.get("PATH", os.defpath)]),

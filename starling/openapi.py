@@ -62,7 +62,7 @@ def read_signature(source: str, class_name: str = "Predictor") -> Signature:
     raise SignatureError(f"no class {class_name} with a method predict was found. Define it at the module's top level")
 
 
-def slots(predictor: Path) -> int:
+def declared_concurrency(predictor: Path) -> int:
     """How many requests the predict.py at `predictor` takes at a time: COG_MAX_CONCURRENCY in its image."""
     return read_signature(predictor.read_text(encoding="utf-8")).concurrency
 

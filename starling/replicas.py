@@ -21,9 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starling.errors import EngineError, RequestError, StarlingError, unforeseen
-from starling.garbage import nothing_to_collect
-from starling.openapi import slots
+from starling.errors import EngineError, RequestError, StarlingError, unexpected
+from starling.garbage import frozen_heap
+from starling.openapi import declared_concurrency
 from starling.request import OLD_NAMES, Request
 from starling.settings import Settings
 from starling.weights import locate_weights
@@ -60,7 +60,7 @@ class Replica:
         from starling.service import Service
 
         configure()
-        with nothing_to_collect():
+        with frozen_heap():
             self._service = Service.load(settings)
         self._threads = ThreadPoolExecutor(settings.max_concurrency, thread_name_prefix="stream")
 
@@ -79,7 +79,7 @@ class Replica:
             yield {"error": f"{type(error).__name__}: {error}", "again": isinstance(error, EngineError)}
         except Exception as error:
             logger.exception("a request failed")
-            yield {"error": str(unforeseen(error)), "again": False}
+            yield {"error": str(unexpected(error)), "again": False}
         finally:
             # A caller may leave while the thread is still starting the answer: compiling a grammar takes seconds.
             if starting is not None:
@@ -237,7 +237,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.least < 0 or options.most < max(1, options.least):
         parser.error(f"--least is {options.least} and --most {options.most}; give 0 <= least <= most, and most above 0")
-    as_in_an_image = {"COG_MAX_CONCURRENCY": str(slots(Path(__file__).parent.parent / "predict.py"))}
+    as_in_an_image = {"COG_MAX_CONCURRENCY": str(declared_concurrency(Path(__file__).parent.parent / "predict.py"))}
     try:
         settings = Settings.from_env(as_in_an_image | os.environ)
         locate_weights(settings)  # once, before Ray starts, or each replica would fail or fetch them itself

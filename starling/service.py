@@ -18,7 +18,7 @@ from starling.generation import Generation, GenerationResult
 from starling.grammar import Grammars
 from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
-from starling.model.memory import activation_bytes, kv_cache_budget, kv_cache_room, settle
+from starling.model.memory import activation_bytes, finish_loading, kv_cache_budget, kv_cache_room
 from starling.model.mistral import Mistral
 from starling.model.ops import Ops, choose_ops
 from starling.request import MAX_SEED, Request
@@ -187,7 +187,7 @@ def _load_own(folder: Path, settings: Settings, startup: Startup) -> TokenEngine
         startup.operations = f"{ops.name} on {ops.device}"
     with startup.lap("model"):
         model = Mistral.load(folder, ops)
-        settle(ops.device)
+        finish_loading(ops.device)
     config = model.config
     limits = Limits(
         max_running=settings.max_concurrency,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from starling import tensor_file
-from starling.file_system import NO_LOCKS, alone, free_disk_bytes
+from starling.file_system import NO_LOCKS, exclusive_lock, free_disk_bytes
 from tests.waiting import wait_for
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -22,10 +22,10 @@ def test_the_second_one_says_that_it_waits(tmp_path: Path, caplog: pytest.LogCap
     order = []
 
     def second() -> None:
-        with alone(tmp_path / "lock", "test"):
+        with exclusive_lock(tmp_path / "lock", "test"):
             order.append("second")
 
-    with ThreadPoolExecutor() as threads, alone(tmp_path / "lock", "test"):
+    with ThreadPoolExecutor() as threads, exclusive_lock(tmp_path / "lock", "test"):
         other = threads.submit(second)
         wait_for(lambda: f"Another test is running in {tmp_path}" in caplog.text)
         order.append("first")
@@ -41,19 +41,19 @@ def test_without_locks_it_continues_and_says_so(
         raise OSError(fault, os.strerror(fault))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with alone(tmp_path / "lock", "test"):
+    with exclusive_lock(tmp_path / "lock", "test"):
         assert f"{tmp_path} supports no locks ({os.strerror(fault)}): do not run a second test there" in caplog.text
 
 
 def test_an_error_of_the_work_is_not_taken_for_one_of_the_lock(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="of the work"), alone(tmp_path / "lock", "test"):
+    with pytest.raises(OSError, match="of the work"), exclusive_lock(tmp_path / "lock", "test"):
         raise OSError(NO_LOCKS[0], "of the work")
-    with alone(tmp_path / "lock", "test"):
+    with exclusive_lock(tmp_path / "lock", "test"):
         pass
 
 
 def test_a_lock_file_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), alone(tmp_path / "absent" / "lock", "test"):
+    with pytest.raises(FileNotFoundError), exclusive_lock(tmp_path / "absent" / "lock", "test"):
         pass
 
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from starling.garbage import nothing_to_collect
+from starling.garbage import frozen_heap
 
 
 class Node:
@@ -15,7 +15,7 @@ class Node:
 
 def test_what_was_loaded_is_not_scanned_and_what_comes_later_is() -> None:
     try:
-        with pytest.raises(ValueError, match="setup"), nothing_to_collect():
+        with pytest.raises(ValueError, match="setup"), frozen_heap():
             assert not gc.isenabled()
             loaded = weakref.ref(Node())
             raise ValueError("setup")

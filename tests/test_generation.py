@@ -40,7 +40,7 @@ class Feed:
         self.now_s = max(self.now_s, due_s)
         return delivery
 
-    def wait_for_last(self, timeout_s: float) -> None:
+    def wait_until_finished(self, timeout_s: float) -> None:
         last_s = max(self.now_s, self._coming[-1][0])
         self.now_s = min(last_s, self.now_s + timeout_s)
 

@@ -14,6 +14,6 @@ def test_greedy_answers_diverge_only_at_ties(demo_folder: Path) -> None:
     print(report(found))
     assert [case.name for case in found] == list(REQUESTS)
     for case in found:
-        assert (case.ours == case.reference) == (case.parting is None)
-        if case.parting is not None:
-            assert max(abs(gap) for gap in case.parting.gaps) < TIE, case
+        assert (case.ours == case.reference) == (case.divergence is None)
+        if case.divergence is not None:
+            assert max(abs(gap) for gap in case.divergence.gaps) < TIE, case

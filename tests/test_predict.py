@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from predict import METRICS, Predictor
 from starling.errors import RequestError
-from starling.openapi import Field, SignatureError, read_signature, render, slots
+from starling.openapi import Field, SignatureError, declared_concurrency, read_signature, render
 from starling.request import MAX_STOP_SEQUENCES, OLD_NAMES, Request
 from starling.service import GenerationResult
 
@@ -98,7 +98,8 @@ def test_what_is_read_from_the_source_is_what_runs() -> None:
         assert isinstance(info, cog.FieldInfo)
         assert {key: getattr(info, key) for key in field.options} == field.options
     assert SIGNATURE.streaming
-    assert slots(ROOT / "predict.py") == SIGNATURE.concurrency == Predictor.predict.__cog_concurrent_max__  # type: ignore[attr-defined]
+    assert Predictor.predict.__cog_concurrent_max__ == SIGNATURE.concurrency  # type: ignore[attr-defined]
+    assert declared_concurrency(ROOT / "predict.py") == SIGNATURE.concurrency
 
 
 def test_every_metric_is_one_of_a_result() -> None:

@@ -24,7 +24,7 @@ from bench.gpu.models import MODELS
 from bench.gpu.peers import PEERS
 from starling.engine.graph_runner import SIZES
 from starling.model.kv_cache import KVCache
-from starling.model.memory import settle
+from starling.model.memory import finish_loading
 from starling.model.mistral import Mistral
 from starling.model.ops import Ops
 from starling.model.ops.cuda import CudaOps, linear, nvrtc
@@ -154,7 +154,7 @@ def start(bench: Bench) -> None:
     )
     if pinned:
         peak = torch.cuda.max_memory_reserved()
-        settle(bench.device)
+        finish_loading(bench.device)
         say(f"Memory while loading: at most {peak / 1e9:.2f} GB, then {torch.cuda.memory_reserved() / 1e9:.2f} GB.")
 
 

@@ -54,7 +54,7 @@ class TokenStream:
         except queue.Empty:
             return None
 
-    def wait_for_last(self, timeout_s: float) -> None:
+    def wait_until_finished(self, timeout_s: float) -> None:
         """Sleep until the last delivery arrives, for at most `timeout_s`: earlier deliveries wake nobody."""
         self._ended.wait(timeout_s)
 

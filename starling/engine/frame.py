@@ -14,7 +14,7 @@ from starling.model.ops.cuda.sampling import SETTINGS
 
 ALIGNMENT = 16  # bytes
 TAIL = 2 + MAX_DRAFT  # most tokens of a sequence that its row of counts lacks: confirmed, in flight, drafts
-TURNS = 2  # host buffers: a step's inputs are written while the previous step's may still be being copied
+HOST_BUFFERS = 2  # host buffers: a step's inputs are written while the previous step's may still be being copied
 Memory = TypeVar("Memory", torch.Tensor, np.ndarray)
 
 
@@ -24,8 +24,8 @@ class Upload:
     def __init__(self, device: torch.device, size: int) -> None:
         cuda = device.type == "cuda"
         self.device = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.host = [torch.zeros(size, dtype=torch.uint8, pin_memory=cuda) for _ in range(TURNS)]
-        self._done = [torch.cuda.Event() for _ in range(TURNS)] if cuda else []  # type: ignore[no-untyped-call]
+        self.host = [torch.zeros(size, dtype=torch.uint8, pin_memory=cuda) for _ in range(HOST_BUFFERS)]
+        self._done = [torch.cuda.Event() for _ in range(HOST_BUFFERS)] if cuda else []  # type: ignore[no-untyped-call]
 
     def wait(self, turn: int) -> None:
         """Wait until the host's buffer of `turn` may be written again."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from starling.engine.cache import BlockCache
-from starling.engine.frame import TURNS, Frame, Shape, Upload
+from starling.engine.frame import HOST_BUFFERS, Frame, Shape, Upload
 from starling.engine.inputs import StepInputs, split
 from starling.engine.runner import Step, device_faults
 from starling.engine.scheduler import NO_TOKEN, Limits, Work
@@ -85,8 +85,8 @@ class GraphRunner:
         self._decodes: dict[int, Decodes] = {}
         self._turn = 0
         self._cuda = ops.device.type == "cuda"  # False in tests that run the kernels on an emulated device
-        self._results = [torch.empty(2, rows, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
-        self._arrived = [torch.cuda.Event() for _ in range(TURNS)] if self._cuda else []  # type: ignore[no-untyped-call]
+        self._results = [torch.empty(2, rows, dtype=torch.int32, pin_memory=self._cuda) for _ in range(HOST_BUFFERS)]
+        self._arrived = [torch.cuda.Event() for _ in range(HOST_BUFFERS)] if self._cuda else []  # type: ignore[no-untyped-call]
         if self._cuda:
             self._stream = torch.cuda.Stream(ops.device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(ops.device))  # it has loaded the weights
@@ -95,7 +95,7 @@ class GraphRunner:
     @torch.inference_mode()
     def start(self, plan: list[Work]) -> Step:
         inputs = StepInputs.of(plan, self._books)
-        self._turn = (self._turn + 1) % TURNS
+        self._turn = (self._turn + 1) % HOST_BUFFERS
         with device_faults(), self._on_stream():
             decodes = self._decodes_for(plan, inputs)
             frame = decodes.frame if decodes else self._frame_for(inputs)

@@ -17,7 +17,7 @@ from starling.model.reading import read_tensor
 
 DTYPES = {"F16": torch.float16, "I32": torch.int32}
 HEADER_BYTES = 1 << 20  # larger than any header: Starling's is 0.1 MB
-FREQUENCIES = "rotary_emb.inv_freq"  # suffix of tensors that transformers before 4.32 stored; config.json implies them
+INV_FREQ_SUFFIX = "rotary_emb.inv_freq"  # of tensors that transformers before 4.32 stored; config.json implies them
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -121,11 +121,11 @@ def _places(path: Path) -> dict[str, Place]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}. Fetch it again.") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}. Fetch it again.") from error
     return {
         name: Place(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
         for name, entry in header.items()
-        if name != "__metadata__" and not name.endswith(FREQUENCIES)
+        if name != "__metadata__" and not name.endswith(INV_FREQ_SUFFIX)
     }
 
 

@@ -57,7 +57,7 @@ def activation_bytes(config: ModelConfig, tokens: int) -> int:
     return tokens * (4 * config.hidden_size + 2 * halves)
 
 
-def settle(device: torch.device) -> None:
+def finish_loading(device: torch.device) -> None:
     """Wait for the GPU work that loading queued, and free what only loading needed: 0.6 of 5.1 GB for Starling."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -8,7 +8,7 @@ from starling.weights.download import pull
 from starling.weights.inspection import FileReport, State, faults, inspect, verify
 from starling.weights.location import LOCK_PATH, Located, locate, locate_weights
 from starling.weights.lock import Lock, LockedFile
-from starling.weights.source import Patience
+from starling.weights.source import RetryPolicy
 
 __all__ = [
     "LOCK_PATH",
@@ -16,7 +16,7 @@ __all__ = [
     "Located",
     "Lock",
     "LockedFile",
-    "Patience",
+    "RetryPolicy",
     "State",
     "faults",
     "inspect",

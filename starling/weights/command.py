@@ -9,7 +9,7 @@ from starling.weights.download import pull
 from starling.weights.inspection import FileReport, State, inspect, verify
 from starling.weights.location import LOCK_PATH
 from starling.weights.lock import Lock
-from starling.weights.source import Patience
+from starling.weights.source import RetryPolicy
 
 
 def add_weights_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,7 +35,7 @@ def add_weights_command(subparsers: "argparse._SubParsersAction[argparse.Argumen
             action.add_argument(
                 "--timeout",
                 type=_seconds,
-                default=Patience().stall_s,
+                default=RetryPolicy().stall_s,
                 metavar="SECONDS",
                 help="drop a silent connection after this long; five in a row end the pull (default: %(default)g)",
             )
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _pull(args: argparse.Namespace, lock: Lock, folder: Path) -> int:
     print(f"{lock.repository} at {lock.revision}\nLicence: {lock.licence}", flush=True)
-    reports = pull(lock, folder, args.source, Patience(stall_s=args.timeout))
+    reports = pull(lock, folder, args.source, RetryPolicy(stall_s=args.timeout))
     _show(lock, folder, reports)
     return 0
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starling.errors import WeightsError
-from starling.file_system import alone, free_disk_bytes
+from starling.file_system import exclusive_lock, free_disk_bytes
 from starling.weights import ledger
 from starling.weights.digest import git_blob_sha1_of, sha256_of
 from starling.weights.inspection import PARTIAL_FOLDER, FileReport, State, faults, partial_path, verify
@@ -21,7 +21,7 @@ from starling.weights.ledger import Ledger
 from starling.weights.local_folder import LocalFolder
 from starling.weights.lock import Lock, LockedFile
 from starling.weights.progress import Progress
-from starling.weights.source import FileFaultError, Offer, Patience, Source, SourceLostError
+from starling.weights.source import FileFaultError, Offer, RetryPolicy, Source, SourceUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class _Wanted:
         return self.partial.stat().st_size if self.partial.exists() else 0
 
 
-def pull(lock: Lock, folder: Path, where: str | None = None, patience: Patience | None = None) -> list[FileReport]:
+def pull(lock: Lock, folder: Path, where: str | None = None, retry: RetryPolicy | None = None) -> list[FileReport]:
     """Make `folder` match `lock`; every report returned is VERIFIED. `where`: see `open_source`.
 
     Two pulls of one folder take turns, and the second finds the work done.
@@ -49,13 +49,13 @@ def pull(lock: Lock, folder: Path, where: str | None = None, patience: Patience 
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder / PULL_LOCK_NAME, "pull"):
+        with exclusive_lock(folder / PULL_LOCK_NAME, "pull"):
             reports = verify(folder, lock, first_use=False)
             extra = [str(report) for report in reports if report.state is State.EXTRA]
             names = {report.name for report in reports if report.state is not State.VERIFIED}
             files = [file for file in lock.files if file.name in names]
             if files:
-                source = open_source(where, lock, patience or Patience())
+                source = open_source(where, lock, retry or RetryPolicy())
                 _raise_if(extra + _fetch(lock, folder, files, source), folder)
             _clear(folder)
             reports = verify(folder, lock)
@@ -65,7 +65,7 @@ def pull(lock: Lock, folder: Path, where: str | None = None, patience: Patience 
     return reports
 
 
-def open_source(where: str | None, lock: Lock, patience: Patience) -> Source:
+def open_source(where: str | None, lock: Lock, retry: RetryPolicy) -> Source:
     """`where`: URL of a mirror, path of a local folder, or None for the hub itself (or HF_ENDPOINT).
 
     Raises WeightsError when it is neither, when HF_ENDPOINT is not a URL, or when HF_HUB_OFFLINE forbids the network.
@@ -85,7 +85,7 @@ def open_source(where: str | None, lock: Lock, patience: Patience) -> Source:
             raise WeightsError(f"HF_ENDPOINT cannot be used. {error}") from None
     from starling.weights.hub import Hub
 
-    return Hub(lock.repository, lock.revision, where, patience)
+    return Hub(lock.repository, lock.revision, where, retry)
 
 
 def _fetch(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source) -> list[str]:
@@ -104,7 +104,7 @@ def _fetch(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source
             _fetch_file(lock, folder, one, source)
         except FileFaultError as error:
             found.append(str(error))
-        except SourceLostError as error:
+        except SourceUnavailableError as error:
             found.append(f"{error}. What has arrived is kept; the next pull resumes from there")
             break
     return found
@@ -119,7 +119,7 @@ def _ask(lock: Lock, folder: Path, files: Sequence[LockedFile], source: Source) 
         except FileFaultError as error:
             found.append(str(error))
             continue
-        except SourceLostError as error:
+        except SourceUnavailableError as error:
             found.append(str(error))
             break
         if file.size is not None and offer.size != file.size:
@@ -146,7 +146,7 @@ def _adopt(lock: Lock, folder: Path, wanted: _Wanted) -> bool:
 
 
 def _fetch_file(lock: Lock, folder: Path, wanted: _Wanted, source: Source) -> None:
-    """Raises FileFaultError or SourceLostError."""
+    """Raises FileFaultError or SourceUnavailableError."""
     name, size, partial = wanted.file.name, wanted.offer.size, wanted.partial
     resumed = wanted.had_bytes > 0
     kept = f", of which {wanted.had_bytes} are here already" if resumed else ""

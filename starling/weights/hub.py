@@ -22,7 +22,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 import starling
 from starling.errors import WeightsError
 from starling.weights.address import checked, without_secrets
-from starling.weights.source import FileFaultError, Offer, Patience, SourceLostError
+from starling.weights.source import FileFaultError, Offer, RetryPolicy, SourceUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 LONGEST_WAIT_S = 300.0  # the hub limits requests per five minutes, and may ask to wait as long
 # Less than this in `stall_s` is a stall, and less than this between two failures is no progress.
-LEAST_PROGRESS_BYTES = 64 << 10
+MIN_PROGRESS_BYTES = 64 << 10
 
 
 class _TransientError(Exception):
@@ -45,7 +45,7 @@ class _TransientError(Exception):
 class Hub:
     """The files of `repository` at `revision`. `endpoint`: a mirror's URL, or None for the hub or HF_ENDPOINT."""
 
-    def __init__(self, repository: str, revision: str, endpoint: str | None, patience: Patience) -> None:
+    def __init__(self, repository: str, revision: str, endpoint: str | None, retry: RetryPolicy) -> None:
         if is_offline_mode():
             raise WeightsError(
                 f"HF_HUB_OFFLINE is set, so {repository} may not be downloaded. "
@@ -59,7 +59,7 @@ class Hub:
         self._endpoint = address if endpoint else None
         # The caller's token is for the hub (or HF_ENDPOINT); a mirror named only to us does not get to see it.
         self._token = False if endpoint else None
-        self._patience = patience
+        self._retry = retry
         self.name = without_secrets(address)
 
     def offer(self, name: str) -> Offer:
@@ -67,7 +67,7 @@ class Hub:
             metadata = get_hf_file_metadata(
                 self._url(name),
                 token=self._token,
-                timeout=self._patience.stall_s,
+                timeout=self._retry.stall_s,
                 library_name="starling",
                 library_version=starling.__version__,
                 endpoint=self._endpoint,
@@ -98,12 +98,14 @@ class Hub:
             try:
                 return self._with_our_errors(name, action)
             except _TransientError as error:
-                if progress_bytes() - before_bytes >= LEAST_PROGRESS_BYTES:
+                if progress_bytes() - before_bytes >= MIN_PROGRESS_BYTES:
                     failures = 0
                 failures += 1
-                if failures >= self._patience.attempts:
-                    raise SourceLostError(f"{name}: {self.name}: {error}; gave up after {failures} attempts") from error
-                wait_s = max(error.wait_s, self._patience.first_wait_s * 2 ** (failures - 1))
+                if failures >= self._retry.attempts:
+                    raise SourceUnavailableError(
+                        f"{name}: {self.name}: {error}; gave up after {failures} attempts"
+                    ) from error
+                wait_s = max(error.wait_s, self._retry.first_wait_s * 2 ** (failures - 1))
                 logger.info("%s: %s; trying again in %.0f s", name, error, min(wait_s, LONGEST_WAIT_S))
                 time.sleep(min(wait_s, LONGEST_WAIT_S))
 
@@ -114,7 +116,7 @@ class Hub:
         except (HfHubHTTPError, httpx2.HTTPStatusError) as error:
             self._raise_for(name, error.response)
         except httpx2.TimeoutException as error:
-            raise _TransientError(f"nothing arrived for {self._patience.stall_s:g} s") from error
+            raise _TransientError(f"nothing arrived for {self._retry.stall_s:g} s") from error
         except httpx2.TransportError as error:
             raise _TransientError(without_secrets(str(error)) or type(error).__name__) from error
         except httpx2.HTTPError as error:
@@ -139,7 +141,7 @@ class Hub:
         }
         if have:
             headers["Range"] = f"bytes={have}-"
-        timeout = httpx2.Timeout(self._patience.stall_s)
+        timeout = httpx2.Timeout(self._retry.stall_s)
         with get_session().stream("GET", self._url(name), headers=headers, timeout=timeout) as response:
             if response.status_code == 416:
                 _empty(file, advance)
@@ -148,7 +150,7 @@ class Hub:
                 self._raise_for(name, response)
             if have and not _continues_at(response, have):
                 _empty(file, advance)  # the server sends the file from its beginning
-            pace = _Pace(self._patience.stall_s)
+            pace = _Pace(self._retry.stall_s)
             for chunk in response.iter_raw():
                 if file.tell() + len(chunk) > size:
                     raise FileFaultError(f"{name}: {self.name} sends more than the {size} bytes expected")
@@ -173,7 +175,7 @@ class _Pace:
 
     def count(self, count_bytes: int) -> None:
         self._bytes += count_bytes
-        if self._bytes >= LEAST_PROGRESS_BYTES:
+        if self._bytes >= MIN_PROGRESS_BYTES:
             self._start_s, self._bytes = time.monotonic(), 0
         elif time.monotonic() - self._start_s > self._window_s:
             raise _TransientError(f"only {self._bytes} bytes arrived in {self._window_s:g} s")

@@ -10,7 +10,7 @@ from starling.settings import Settings
 from starling.weights.download import pull
 from starling.weights.inspection import FileReport, State, faults, inspect, verify
 from starling.weights.lock import Lock
-from starling.weights.source import Patience
+from starling.weights.source import RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def locate(
     where: str | None = None,
     lock_path: Path = LOCK_PATH,
     folder: Path | None = None,
-    patience: Patience | None = None,
+    retry: RetryPolicy | None = None,
 ) -> Located:
     """The first that applies: `explicit` (not checked against the lock), `folder` (checked), a download into it.
 
@@ -75,7 +75,7 @@ def locate(
         raise WeightsError(f"There are no usable weights in {folder}, and no download is allowed:{lines}\n{REMEDY}")
     logger.info("Downloading %s at %s (licence: %s)", lock.repository, lock.revision, lock.licence)
     try:
-        return _located(folder, "downloaded", pull(lock, folder, where, patience))
+        return _located(folder, "downloaded", pull(lock, folder, where, retry))
     except WeightsError as error:
         raise WeightsError(f"{error}\nOr {ALTERNATIVE}") from error
 

@@ -12,12 +12,12 @@ class FileFaultError(WeightsError):
     """This source cannot provide one file, but may provide others."""
 
 
-class SourceLostError(WeightsError):
+class SourceUnavailableError(WeightsError):
     """The source does not answer; asking it for other files is pointless."""
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to wait for a source."""
 
     stall_s: float = 30.0  # a connection that delivers next to nothing for this long is dropped
@@ -35,7 +35,7 @@ class Offer:
 
 
 class Source(Protocol):
-    """Both calls raise FileFaultError or SourceLostError."""
+    """Both calls raise FileFaultError or SourceUnavailableError."""
 
     def offer(self, name: str) -> Offer: ...
 

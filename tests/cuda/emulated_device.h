@@ -624,7 +624,7 @@ inline void prefetch(u64 from, u32 bytes) {
   check_given(from, bytes);
 }
 
-inline void wait_for_kernel_before() {
+inline void wait_for_previous_kernel() {
   Fiber& fiber = block->fibers[block->current];
   fiber.waited = true;
   fiber.held = block->early;

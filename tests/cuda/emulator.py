@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from starling.model.ops.build_cache import kept
+from starling.model.ops.build_cache import cached_build
 from starling.model.ops.cpu.compiler import find_compiler
 from starling.model.ops.cuda import CudaOps
 from starling.model.ops.cuda.driver import Arguments
@@ -27,7 +27,7 @@ from tests.cuda.ptx import ptx_of, translate
 
 HEADER = Path(__file__).with_name("emulated_device.h")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", "-ffp-contract=off")
-MOST_EARLY = 3  # blocks
+MAX_EARLY = 3  # blocks
 KERNEL = re.compile(r"^KERNEL\([^)]*\)\s*(\w+)\(", re.MULTILINE)
 # The entry points for each kernel, and for a file.
 KERNEL_CALLS = """extern "C" void* make_{0}(unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared_bytes,
@@ -79,7 +79,7 @@ class EmulatedModule:
     def launch(self, kernel: str, grid: Grid, threads: int, shared_bytes: int, *arguments: Argument) -> None:
         assert min(grid) > 0, f"{kernel}: the driver refuses a grid of {grid}"
         launch = EmulatedLaunch(self._library, kernel, (*grid, threads, shared_bytes), arguments)
-        early = self._random.randint(1, MOST_EARLY) if self._stream else 0
+        early = self._random.randint(1, MAX_EARLY) if self._stream else 0
         launch.begin(early, self._random.getrandbits(64))
         if self._stream:
             self._stream.add(launch)
@@ -168,7 +168,7 @@ def compiled(name: str, header: Path, text: Callable[[], str] = lambda: "", key:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert not done.returncode, done.stderr
 
-    return kept(f"starling-emulated-{name}-{digest.hexdigest()[:20]}.so", build)
+    return cached_build(f"starling-emulated-{name}-{digest.hexdigest()[:20]}.so", build)
 
 
 def emulated_ops(stream: EmulatedStream | None = None) -> CudaOps:

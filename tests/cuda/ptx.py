@@ -54,7 +54,7 @@ def translate(ptx: str) -> str:
     ptx = re.sub(r"//[^\n]*", "", ptx)
     target = re.search(r"\.target sm_(\d+)", ptx)
     assert target
-    begin = "" if int(target[1]) >= 90 else "wait_for_kernel_before();"
+    begin = "" if int(target[1]) >= 90 else "wait_for_previous_kernel();"
     parts = []
     for found in DECLARED.finditer(ptx):
         names = re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", found["parameters"].strip())
@@ -320,6 +320,6 @@ WHOLE: dict[str, Callable[..., str]] = {
     ),
     "createpolicy.fractional.L2::evict_first.b64": lambda policy, _fraction: f"{policy} = 0;",
     "membar.gl": lambda: "fence();",
-    "griddepcontrol.wait": lambda: "wait_for_kernel_before();",
+    "griddepcontrol.wait": lambda: "wait_for_previous_kernel();",
     "griddepcontrol.launch_dependents": lambda: "",
 }

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from starling.model.ops.build_cache import kept
+from starling.model.ops.build_cache import cached_build
 from starling.model.ops.cpu import CpuOps, library
 from starling.model.ops.cpu.compiler import FLAGS, NATIVE, find_compiler
 from starling.model.ops.cpu.compiler import _key as key
@@ -42,4 +42,4 @@ def _emulated() -> ctypes.CDLL:
         compiler = find_compiler() or ()
         run((*compiler, *flags, "-include", str(TILES), str(NATIVE / "kernels.cpp"), "-o", str(path)))
 
-    return ctypes.CDLL(str(kept(f"starling-emulated-amx-{digest.hexdigest()[:20]}.so", build)))
+    return ctypes.CDLL(str(cached_build(f"starling-emulated-amx-{digest.hexdigest()[:20]}.so", build)))

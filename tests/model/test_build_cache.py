@@ -10,7 +10,7 @@ import pytest
 
 from starling.errors import DeviceError
 from starling.model.ops import build_cache
-from starling.model.ops.build_cache import kept
+from starling.model.ops.build_cache import cached_build
 from starling.model.ops.cpu import TorchCpuOps, cpu_ops, library
 
 
@@ -34,21 +34,21 @@ def never(path: Path) -> None:
 
 def test_it_is_built_once_in_the_home(folders: tuple[Path, Path]) -> None:
     home, other = folders
-    assert kept("a", build) == kept("a", never) == home / "a"
+    assert cached_build("a", build) == cached_build("a", never) == home / "a"
     assert (home / "a").read_text() == "built"
     assert sorted(path.name for path in home.iterdir()) == ["a", "a.lock"] and not other.exists()
 
 
 def test_it_is_found_where_nothing_can_be_written(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    kept("a", build)
+    cached_build("a", build)
 
     def fail(path: Path, build: object) -> None:
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(build_cache, "_make", fail)
-    assert kept("a", never) == folders[0] / "a"
+    assert cached_build("a", never) == folders[0] / "a"
     with pytest.raises(DeviceError, match=r"cannot be cached .*Read-only.*Read-only.*Give this user"):
-        kept("b", never)
+        cached_build("b", never)
 
 
 def test_a_folder_that_cannot_take_it_leaves_it_to_the_next(
@@ -57,11 +57,11 @@ def test_a_folder_that_cannot_take_it_leaves_it_to_the_next(
     home, other = folders
     home.parent.parent.mkdir()
     home.parent.write_text("in the way")
-    assert kept("a", build) == other / "a"
+    assert cached_build("a", build) == other / "a"
     home.parent.unlink()
     free = {home: 1 << 20, other: 1 << 30}
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=1 << 30, free=free[folder]))
-    assert kept("b", build) == other / "b"
+    assert cached_build("b", build) == other / "b"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_nothing_is_taken_from_a_folder_that_another_user_may_have_filled(
         return SimpleNamespace(st_mode=mode, st_uid=owner) if path == other else lstat(path)
 
     monkeypatch.setattr(Path, "lstat", changed)
-    assert kept("a", build) == (other / "a" if ours else home / "a")
+    assert cached_build("a", build) == (other / "a" if ours else home / "a")
 
 
 def test_a_user_without_a_home_and_a_system_without_a_temporary_folder(
@@ -98,14 +98,14 @@ def test_a_user_without_a_home_and_a_system_without_a_temporary_folder(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", unknown)
-    assert kept("a", build) == folders[1] / "a"
+    assert cached_build("a", build) == folders[1] / "a"
 
     def nothing() -> str:
         raise FileNotFoundError("No usable temporary directory found")
 
     monkeypatch.setattr(tempfile, "gettempdir", nothing)
     with pytest.raises(DeviceError, match="cannot be cached"):
-        kept("a", build)
+        cached_build("a", build)
 
 
 def test_kernels_that_cannot_be_loaded_leave_plain_torch(

@@ -81,7 +81,7 @@ def test_a_header_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(type(folder), "open", refuse)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file: .*Input/output"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file: .*Input/output"):
         open_checkpoint(folder, config)
 
 
@@ -153,7 +153,7 @@ def test_a_tensor_stored_twice(folder: Path) -> None:
 def test_a_file_cut_short(folder: Path, keep: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match="whole safetensors file"):
+    with pytest.raises(CheckpointError, match="complete safetensors file"):
         open_all(folder)
 
 

@@ -124,7 +124,8 @@ static void test_linear(Context& context, Context& alone, const std::string& nam
 }
 
 static void test_attention(Context& context, const std::string& name, bool as_half, int64_t window) {
-  const int64_t dims[] = {128, 24, 80}, dim = dims[below(3)], kv_heads = 1 + below(3), heads = kv_heads * (1 + below(5));
+  const int64_t dims[] = {128, 24, 80}, dim = dims[below(3)];
+  const int64_t kv_heads = 1 + below(3), heads = kv_heads * (1 + below(5));
   const int64_t block_size = 16, blocks = 40, length = 300 + below(300), queries = 1 + below(40);
   const int64_t q_size = heads * dim, kv_size = kv_heads * dim, first = length - queries;
   const size_t item = as_half ? 2 : 4;

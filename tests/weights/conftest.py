@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from starling.weights import Lock, LockedFile, Patience
+from starling.weights import Lock, LockedFile, RetryPolicy
 from tests.weights.hub_server import HubServer
 
 REVISION = "f0a87c473f82b2e369a4106ef658dc663ebcba2e"
 REPOSITORY = "someone/some-model"
-BRISK = Patience(attempts=3, first_wait_s=0.01)
-IMPATIENT = Patience(stall_s=1, attempts=1)  # for tests of stalls
+BRISK = RetryPolicy(attempts=3, first_wait_s=0.01)
+IMPATIENT = RetryPolicy(stall_s=1, attempts=1)  # for tests of stalls
 
 
 def lock_for(files: dict[str, bytes], unknown: tuple[str, ...] = ()) -> Lock:

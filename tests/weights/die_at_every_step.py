@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from starling.errors import WeightsError
-from starling.weights import Lock, Patience, inspect, locate, pull
+from starling.weights import Lock, RetryPolicy, inspect, locate, pull
 
 # Audit events, which CPython raises before the system call: https://docs.python.org/3/library/audit_events.html
 TOUCHES = {"open", "os.mkdir", "os.rename", "os.utime", "os.truncate", "os.remove", "os.rmdir", "fcntl.flock"}
-PATIENCE = Patience(stall_s=5, attempts=2, first_wait_s=0.01)
+PATIENCE = RetryPolicy(stall_s=5, attempts=2, first_wait_s=0.01)
 
 
 def pull_until(step: int, lock: Lock, folder: Path, where: str) -> bool:

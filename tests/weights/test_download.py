@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from starling.errors import WeightsError
-from starling.weights import Lock, Patience, State, inspect, progress, pull, verify
+from starling.weights import Lock, RetryPolicy, State, inspect, progress, pull, verify
 from starling.weights import hub as hub_module
 from starling.weights.address import without_secrets
 from starling.weights.digest import sha256_of
@@ -50,7 +50,7 @@ def test_brings_only_what_is_missing_or_wrong(hub, lock, folder, files):
 
 
 def test_resumes_after_cuts(hub, lock, folder, files, seed, monkeypatch):
-    monkeypatch.setattr(hub_module, "LEAST_PROGRESS_BYTES", 1000)  # every cut leaves more than this
+    monkeypatch.setattr(hub_module, "MIN_PROGRESS_BYTES", 1000)  # every cut leaves more than this
     rng = random.Random(seed)
     hub.faults_of(MODEL).cut_after = [rng.randrange(20_000, 60_000) for _ in range(6)]
     pull(lock, folder, hub.url, BRISK)
@@ -174,7 +174,7 @@ def test_the_partial_file_of_another_revision_is_not_resumed(hub, folder, files)
     hub.faults_of(MODEL).cut_after = [100_000]
     lock = lock_for(files, unknown=(MODEL,))
     with pytest.raises(WeightsError, match="gave up after 1 attempts"):
-        pull(lock, folder, hub.url, Patience(attempts=1))
+        pull(lock, folder, hub.url, RetryPolicy(attempts=1))
     other = lock.model_copy(update={"revision": "1" * 40})
     new = dict(files, **{MODEL: files[MODEL][::-1]})
     with HubServer(other.repository, other.revision, new, faults=hub.faults).running() as newer:
@@ -211,7 +211,7 @@ def test_waits_double_and_a_lost_source_is_asked_for_no_other_file(hub, lock, fo
     for name in files:
         hub.faults_of(name).statuses = [503] * 9
     with pytest.raises(WeightsError, match="gave up after 5 attempts"):
-        pull(lock, folder, hub.url, Patience())
+        pull(lock, folder, hub.url, RetryPolicy())
     assert waits_s == [1, 2, 4, 8]
 
 

@@ -90,7 +90,7 @@ def test_a_download_when_allowed_and_only_then(lock_path, folder, files, hub):
     ):
         assert word in str(caught.value)
     assert not hub.requests
-    found = locate(allow_download=True, where=hub.url, lock_path=lock_path, patience=BRISK)
+    found = locate(allow_download=True, where=hub.url, lock_path=lock_path, retry=BRISK)
     assert (found.folder, found.origin) == (folder, "downloaded")
     assert_whole(folder, files)
 
@@ -108,4 +108,4 @@ def test_the_settings_say_where_weights_come_from(tmp_path, lock_path, folder, f
 def test_a_failed_download_says_what_else_can_be_done(lock_path, hub):
     hub.faults_of("model.safetensors").statuses = [500] * 9
     with pytest.raises(WeightsError, match=r"answers 500(.|\n)*scripts/demo"):
-        locate(allow_download=True, where=hub.url, lock_path=lock_path, patience=BRISK)
+        locate(allow_download=True, where=hub.url, lock_path=lock_path, retry=BRISK)

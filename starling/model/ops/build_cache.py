@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from starling.errors import DeviceError
-from starling.file_system import alone, free_disk_bytes
+from starling.file_system import exclusive_lock, free_disk_bytes
 
 MIN_FREE_BYTES = 32 << 20  # needed in a folder before building there: a compiler that fills the disk does not say so
 
 
-def kept(name: str, build: Callable[[Path], None], folder: Path | None = None) -> Path:
+def cached_build(name: str, build: Callable[[Path], None], folder: Path | None = None) -> Path:
     """The path of file `name`: in `folder`, or else in the first of this user's folders that has it, even read-only.
 
     If none has it, `build` writes it to the path it is given, and the first folder that accepts it keeps it. Processes
@@ -55,7 +55,7 @@ def _is_trusted(folder: Path) -> bool:
 
 def _make(path: Path, build: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with alone(path.with_name(f"{path.name}.lock"), "compiler"):
+    with exclusive_lock(path.with_name(f"{path.name}.lock"), "compiler"):
         if not path.exists():
             if free_disk_bytes(path.parent) < MIN_FREE_BYTES:
                 raise OSError(f"{path.parent} has less than {MIN_FREE_BYTES >> 20} MiB free")

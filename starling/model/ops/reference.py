@@ -38,7 +38,7 @@ class ReferenceOps:
         return F.linear(x, weight["weight"]).to(torch.float32)
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
-        return table[resolved(token_ids, sampled)].to(self.dtype)
+        return table[resolve_sampled_ids(token_ids, sampled)].to(self.dtype)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         # Normalise in float32, cast, then multiply: the order of Hugging Face's MistralRMSNorm.
@@ -138,7 +138,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def resolved(token_ids: torch.Tensor, sampled: torch.Tensor | None) -> torch.Tensor:
+def resolve_sampled_ids(token_ids: torch.Tensor, sampled: torch.Tensor | None) -> torch.Tensor:
     """The ids, with those below 0 replaced by the sampled ids that they stand for (see Ops.embed)."""
     if sampled is None or not (below := token_ids < 0).any():
         return token_ids

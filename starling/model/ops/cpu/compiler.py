@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from starling.errors import DeviceError
-from starling.model.ops.build_cache import kept
+from starling.model.ops.build_cache import cached_build
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def library_paths(*parts: str, cache: Path | None = None) -> list[Path]:
     key, suffix = _key(), ".dylib" if sys.platform == "darwin" else ".so"
 
     def path(part: str) -> Path:
-        return kept(f"starling-cpu-{key}-{part}{suffix}", lambda path: _build(part, path), cache)
+        return cached_build(f"starling-cpu-{key}-{part}{suffix}", lambda path: _build(part, path), cache)
 
     try:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

@@ -13,7 +13,7 @@ from starling.model.batch import Batch
 from starling.model.ops.cpu import library
 from starling.model.ops.cpu.cores import usable_cores
 from starling.model.ops.interface import DecoderLayer, Packed
-from starling.model.ops.reference import resolved
+from starling.model.ops.reference import resolve_sampled_ids
 
 Precision = Literal["float32", "int16", "int8", "auto"]
 PRECISIONS: dict[str, int] = {"float32": 0, "int16": 1, "int8": 2, "auto": 3}  # enum Precision of types.h
@@ -21,7 +21,7 @@ BLOCK_ROWS = 16  # output rows in one block of a packed weight
 # Prompt tokens per step and thread. A step of a 7B model then takes 0.7 to 0.8 s, however many threads there are, and
 # prompts are read at 95 to 104% of the speed that steps of 256 reach. A matrix unit computes more in that time.
 PREFILL_TOKENS, MATRIX_PREFILL_TOKENS = 16, {"amx": 64, "neoni8mm": 32}
-MOST_PREFILL_TOKENS = 256
+MAX_PREFILL_TOKENS = 256
 MAX_HEAD_DIM = 256
 MAX_HEADS_PER_KV_HEAD = 64
 
@@ -104,7 +104,7 @@ class CpuOps:
         isa, self._lib, kernels = library.load_best(usable if isa == "auto" else (isa,))
         self.name = f"{isa} kernels with {self.threads} threads"
         per_thread = MATRIX_PREFILL_TOKENS.get(isa, PREFILL_TOKENS)
-        self.prefill_tokens = min(per_thread * self.threads, MOST_PREFILL_TOKENS)
+        self.prefill_tokens = min(per_thread * self.threads, MAX_PREFILL_TOKENS)
         self._context: int | None = self._lib.starling_open(self.threads, kernels)
         if self._context is None:
             raise DeviceError(
@@ -159,7 +159,7 @@ class CpuOps:
         return self._linear(x, weight, None)
 
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
-        token_ids = resolved(token_ids, sampled).contiguous()
+        token_ids = resolve_sampled_ids(token_ids, sampled).contiguous()
         out = torch.empty(token_ids.numel(), table.shape[1])
         self._lib.starling_embed(
             self._context, token_ids.data_ptr(), table.data_ptr(), out.data_ptr(), token_ids.numel(), table.shape[1]

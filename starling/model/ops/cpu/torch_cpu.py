@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from starling.model.awq import AwqWeight, unpack
 from starling.model.ops.cpu.compiler import NoCompilerError
 from starling.model.ops.cpu.cores import usable_cores
-from starling.model.ops.cpu.ops import MOST_PREFILL_TOKENS, CpuOps, Precision
+from starling.model.ops.cpu.ops import MAX_PREFILL_TOKENS, CpuOps, Precision
 from starling.model.ops.interface import Ops, Packed
 from starling.model.ops.reference import ReferenceOps
 
@@ -31,7 +31,7 @@ class TorchCpuOps(ReferenceOps):
         super().__init__("cpu", torch.float32)
         self.kv_dtype = kv_dtype
         # A 7B model on two threads then reads prompts at 94% of the speed of steps of 256 tokens.
-        self.prefill_tokens = min(32 * torch.get_num_threads(), MOST_PREFILL_TOKENS)
+        self.prefill_tokens = min(32 * torch.get_num_threads(), MAX_PREFILL_TOKENS)
 
     def pack_awq(self, weight: AwqWeight, paired: bool = False) -> Packed:
         """`weight` as torch packs it; `scales_and_zeros` bfloat16 [groups, out, 2]; `shape`: out, group size.

@@ -31,7 +31,7 @@ NARROW_TOKENS = 4
 NORM_TOKENS = 2  # a fused norm reads 4 bytes per element instead of 2, and every block recomputes it
 TALL_PACE = 1.15  # products per time, relative to a kernel that reads activations for half as many rows
 PRODUCTS_PER_BYTE = 80  # of a multiprocessor, per byte of its share of bandwidth: 0.67 T/s by 8.3 GB/s on an A40
-MOST_SHARED = 256  # blocks (in tokens and rows) whose sums can be shared between ranges of K: 67 MB at most
+MAX_SHARED_BLOCKS = 256  # blocks (in tokens and rows) whose sums can be shared between ranges of K: 67 MB at most
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class LinearKernels:
         self.device = device
         on_gpu = device.type == "cuda"
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 84
-        self._counters = torch.zeros(MOST_SHARED, dtype=torch.int32, device=device)
+        self._counters = torch.zeros(MAX_SHARED_BLOCKS, dtype=torch.int32, device=device)
         self._chosen: dict[tuple[int, ...], tuple[Wide, int]] = {}
 
     def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
@@ -211,7 +211,7 @@ class LinearKernels:
         if splits == 1:
             return products
         shared_bytes = 2 * blocks * splits * kernel.sums_bytes / self._processors
-        return products + PRODUCTS_PER_BYTE * shared_bytes if blocks <= MOST_SHARED else float("inf")
+        return products + PRODUCTS_PER_BYTE * shared_bytes if blocks <= MAX_SHARED_BLOCKS else float("inf")
 
     def _narrow(
         self,
@@ -236,7 +236,7 @@ class LinearKernels:
         tokens, partials = x.shape[0], None
         if splits > 1:
             blocks = self._blocks(kernel, tokens, weight)
-            assert splits == SPLITS and blocks <= MOST_SHARED
+            assert splits == SPLITS and blocks <= MAX_SHARED_BLOCKS
             partials = torch.empty(blocks * SPLITS * kernel.sums_bytes // 4, dtype=torch.float32, device=self.device)
         grid = (-(-tokens // kernel.tokens), -(-weight.rows // kernel.rows), splits)
         no_norm = (None, None, 0.0)

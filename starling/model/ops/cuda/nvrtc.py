@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from starling.errors import DeviceError
-from starling.model.ops.build_cache import kept
+from starling.model.ops.build_cache import cached_build
 from starling.model.ops.cpu.cores import usable_cores
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def cubin(source: str, arch: int, cache: Path | None = None) -> bytes:
         path.write_bytes(compile_source(source, arch)[0])
         log.info("Compiled %s.cu for sm_%d in %.1f s.", source, arch, time.monotonic() - began_s)
 
-    return kept(f"starling-cuda-{source}-sm{arch}-{_key(source)}.cubin", build, cache).read_bytes()
+    return cached_build(f"starling-cuda-{source}-sm{arch}-{_key(source)}.cubin", build, cache).read_bytes()
 
 
 def compile_ahead(archs: Iterable[int] = ARCHS, cache: Path | None = None) -> None:

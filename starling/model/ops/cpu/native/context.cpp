@@ -51,7 +51,9 @@ void Context::pass(const Linear& w, const float* x, int64_t tokens, const uint8_
   if (floats) {
     for (int i = 0; i < rows; i++) order_[i] = i;
   } else {
-    auto coarse = [&](int i) { return precision == kInt8 || (precision == kAuto && prompt_tokens && prompt_tokens[i]); };
+    auto coarse = [&](int i) {
+      return precision == kInt8 || (precision == kAuto && prompt_tokens && prompt_tokens[i]);
+    };
     int packed = 0;
     for (int i = 0; i < rows; i++)
       if (coarse(i)) order_[packed++] = i;

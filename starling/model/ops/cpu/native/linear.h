@@ -37,7 +37,8 @@ void quantize_row(const Activations* a, int index, int row, int64_t first, int64
   int32_t* minus_sums = a->minus_sums + tile.offset / group + first * stride + row * tile.planes;
   float* scales = a->scales + tile.first * groups + first * tile.rows + row;
   const float limit = tile_limit(tile);
-  for (int64_t g = first; g < last; g++, x += group, planes += stride * group, minus_sums += stride, scales += tile.rows) {
+  const int64_t rows = tile.rows;
+  for (int64_t g = first; g < last; g++, x += group, planes += stride * group, minus_sums += stride, scales += rows) {
     F top = f_zero(), probe = f_zero();  // a maximum may miss NaN: x - x is NaN for it and infinity, else 0
     for (int64_t k = 0; k < group; k += 16) {
       const F each = f_load(x + k);

@@ -54,7 +54,8 @@ void Pool::take_chunks(uint32_t job, int thread) {
     uint64_t ticket = next.load(std::memory_order_acquire);
     uint32_t done = 0;
     while (ticket >> 32 == job && (uint32_t)ticket < end) {
-      if (!next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+      if (!next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+        continue;
       if ((uint32_t)ticket + 1 == end) open_.fetch_sub(1, std::memory_order_acq_rel);
       call(work, (uint32_t)ticket);
       done++;

@@ -586,7 +586,7 @@ DEVICE void attend_few(const Step& step, const Tile* tiles, const Range* ranges,
 template <int D>
 DEVICE void attend(const Step& step, const int* counts, const Tile* tiles, const Tile* prompt_tiles,
                    const Range* ranges, int max_ranges, u32* counters, float* scratch, int slots) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   if (prompt_tiles) {
     const int items = counts[1] * step.kv_heads;
     for (int i = blockIdx.x; i < items; i += gridDim.x)
@@ -614,7 +614,7 @@ KERNEL(kThreads) attention_128(PARAMETERS) { attend<128>(STEP, LISTS); }  // and
 KERNEL(256) plan_attention(const int* query_starts, const int* context_lens, int requests, int group, int kv_heads,
                            int window, int max_ranges, int* counts, int* tiles_at, int* prompt_tiles_at, int* ranges_at,
                            u32* counters) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   Tile* tiles = (Tile*)tiles_at;
   Tile* prompt_tiles = (Tile*)prompt_tiles_at;
   int* totals = (int*)shared_memory();  // [3][256]: tiles, items, prompt tiles of the requests up to this thread's

@@ -6,7 +6,7 @@
 //   all shared memory is dynamic, from shared_memory();
 //   parameters are pointers, int and float;
 //   no block waits for another (the last to arrive at a counter may do what remains);
-//   every thread calls wait_for_kernel_before(), and before that only requests weights, by asynchronous copies: only
+//   every thread calls wait_for_previous_kernel(), and before that only requests weights, by asynchronous copies: only
 //   the kernels that packed them write them, and another kernel or a copy (a step's inputs) comes in between.
 #ifndef STARLING_DEVICE_H
 #define STARLING_DEVICE_H
@@ -154,7 +154,7 @@ DEVICE void prefetch(const void* from, u32 bytes) {
 // returns, all earlier kernels have ended and everything they wrote is visible: all of them, not only the latest,
 // because every thread of every kernel makes the call. Older GPUs start a kernel when the previous one has ended.
 // Source: PTX ISA, "griddepcontrol".
-DEVICE void wait_for_kernel_before() {
+DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" : : : "memory");
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");

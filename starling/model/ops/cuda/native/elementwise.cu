@@ -4,7 +4,7 @@
 // table fp16 [V][hidden] at ids [tokens] → out float32 [tokens][hidden], hidden a multiple of 4. An id below 0 is
 // -(1 + row) of `sampled`, the previous step's draws, which the host need not know yet.
 KERNEL(256) embed(const int* ids, const int* sampled, const half_t* table, float* out, int hidden) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   const int id = ids[blockIdx.x] >= 0 ? ids[blockIdx.x] : sampled[-1 - ids[blockIdx.x]];
   for (int i = 4 * threadIdx.x; i < hidden; i += 4 * blockDim.x) {
     const uint2 x = *(const uint2*)(table + (i64)id * hidden + i);
@@ -17,7 +17,7 @@ KERNEL(256) embed(const int* ids, const int* sampled, const half_t* table, float
 // multiple of 8, hidden one of 4.
 KERNEL(256) pick(const int* rows, const half_t* attended, const float* residual, half_t* picked, float* kept, int width,
                  int hidden) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   const i64 from = rows[blockIdx.x], to = blockIdx.x;
   for (int i = threadIdx.x; i < width / 8; i += blockDim.x)
     ((uint4*)(picked + to * width))[i] = ((const uint4*)(attended + from * width))[i];
@@ -27,7 +27,7 @@ KERNEL(256) pick(const int* rows, const half_t* attended, const float* residual,
 
 // gate_up fp16 [tokens][2][width] → silu(gate) * up, fp16 [tokens][width]; eight elements a thread, rounded once.
 KERNEL(256) silu_and_mul(const half_t* gate_up, half_t* out, int tokens, int width) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   const int index = blockIdx.x * blockDim.x + threadIdx.x, pieces = width / 8, token = index / pieces;
   if (token >= tokens) return;
   const half_t* from = gate_up + (i64)token * 2 * width + index % pieces * 8;

@@ -268,7 +268,7 @@ template <class W, int SLOTS, bool NORM> DEVICE void linear_narrow(const Linear&
     copy_async_commit();
   }
   weights.prefetch_from(begin + SLOTS - 1);
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
 
   if constexpr (NORM) {
     float* const partials = (float*)(normed - kNormBytes);
@@ -358,7 +358,7 @@ template <class W, int TOKEN_TILES, int ROW_TILES, int PANEL, int STAGES> DEVICE
     weights[r] = Weights(l, first_row_tile + r, end, streams + (warp * ROW_TILES + r) * Weights::kBytes);
 #pragma unroll
   for (int r = 0; kAlone && r < ROW_TILES; r++) weights[r].prefetch_from(begin);
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
 
   // Thread i copies 16 bytes of row i / (8 * PANEL) and every kRowStep-th after it; zeros beyond the last token and k.
   constexpr int kRowChunks = PANEL * 8, kRowStep = kThreads / kRowChunks;

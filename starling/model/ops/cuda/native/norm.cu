@@ -13,14 +13,14 @@ DEVICE void norm_row(const float* x, const half_t* weight, half_t* out, int widt
 
 // x float32 [tokens][width], weight fp16 [width] → out fp16 [tokens][width]
 KERNEL(256) rms_norm(const float* x, const half_t* weight, half_t* out, int width, float eps) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   const i64 row = (i64)blockIdx.x * width;
   norm_row(x + row, weight, out + row, width, eps);
 }
 
 // residual float32 [tokens][width] += x fp16 [tokens][width], then its norm → out fp16 [tokens][width]
 KERNEL(256) add_rms_norm(const half_t* x, float* residual, const half_t* weight, half_t* out, int width, float eps) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   const i64 row = (i64)blockIdx.x * width;
   for (int i = 4 * threadIdx.x; i < width; i += 4 * kNormThreads) {  // each thread reads back only what it wrote
     const uint2 added = *(const uint2*)(x + row + i);

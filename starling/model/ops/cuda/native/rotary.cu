@@ -12,7 +12,7 @@
 KERNEL(128) rotate_and_cache(const half_t* qkv, const int* positions, const int* slots, const float* rotary,
                              half_t* q, half_t* keys, half_t* values, int tokens, int heads, int kv_heads, int dim,
                              int block_size) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
   const int pieces = dim / 16, all_heads = heads + 2 * kv_heads;
   const int token = index / (all_heads * pieces);

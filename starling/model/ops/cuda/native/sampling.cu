@@ -83,7 +83,7 @@ DEVICE int resolve(int id, const int* sampled) { return id >= 0 ? id : sampled[-
 // Fills a row of the table [V] from a sequence's tokens [tokens_count], the first `prompt` of which came with the
 // request.
 KERNEL(1024) count(u32* table, int row, const int* tokens, int tokens_count, int prompt, int vocabulary) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   u32* counts = table + (i64)row * vocabulary;
   for (int i = threadIdx.x; i < vocabulary; i += blockDim.x) counts[i] = 0;
   __syncthreads();
@@ -101,7 +101,7 @@ KERNEL(1024) count(u32* table, int row, const int* tokens, int tokens_count, int
 // draw: by then, `sampled` may hold the new ones. Zeroes the histogram of a row that is cut.
 KERNEL(256) shape(float* logits, const Settings* settings, const u32* table, const int* tail, int* resolved,
                   const int* sampled, const u32* masks, u64* largest, u32* counts, u64* weights, int vocabulary) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   const int row = blockIdx.y, first = blockIdx.x * kChunk + threadIdx.x;
   const Settings& s = settings[row];
   if (is_cut(s, vocabulary)) {
@@ -228,7 +228,7 @@ DEVICE bool has_token(const Row& row) { return row.largest > -infinity() && row.
 // The sum of each chunk's weights and, for a row that is cut, the histogram: tokens per bin, and their weights.
 KERNEL(256) weigh(const float* logits, const Settings* settings, const u64* largest, u64* sums, u32* counts,
                   u64* weights, int vocabulary) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   const Settings& s = settings[blockIdx.y];
   if (s.inverse == 0) return;
   const Row row = row_of(logits, s, best_of(largest, blockIdx.y, gridDim.x), blockIdx.y, vocabulary);
@@ -432,7 +432,7 @@ DEVICE void cut(Shared* shared, const Row& row, Found found, bool ones) {
 KERNEL(1024) draw(const float* logits, const Settings* settings, const u64* largest, const u64* sums,
                   const u32* counts, const u64* weights, int chunks, u32* table, const int* resolved, int* results,
                   int faults, int vocabulary) {
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   Shared* shared = (Shared*)shared_memory();
   const Settings& s = settings[blockIdx.x];
   if (threadIdx.x == 0 && s.table) {
