@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from starling import tokenizer_json
 from starling.errors import RequestError
-from starling.grammar import FORMATS, KEYWORDS, REFUSED, Grammars
+from starling.grammar import Grammars
+from starling.json_schema import FORMATS, KEYWORDS, REFUSED
 from starling.request import Request
 from starling.tokenizer import Tokenizer
 
@@ -181,7 +183,7 @@ def test_multiples_that_would_be_joined_wrongly_are_refused(follows: Follows, va
 
 
 @given(st.lists(st.one_of(st.integers(1, 400), st.integers(1, 400).map(lambda n: n / 8)), min_size=1, max_size=3))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_several_multiples_hold_at_once(follows: Follows, values: list[float]) -> None:
     """Or are refused. Checked at the least common multiple, at a half of it, and at each alone."""
     schema = {"type": "number", "allOf": [{"multipleOf": value} for value in values]}
@@ -191,6 +193,33 @@ def test_several_multiples_hold_at_once(follows: Follows, values: list[float]) -
             assert follows(f"{number / 8:.10g}", schema) == all(number % each == 0 for each in eighths), number / 8
         except RequestError as error:
             assert re.search(r"32 bits|more than 100000|fuel", str(error))
+
+
+BOUNDS = st.one_of(st.integers(-3, 3), st.integers(-25, 25).map(lambda n: n / 8), st.sampled_from([0.05, -0.1, 99.5]))
+NUMBERS = st.fixed_dictionaries(
+    {"type": st.just("number")},
+    optional=dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), BOUNDS),
+)
+
+
+@given(schema=NUMBERS, joined=st.none() | NUMBERS, numbers=st.lists(BOUNDS, min_size=1))
+@example(schema={"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, joined=None, numbers=[0, 0.125, 0.5])
+@example(schema={"type": "number", "exclusiveMinimum": 0}, joined={"maximum": 0.5}, numbers=[0, 0.125, 0.5])
+@example(schema={"type": "number", "exclusiveMaximum": 2, "minimum": 1.5}, joined=None, numbers=[1.5, 1.625, 2])
+@example(schema={"type": "number", "exclusiveMaximum": 0, "minimum": -0.5}, joined=None, numbers=[-0.0, -0.125])
+@settings(deadline=None, max_examples=40)
+def test_bounds_hold(
+    follows: Follows, schema: dict[str, Any], joined: dict[str, Any] | None, numbers: list[float]
+) -> None:
+    """And allow the rest. llguidance alone would let 0 through as 0 < x <= 0.5."""
+    if joined is not None:
+        schema = {**schema, "allOf": [joined]}
+    judge = jsonschema.Draft202012Validator(schema)
+    for number in [*numbers, *(value for value in schema.values() if isinstance(value, int | float))]:
+        try:
+            assert follows(json.dumps(number).removesuffix(".0"), schema) == judge.is_valid(number), number
+        except RequestError as error:
+            assert "Unsatisfiable" in str(error)
 
 
 @pytest.mark.parametrize("schema", [{"properties": 5}, {"patternProperties": 5}, {"required": 5, "minProperties": 2}])

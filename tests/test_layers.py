@@ -20,7 +20,8 @@ ROOMS = {
     "starling/stops.py": set(),
     "starling/tokenizer.py": {"starling.json_file"},
     "starling/chat.py": {"starling.request"},
-    "starling/grammar.py": {"starling.request", "starling.tokenizer"},
+    "starling/grammar.py": {"starling.json_schema", "starling.request", "starling.tokenizer"},
+    "starling/json_schema.py": {"starling.request"},
     "starling/generation.py": {
         "starling.chat", "starling.engine", "starling.request", "starling.stops", "starling.tokenizer",
     },
