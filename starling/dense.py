@@ -89,7 +89,7 @@ def empty_model(weights: DenseWeights) -> PreTrainedModel:
     for name, shape in expected.items():
         if (found := weights.shape(name)) != shape:
             raise CheckpointError(
-                f"{weights.folder} does not fit its config.json: {name} has shape {found}, expected {shape}."
+                f"{weights.folder} does not fit its config.json: as a matrix, {name} is {found}, expected {shape}."
             )
     return model
 

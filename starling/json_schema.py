@@ -141,7 +141,7 @@ def _largest_product(multiples: Counter[tuple[int, int]]) -> int:
         return min(math.lcm(a, b), 2**32)
 
     before = accumulate(scaled, lcm, initial=1)
-    after = [*accumulate(reversed(scaled), lcm, initial=1)][-2::-1]  # of those behind each
+    after = [*accumulate(reversed(scaled), lcm, initial=1)][-2::-1]  # of those after each
     return max((each * lcm(a, b) for each, a, b in zip(scaled, before, after, strict=False)), default=0)
 
 
@@ -220,7 +220,7 @@ def _close_bounds(schema: dict[str, Any], joins: bool) -> None:
 
 
 def _is_exact(value: Any) -> bool:
-    """Whether it is a number of which float64 can hold every whole one."""
+    """Whether it is a number below 2**53 in magnitude, where float64 holds every whole number exactly."""
     return type(value) in (int, float) and abs(value) < LARGEST_INTEGER
 
 
@@ -243,7 +243,7 @@ def _schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _digits(number: float) -> tuple[int, int]:
     """The number without its decimal point, and its decimal places: (25, 2) for 0.25.
 
-    1 instead of 0 and of infinity, which llguidance refuses.
+    For 0 and infinity, which llguidance refuses, the number is 1.
     """
     whole, _, places = f"{Decimal(repr(number).removesuffix('.0')):f}".partition(".")
     return int(re.sub(r"\D", "", whole + places) or 0) or 1, len(places)

@@ -1,4 +1,4 @@
-"""predict.py's source → the OpenAPI document that Cog makes of it, and its server validates requests with.
+"""predict.py's source → the OpenAPI document that Cog makes of it and that Cog's server validates requests with.
 
 `cog build` reads a predictor's signature without running it and writes .cog/openapi_schema.json into the image. Cog's
 server needs that file for streaming and validation, but outside an image nothing creates it. This module reads the

@@ -198,7 +198,7 @@ class ReferenceEngine:
             raise  # every later request would fail too
         except Exception as fault:
             logger.error("a request failed", exc_info=True)
-            message = f"The request failed: {type(fault).__name__}. The server goes on; try again."
+            message = f"The request failed: {type(fault).__name__}. The server is still running; try again."
             task.deliver(Delivery([], "error", EngineError(message)))
         finally:
             self._watch.end()

@@ -137,7 +137,7 @@ class Service:
         return replace(self._engine.counters)
 
     def _journal(self, generation: Generation, outcome: str) -> None:
-        """Log one line of JSON per finished request, for operators. It never contains any of the request's texts."""
+        """Log one line of JSON per finished request, for operators. It never quotes the request or the answer."""
         summary = generation.summary()
         request = generation.request
         line = {

@@ -38,7 +38,7 @@ class Settings(BaseModel):
     max_concurrency: int = Field(1, ge=1, le=256, alias="COG_MAX_CONCURRENCY")
     kv_cache_bytes: int | None = Field(None, ge=1, alias="STARLING_KV_CACHE_BYTES")  # None: by free memory
     block_size: BlockSize = Field(16, alias="STARLING_BLOCK_SIZE")  # positions in a KV block
-    # Prompt tokens in one step; None: 256 on a CPU, 512 on a GPU
+    # Prompt tokens in one step; None: 16 to 64 a thread, at most 256, on a CPU (Ops.prefill_tokens); 512 on a GPU
     prefill_tokens: int | None = Field(None, ge=16, le=8192, alias="STARLING_PREFILL_TOKENS")
     speculative_rows: int = Field(8, ge=0, le=256, alias="STARLING_SPECULATIVE_ROWS")  # 0: no speculative decoding
     # A step that takes longer counts as hung. At most what Python can wait: closing waits this long for the engine.

@@ -27,7 +27,7 @@ class Startup:
     def __init__(self) -> None:
         self.began_s = process_began_s()
         self.laps_s: dict[str, float] = {"imports": time.time() - self.began_s}
-        self.operations = "reference"  # its engine has its own; otherwise which ones, and their device
+        self.operations = "reference"  # that engine has its own; for ours: "NAME on DEVICE"
 
     @contextmanager
     def lap(self, name: str) -> Iterator[None]:

@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # characters the terminal cannot show, bytes it cannot read
+            stream.reconfigure(errors="replace")  # characters that the terminal cannot show, bytes that are not text
     prompt: str | None = options.prompt[0] if options.prompt else None
     inputs: dict[str, object] = {"mode": "code" if options.code else "chat"}
     if options.temperature is not None:

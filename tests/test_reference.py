@@ -204,7 +204,8 @@ def test_a_request_that_fails_ends_alone(tmp_path: Path) -> None:
 
     hook = engine._model.register_forward_pre_hook(breaks)
     last = engine.submit([5, 6], SamplingParams(8, frozenset(), 0)).get(timeout_s=120)
-    assert last is not None and str(last.error) == "The request failed: RuntimeError. The server goes on; try again."
+    assert last is not None
+    assert str(last.error) == "The request failed: RuntimeError. The server is still running; try again."
     hook.remove()
     assert len(tokens_of(engine.submit([5, 6], SamplingParams(8, frozenset(), 0)))[0]) == 8
     assert engine.healthy

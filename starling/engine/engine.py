@@ -297,7 +297,7 @@ class Engine:
 
     @staticmethod
     def _advance_grammar(constraint: TokenConstraint, outcome: Outcome) -> str | None:
-        """Pass the grammar what was chosen. Its fault, if that broke it, or if the fault ended the answer."""
+        """Pass the grammar what was chosen. Returns its fault, if that broke it or if a fault ended the answer."""
         if outcome.finish is None:
             for token in outcome.tokens:
                 constraint.advance(token)

@@ -14,7 +14,7 @@ from starling.model.ops.cuda.sampling import SETTINGS
 
 ALIGNMENT = 16  # bytes
 TAIL = 2 + MAX_DRAFT  # most tokens of a sequence that its row of counts lacks: confirmed, in flight, drafts
-HOST_BUFFERS = 2  # host buffers: a step's inputs are written while the previous step's may still be being copied
+HOST_BUFFERS = 2  # used in turn: a step's inputs are written while the previous step's may not be copied yet
 Memory = TypeVar("Memory", torch.Tensor, np.ndarray)
 
 

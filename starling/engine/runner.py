@@ -29,7 +29,7 @@ class Step(Protocol):
 
 
 class StepRunner(Protocol):
-    """Computes steps in the order in which they are started. Tests and benchmarks use a constant instead.
+    """Computes steps in the order in which they are started. Tests and benchmarks use stand-ins.
 
     `start` and `result` raise DeviceError when the device is lost for good; any other exception ends the requests of
     this step only.

@@ -150,7 +150,7 @@ def _group_size(quantization: Any) -> tuple[int | None, list[str]]:
     if not isinstance(quantization, dict) or str(quantization.get("quant_method")).lower() != "awq":
         return None, [
             f"quantization_config is {quantization!r}; implemented: AWQ, with quant_method 'awq'. "
-            "`python -m starling quantize` makes one from a full-precision checkpoint"
+            "`python -m starling quantize` makes an AWQ checkpoint from a full-precision one"
         ]
     faults = []
     # transformers 5 writes `format`; earlier versions and AutoAWQ wrote `version`, sometimes in capitals.
@@ -162,6 +162,6 @@ def _group_size(quantization: Any) -> tuple[int | None, list[str]]:
     group_size = quantization.get("group_size")
     if group_size not in GROUP_SIZES:
         faults.append(f"quantization_config.group_size is {group_size!r}; implemented: {GROUP_SIZES}")
-    if (skipped := quantization.get("modules_to_not_convert")) not in (None, [], ["lm_head"]):  # it never is
+    if (skipped := quantization.get("modules_to_not_convert")) not in (None, [], ["lm_head"]):  # never converted
         faults.append(f"quantization_config.modules_to_not_convert is {skipped!r}; implemented: none or ['lm_head']")
     return group_size, faults

@@ -106,7 +106,7 @@ class Mistral:
     def run_layers(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Embeddings [T, H] → the residual stream after the last layer, for the batch's `logit_rows` [rows, H].
 
-        FusedLayers must give the same.
+        FusedLayers must give the same, but for rounding.
         """
         ops, eps = self.ops, self.config.rms_norm_eps
         residual, prompt_tokens = x, batch.prompt_tokens

@@ -10,7 +10,7 @@ from starling.engine.scheduler import Work
 from starling.engine.sequence import SamplingParams, Sequence
 
 
-def test_what_a_step_leaves_of_a_frame_is_padding() -> None:
+def test_what_a_step_leaves_unused_of_a_frame_is_padding() -> None:
     books = BlockCache(blocks=8, block_size=4, rows=2, max_positions=16)
     plan = []
     for arrival, prompt in enumerate(([10, 11, 12, 13, 14, 15], [20])):

@@ -145,7 +145,7 @@ class Life:
         assert sequence.blocks == []
 
     def fail(self) -> None:
-        self._book(self.loop.step(breaks=self.dice.choice(["start", "result"])))
+        self._record(self.loop.step(breaks=self.dice.choice(["start", "result"])))
 
     def step(self) -> None:
         running = list(self.target.running)
@@ -179,9 +179,9 @@ class Life:
             # A sequence that is preempted for an older one, and admitted again in the same step, does not decode in it.
             admitted_again = self.target.counters.preemptions - preemptions
             assert not drafts or rows - admitted_again <= self.target.limits.speculative_rows
-        self._book(turn)
+        self._record(turn)
 
-    def _book(self, turn: Turn) -> None:
+    def _record(self, turn: Turn) -> None:
         for sequence in turn.failed:
             del self.live[sequence.arrival]
         for outcome in turn.outcomes:
@@ -376,7 +376,7 @@ def test_a_preemption_waits_for_the_step_in_flight() -> None:
         assert in_flight is None or target.scheduler.counters.preemptions == preemptions
         assert all(sequence.unknown == 0 for sequence in target.scheduler.waiting)
     assert target.scheduler.counters.preemptions > 0
-    assert target.scheduler.counters.cached_tokens == 0, "what is found again after preemption was not cached"
+    assert target.scheduler.counters.cached_tokens == 0, "what a preempted one finds again does not count"
     for arrival, sequence in enumerate(sequences):
         assert sequence.cached == 0
         assert sequence.tokens[6:] == expected_answer([arrival + 1] * 6, 24, frozenset())

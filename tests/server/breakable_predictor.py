@@ -22,7 +22,7 @@ from starling.settings import Settings
 
 
 class BreakableModel:
-    """The real model, until it breaks."""
+    """The real model, until its device is lost."""
 
     def __init__(self, model: Any, folder: Path) -> None:
         self._model = model

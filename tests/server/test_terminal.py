@@ -290,7 +290,7 @@ subprocess.Popen = Popen
         )
 
     def send_once_logged(self, line: str, number: int) -> None:
-        """A signal, once the server's log has the line or the terminal has ended."""
+        """Send a signal once the server's log has the line; none if the terminal ends before."""
         wait_for(lambda: self.process.poll() is not None or line in self.log())
         self.process.send_signal(number)
 

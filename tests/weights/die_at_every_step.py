@@ -15,7 +15,7 @@ from starling.weights import Lock, RetryPolicy, inspect, locate, pull
 
 # Audit events, which CPython raises before the system call: https://docs.python.org/3/library/audit_events.html
 TOUCHES = {"open", "os.mkdir", "os.rename", "os.utime", "os.truncate", "os.remove", "os.rmdir", "fcntl.flock"}
-PATIENCE = RetryPolicy(stall_s=5, attempts=2, first_wait_s=0.01)
+RETRY = RetryPolicy(stall_s=5, attempts=2, first_wait_s=0.01)
 
 
 def pull_until(step: int, lock: Lock, folder: Path, where: str) -> bool:
@@ -33,7 +33,7 @@ def pull_until(step: int, lock: Lock, folder: Path, where: str) -> bool:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(die)
-        pull(lock, folder, where, PATIENCE)
+        pull(lock, folder, where, RETRY)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
@@ -67,7 +67,7 @@ def main() -> None:
     while pull_until(step, lock, base / f"step{step}", where):
         folder = base / f"step{step}"
         check(lock_path, folder, right)
-        pull(lock, folder, where, PATIENCE)
+        pull(lock, folder, where, RETRY)
         check(lock_path, folder, right)
         left = {path.name for path in folder.iterdir()} - right.keys()
         assert left == {".verified.json", ".pull.lock"}, left
