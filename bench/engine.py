@@ -51,7 +51,7 @@ def throughput(service: Service) -> list[tuple[int, float]]:
 
 
 def overhead_us(batch: int, steps: int = 400) -> tuple[float, float]:
-    """µs per decode step, medians, with a stub model: planning and booking, and building the step's arrays."""
+    """µs per decode step, medians, with a stub model: planning and completing it, and building the step's arrays."""
     books = BlockCache(4096, 16, batch, 2048, window=1024)
     scheduler = Scheduler(books, Limits(batch, prefill_tokens=512, speculative_rows=16))
     for i in range(batch):
@@ -151,7 +151,7 @@ def main() -> None:
     print("Overhead per decode step, the model stubbed (µs, medians)")
     for batch in (1, 8, 32):
         scheduling, building = overhead_us(batch)
-        print(f"  batch {batch:>2}   plan and book {scheduling:6.0f}   build arrays {building:6.0f}")
+        print(f"  batch {batch:>2}   plan and complete {scheduling:6.0f}   build arrays {building:6.0f}")
 
     for folder in options.weights:
         service = Service.from_folder(folder, Settings(max_concurrency=max(CONCURRENCIES)))

@@ -7,7 +7,7 @@
 Runs under a Python that has them installed, and imports nothing of ours. LONGEST is the most tokens of context that
 will be asked for. Once the engine is loaded, prints its version as one line of JSON, then answers each line of input
 with one: `decode BATCH CONTEXT` and `prefill TOKENS` with seconds, `memory` with the resident bytes now and at the
-peak. So engines can take turns while all of them stay loaded. At BATCH 1 a longer context extends the sequence before.
+peak. So engines can take turns while all of them stay loaded. At BATCH 1 a longer context extends the same sequence.
 """
 
 import json

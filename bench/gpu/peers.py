@@ -1,7 +1,7 @@
 """Other libraries' products with 4-bit weights, each packed from the same AWQ weight; and dense fp16 ones.
 
-A library is imported only when it is measured. Where it is missing, or a newer version expects another layout, its
-place in the table says so.
+A library is imported only when it is measured. Where it is missing, a line says so instead of its table; where a newer
+version expects another layout, the table's cells do.
 """
 
 import importlib.metadata

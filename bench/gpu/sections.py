@@ -426,7 +426,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Bench], None]]] = {
     "start": ("Loading the weights", start),
     "decode": ("Decoding one stream", decode),
     "overlap": ("Kernels that overlap", overlap),
-    "batches": ("Decoding side by side", batches),
+    "batches": ("Decoding in batches", batches),
     "first": ("First token, through the engine", first_token),
     "concurrency": ("Throughput, through the engine", concurrency),
     "memory": ("Memory", memory),

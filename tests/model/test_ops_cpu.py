@@ -92,7 +92,7 @@ def test_attention_is_the_same_in_prefill_chunks_and_decode(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_model_answers_the_same_alone_in_chunks_and_in_company(
+def test_a_model_answers_the_same_alone_in_chunks_and_in_a_batch(
     precision: str, checkpoint: Path, rng: random.Random
 ) -> None:
     """Three requests, 330 tokens or more each: whole and alone, against mixed steps of odd chunks on more threads."""
@@ -118,8 +118,8 @@ def test_a_model_answers_the_same_alone_in_chunks_and_in_company(
         ]
         wanted.append(torch.cat(logits))
 
-    company = Mistral.load(checkpoint, CpuOps(3, precision))  # type: ignore[arg-type]
-    cache = company.allocate_cache(128, BLOCK_SIZE)
+    batched = Mistral.load(checkpoint, CpuOps(3, precision))  # type: ignore[arg-type]
+    cache = batched.allocate_cache(128, BLOCK_SIZE)
     free = list(range(128))
     tables = [random_table(rng, length, BLOCK_SIZE, free) for length in lengths]
     found: list[list[torch.Tensor]] = [[], [], []]
@@ -133,7 +133,7 @@ def test_a_model_answers_the_same_alone_in_chunks_and_in_company(
                 done[r] += piece.count
         if chosen:
             tokens = torch.cat([ids[r][p.start : p.start + p.count] for r, p in chosen])
-            logits = company.forward(step([p for _, p in chosen], BLOCK_SIZE, tokens), cache)
+            logits = batched.forward(step([p for _, p in chosen], BLOCK_SIZE, tokens), cache)
             for (r, _), part in zip(chosen, logits.split([p.count for _, p in chosen]), strict=True):
                 found[r].append(part)
     for r in range(3):
@@ -221,14 +221,14 @@ def test_tiles_that_linux_refuses_are_logged_and_leave_the_next_best(
 
 
 def test_a_set_that_is_refused_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    for refused, told in ((None, False), (b"amx", True)):
+    for refused, logged in ((None, False), (b"amx", True)):
         isa = SimpleNamespace(
             starling_usable_isa=lambda i: [b"avx2", b"portable", None][i],
             starling_refused_isa=lambda refused=refused: refused,
         )
         monkeypatch.setattr(library, "_open", lambda _, isa=isa: isa)
         assert usable_instruction_sets.__wrapped__() == ("avx2", "portable")
-        assert ("has amx, but Linux refuses it" in caplog.text and "next best, avx2" in caplog.text) == told
+        assert ("has amx, but Linux refuses it" in caplog.text and "next best, avx2" in caplog.text) == logged
 
 
 def test_head_dims_beyond_the_kernels_are_refused() -> None:

@@ -1,6 +1,6 @@
-// AMX's tiles in plain C++, as Intel's manual describes them, for machines without. Included before everything else,
-// it replaces the intrinsics. What the manual calls a fault ends the process, and so does the use of a tile that holds
-// nothing; a register keeps nothing beyond its configured size.
+// AMX's tiles in plain C++, as Intel's manual describes them, for machines without AMX. Included before everything
+// else, it replaces the intrinsics. What the manual calls a fault ends the process, and so does the use of a tile that
+// holds nothing; a register keeps nothing beyond its configured size.
 #pragma once
 #include <immintrin.h>
 

@@ -35,7 +35,7 @@ def test_the_arguments_reach_the_search(
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "told"),
+    ("fault", "code", "message"),
     [
         (StarlingError("no such thing"), 1, "no such thing"),
         (OSError(28, "No space left on device"), 1, "No space left"),
@@ -43,14 +43,14 @@ def test_the_arguments_reach_the_search(
     ],
 )
 def test_an_error_is_reported_in_one_line(
-    fault: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fault: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def search(*arguments: object) -> None:
         raise fault
 
     quantizing(monkeypatch, search)
     assert main(["quantize", "from", "to"]) == code
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_unreadable_calibration_text_is_reported_in_one_line(

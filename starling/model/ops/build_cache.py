@@ -14,11 +14,11 @@ MIN_FREE_BYTES = 32 << 20  # needed in a folder before building there: a compile
 
 
 def cached_build(name: str, build: Callable[[Path], None], folder: Path | None = None) -> Path:
-    """The path of file `name`: in `folder`, or else in the first of this user's folders that has it, even read-only.
+    """The path of file `name`: in the first of this user's folders that has it, even read-only.
 
-    If none has it, `build` writes it to the path it is given, and the first folder that accepts it keeps it. Processes
-    that start together build it once; it is renamed into place, so it always appears whole. Raises DeviceError if no
-    folder can keep it.
+    `folder` takes the place of those folders. If none has it, `build` writes it to the path it is given, and the first
+    folder that accepts it keeps it. Processes that start together build it once; it is renamed into place, so it always
+    appears whole. Raises DeviceError if no folder can keep it.
     """
     folders = [folder] if folder else list(_folders())
     for each in folders:
@@ -45,7 +45,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _is_trusted(folder: Path) -> bool:
-    """Whether no other user can have made or filled `folder`, whose name is easy to guess: we run what it holds."""
+    """Whether only we or root can have made or filled `folder`, whose name is easy to guess: we run what it holds."""
     try:
         found = folder.lstat()
     except OSError:

@@ -8,7 +8,7 @@ namespace {
 constexpr int kUnpackColumns = 512, kUnpackGroups = kUnpackColumns / 32;  // unpacked at a time, at most
 // Up to this many tiles, half as many columns at a time: more weights leave no room in L1 for what else is read, and
 // unpacking costs more than it gains. 8 answers at once took 0.28 ms instead of 0.39, 32 tokens of a prompt 0.48
-// instead of 0.58; 256 tokens took as long (Granite Rapids, 4,096 x 4,096 on two threads).
+// instead of 0.58; 256 tokens took as long either way (Granite Rapids, 4,096 x 4,096 on two threads).
 constexpr int kFewTiles = 4;
 
 struct MatrixPiece {  // some columns of kMatrixBlocks blocks
