@@ -64,7 +64,7 @@ def captured(works: Sequence[Work], device: torch.device) -> Work:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        in_turn()  # nothing may be compiled, tuned or allocated during capture
+        in_turn()  # compiles, tunes and allocates what a capture must not
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -387,7 +387,7 @@ def peer_products(bench: Bench, name: str) -> None:
     contenders = [products.ours(bench.ops), peer]
     tokens = products.TOKENS[:: 2 if bench.quick else 1]
     found = [products.measured(shape, contenders, tokens, bench.clock) for shape in shapes]
-    for m in tokens:  # row by row: if time runs out, few tokens have been measured for all matrices
+    for m in tokens:  # row by row, so that if time runs out, every matrix has been measured at few tokens
         cells = []
         for _, (own, its) in map(next, found):
             if isinstance(own, str) or isinstance(its, str):

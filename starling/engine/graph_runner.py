@@ -2,7 +2,7 @@
 
 Everything is queued on one stream, in the order of the steps. A step of decodes alone is padded to the next of SIZES
 and replayed as one graph, from the embedding to the drawn ids; any other step is queued kernel by kernel. So is the
-first step of each size, which is captured afterwards; if the capture fails, so are all later steps of that size.
+first step of each size, which is then captured; if the capture fails, later steps of that size are queued that way too.
 """
 
 import logging
@@ -81,7 +81,7 @@ class GraphRunner:
         self._mask_bytes = mask_bytes
         self._sampling = ops.sampling(rows, model.config.vocab_size, limits.max_running)
         self._shaping = Shaping(self._recount)
-        self._prompt_tokens = torch.zeros(tokens, dtype=torch.bool, device=ops.device)  # all are computed alike
+        self._prompt_tokens = torch.zeros(tokens, dtype=torch.bool, device=ops.device)  # none: all are computed alike
         self._decodes: dict[int, Decodes] = {}
         self._turn = 0
         self._cuda = ops.device.type == "cuda"  # False in tests that run the kernels on an emulated device
@@ -171,7 +171,7 @@ class GraphRunner:
 
     def _capture(self, decodes: Decodes) -> torch.cuda.CUDAGraph:
         # Not torch.cuda.graph, which first waits for the device and collects garbage: running answers would stall.
-        # All sizes share a pool and replay in any order: nothing in it outlives a step, and steps never overlap.
+        # All sizes share a pool and replay in any order: nothing in it outlives a step, and steps run one by one.
         graph = torch.cuda.CUDAGraph()
         try:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

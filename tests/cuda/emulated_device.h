@@ -62,8 +62,8 @@ struct Copy { void* to; const void* from; bool valid; Touch begun; bool early; u
 // fence before it. PTX ISA, "Memory Consistency Model": release and acquire patterns; fences are cumulative.
 struct Release {
   Touch by;
-  u32 before = 0;           // all that its block did ahead of so many barriers
-  std::vector<u16> fences;  // and what each thread did ahead of so many fences
+  u32 before = 0;           // all that its block did ahead of this many barriers
+  std::vector<u16> fences;  // and what each thread did ahead of this many of its fences
 };
 
 // Global memory during one launch. Other launches come before or after it as a whole.
@@ -399,7 +399,7 @@ template <class T> inline T get(u64 bits) {
 }
 template <> inline bool get<bool>(u64 bits) { return bits != 0; }
 
-template <class T> inline u64 put(T x) { return (u64)(i64)x; }  // sign-extends to wider registers
+template <class T> inline u64 put(T x) { return (u64)(i64)x; }  // a signed one is sign-extended to wider registers
 template <> inline u64 put<u64>(u64 x) { return x; }
 template <> inline u64 put<float>(float x) {
   u32 bits;

@@ -166,7 +166,7 @@ def test_a_kernel_begins_before_the_previous_one_has_run(kernel: str) -> None:
 
 @pytest.mark.parametrize("way", ["global.nc", "volatile.global", "relaxed.gpu.global"])
 def test_a_load_of_another_kind_is_not_taken_for_a_plain_one(way: str) -> None:
-    """A load through a path that is not coherent, say, may return stale data that an overlapping kernel writes."""
+    """A load through a path that is not coherent, say, may return stale data where an overlapping kernel writes."""
     with pytest.raises(AssertionError, match=way):
         ptx.instruction(f"ld.{way}.u32", ["%r1", "[%rd1]"])
 

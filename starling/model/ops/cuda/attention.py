@@ -128,7 +128,7 @@ class AttentionKernels:
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> torch.Tensor:
-        """rotate_and_cache, then attention, bit for bit; in one launch if the step has no prompts."""
+        """rotate_and_cache, then attention, bit for bit; in one launch if no request can be a prompt."""
         if plan.prompt_tiles is None and self._dim == self._padded_dim:
             return self._attend(qkv, rotary, keys, values, batch, plan)
         q = self.rotate_and_cache(qkv, batch, rotary, keys, values)

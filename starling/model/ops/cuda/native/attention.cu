@@ -359,7 +359,7 @@ struct Cut {
   }
 };
 
-// A block's range of items, with all that it needs to begin. begin == end if there are fewer items than blocks.
+// A block's range of items, with all that it needs to begin. begin == end: there are too few items for this block.
 struct alignas(16) Range {
   Tile tile;
   int index, head, split;  // of the first item

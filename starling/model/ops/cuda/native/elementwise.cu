@@ -1,4 +1,4 @@
-// The embedding, the activation between gate|up and down, and the selection of the tokens that leave the last layer.
+// The embedding, the activation between gate|up and down, and the choice of the last layer's tokens that go on.
 #include "device.h"
 
 // table fp16 [V][hidden] at ids [tokens] → out float32 [tokens][hidden], hidden a multiple of 4. An id below 0 is

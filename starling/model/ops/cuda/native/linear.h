@@ -18,8 +18,8 @@
 //
 // Weights pass through shared memory by asynchronous copies, and each lane reads what it has copied itself: how much is
 // in flight does not depend on the compiler's schedule, and takes no registers. Before it waits for the previous
-// kernel, a block requests its first weights (narrow) and prefetches kPrefetchBytes of each row tile into L2, so that
-// memory is not idle while attention runs, or while a kernel starts or ends.
+// kernel, a block requests its first weights (narrow), and each warp prefetches kPrefetchBytes of its weights into L2
+// (up to 32 tokens), so that memory is not idle while attention runs, or while a kernel starts or ends.
 //
 // Two shapes of kernel:
 //   narrow  a block has 2 row tiles and 4 warps for each, one per range of K, which add up in shared memory. x is read
@@ -41,7 +41,7 @@
 // multiprocessor, an H100 18 kB. Two blocks of narrow fit in a multiprocessor of either (128 registers; 35 KiB, with a
 // norm 43 KiB); with a norm of two tokens, 51 KiB, only one in an A40's.
 // Instructions: a multiprocessor must finish a tile every 107 cycles on an A40 and every 38 on an H100 (1.7 GHz), so in
-// 430 and 152 issue slots. narrow takes 84 (head 14 for the same bytes), wide_8 112, wide_16 about 115, wide_32 about
+// 430 and 152 issue slots. narrow takes 86 (head 15 for the same bytes), wide_8 112, wide_16 about 115, wide_32 about
 // 145. With more tokens tensor cores are the limit: a product takes 16 cycles of a quarter of an A40's multiprocessor,
 // 8 of an H100's, so a tile with 64 tokens takes 128 and 64 of all four. wide_64_tall, for prompts, has 64 products to
 // some 400 other instructions for two tiles, reads each activation from shared memory for 32 rows, and requests 1 MB
@@ -57,7 +57,7 @@ constexpr int kTileK = 64;
 constexpr int kPanelTileBytes = kTileK * 2;  // of one token's activations
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr u32 kPrefetchBytes = 8192;  // per row tile: 64 KB a block, 8.6 MB an H100, whose memory takes 3 us for them
+constexpr u32 kPrefetchBytes = 8192;  // per warp: 64 KB a block, 8.6 MB an H100, whose memory takes 3 us for them
 constexpr int kNarrowRowTiles = kWarps / kSplits;
 constexpr int kNarrowTokens = 8;
 constexpr int kNormBytes = kNarrowTokens * kNormWarps * 4;

@@ -1,7 +1,7 @@
 // Rotary embedding of queries and keys, and the write of keys and values to the paged cache, in one launch.
 //
 // A token of Starling moves 12 KiB in and 12 KiB out: at batch 1 two dependent reads (position and slot; angles) and a
-// write, about 1.5 us of latency. In steps of few tokens, attention does it itself.
+// write, about 1.5 us of latency. In steps of few tokens or of decodes, attention does it.
 #include "rotary.h"
 
 // qkv fp16 [tokens][heads + 2 kv_heads][dim] → q [tokens][heads][dim] rotated, keys (rotated) and values at `slots` of

@@ -40,9 +40,9 @@ struct Settings {     // one row; SETTINGS in sampling.py. All zeros: greedy, no
 static_assert(sizeof(Settings) == 64, "");
 
 constexpr u64 kOff = ~0ull;
-constexpr int kChunk = 1024, kShapers = 256, kEach = kChunk / kShapers;  // per block: tokens, threads; per thread
+constexpr int kChunk = 1024, kShapers = 256, kEach = kChunk / kShapers;  // a block's tokens, threads; a thread's tokens
 constexpr int kBins = 2048, kBinsPerE = 62;                             // e^-33 < 2^-47, and 33 * 62 < kBins
-constexpr u32 kPrompt = 0x80000000u;  // in the table: occurs in the prompt. The other bits count generated ones
+constexpr u32 kPrompt = 0x80000000u;  // in the table: occurs in the prompt; the other bits: times generated
 
 #define CALLED static __device__ __noinline__  // for bodies used more than once: instructions must be fetched, too
 
@@ -395,7 +395,7 @@ CALLED Found find_bin(Shared* shared, int n, bool ones, u64 target) {
 DEVICE void cut(Shared* shared, const Row& row, Found found, bool ones) {
   u64 before = ones ? find_bin(shared, found.index, false, kOff).total : 0;
   Group group = {found.index, 48, 0};
-  while (shared->counts[found.index] > kList) {  // ends: above bit 4, at most 16 tokens share a prefix
+  while (shared->counts[found.index] > kList) {  // ends: at most 16 tokens agree from bit 4 on
     __syncthreads();
     divide(shared, row, group, group.shift - 11);
     found = find_bin(shared, kBins, ones, found.rest);
