@@ -81,14 +81,14 @@ class Client:
             raise AnswerError(
                 f"The inputs cannot be sent ({error}): text must be valid Unicode, and numbers finite"
             ) from error
-        begun_s = time.monotonic()
+        began_s = time.monotonic()
         while True:
             try:
                 with closing(self._http.send(request, stream=True)) as response:
                     if response.is_success:
                         yield Answer(EventSource(response))
                         return
-                    if response.status_code != httpx.codes.CONFLICT or time.monotonic() - begun_s > BUSY_RETRY_S:
+                    if response.status_code != httpx.codes.CONFLICT or time.monotonic() - began_s > BUSY_RETRY_S:
                         raise AnswerError(_refusal(response))
             except httpx.TransportError as error:
                 raise self._unreachable(error) from error

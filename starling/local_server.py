@@ -159,11 +159,11 @@ class LocalServer:
 
         Raises ServerError with the end of the log if it fails or takes longer than timeout_s.
         """
-        begun_s = time.monotonic()
+        began_s = time.monotonic()
         try:
             self.spawn()
             while (status := self.health().get("status")) not in ("READY", "BUSY"):
-                waited_s = time.monotonic() - begun_s
+                waited_s = time.monotonic() - began_s
                 if status == "SETUP_FAILED" or self.process is None or self.process.poll() is not None:
                     raise ServerError(f"The server did not start ({status or 'its process ended'}):\n{self._tail()}")
                 if waited_s > timeout_s:

@@ -38,7 +38,7 @@ def parse_stop_sequences(value: Any) -> Any:
     if (text.startswith("[") and text.endswith("]")) or text.startswith('["'):
         try:
             return json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             if text.startswith('["'):
                 raise ValueError(f'is not a JSON list of strings ({error}); write ["first", "second"]') from error
     return [part for part in value.split(",") if part]

@@ -93,7 +93,7 @@ def take_turn(client: Client, messages: list[Turn], prompt: str, **inputs: objec
 
 def start(server: LocalServer) -> None:
     """Start the server, showing how long it takes."""
-    begun_s = time.monotonic()
+    began_s = time.monotonic()
     interactive = sys.stderr.isatty()
 
     def waiting(seconds: float) -> None:
@@ -101,7 +101,7 @@ def start(server: LocalServer) -> None:
             print(f"\rStarting the server: {seconds:.1f} s", end="", file=sys.stderr, flush=True)
 
     server.start(waiting=waiting)
-    print(f"{chr(13) if interactive else ''}Server ready in {time.monotonic() - begun_s:.1f} s", file=sys.stderr)
+    print(f"{chr(13) if interactive else ''}Server ready in {time.monotonic() - began_s:.1f} s", file=sys.stderr)
 
 
 def leave(number: int, frame: FrameType | None) -> None:

@@ -139,7 +139,13 @@ def test_all_faults_at_once() -> None:
     assert all(name in str(caught.value) for name in ("gelu", "mlp_bias", "'X'"))
 
 
-@pytest.mark.parametrize(("content", "named"), [(None, "missing"), ("{", "JSON"), ("[]", "list"), ("\xff", "JSON")])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "missing"), ("{", "JSON"), ("[]", "list"), ("\xff", "JSON"),
+        pytest.param("[" * 100_000, "JSON", id="deep"), pytest.param("9" * 5000, "JSON", id="long"),
+    ],
+)  # fmt: skip
 def test_files_at_fault(tmp_path: Path, content: str | None, named: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
