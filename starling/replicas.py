@@ -1,6 +1,6 @@
 """Several replicas of the service behind one address, on Ray Serve: `pip install -r requirements-replicas.txt`, then
 
-    STARLING_WEIGHTS=weights/demo python -m starling.replicas --least 1 --most 4
+    STARLING_WEIGHTS=weights/demo python -m starling.replicas --min-replicas 1 --max-replicas 4
 
 It answers POST /predictions as Cog's server does, with JSON or a stream of events. Each replica holds a whole model
 and takes up to COG_MAX_CONCURRENCY requests at a time. Ray starts replicas when more than that are running or waiting
@@ -228,15 +228,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m starling.replicas", description="Replicas behind one address, on Ray Serve."
     )
-    parser.add_argument("--least", type=int, default=1, help="replicas that always run")
-    parser.add_argument("--most", type=int, default=4, help="replicas at most, under load")
+    parser.add_argument("--min-replicas", type=int, default=1, help="replicas that always run (default: %(default)s)")
+    parser.add_argument("--max-replicas", type=int, default=4, help="replicas under load (default: %(default)s)")
     parser.add_argument("--cores", type=float, default=1, help="CPU cores that Ray reserves for each replica")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs that Ray reserves for each replica")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=5000, help="(default: %(default)s)")
     options = parser.parse_args()
-    if options.least < 0 or options.most < max(1, options.least):
-        parser.error(f"--least is {options.least} and --most {options.most}; give 0 <= least <= most, and most above 0")
+    least, most = options.min_replicas, options.max_replicas
+    if least < 0 or most < max(1, least):
+        parser.error(f"--min-replicas is {least} and --max-replicas {most}; give 0 <= min <= max, and max above 0")
     as_in_an_image = {"COG_MAX_CONCURRENCY": str(declared_concurrency(Path(__file__).parent.parent / "predict.py"))}
     try:
         settings = Settings.from_env(as_in_an_image | os.environ)
@@ -245,7 +246,7 @@ def main() -> None:
         sys.exit(str(error))
     serve.start(http_options={"host": options.host, "port": options.port})
     with contextlib.suppress(KeyboardInterrupt):
-        serve.run(application(settings, options.least, options.most, options.cores, options.gpus), blocking=True)
+        serve.run(application(settings, least, most, options.cores, options.gpus), blocking=True)
 
 
 if __name__ == "__main__":

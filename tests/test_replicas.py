@@ -48,7 +48,15 @@ class Cluster:
         environ = {"STARLING_WEIGHTS": str(weights), "COG_MAX_CONCURRENCY": str(SLOTS), "STARLING_THREADS": "1"}
         environ |= {"STARLING_KV_CACHE_BYTES": str(200 << 20), "RAY_USAGE_STATS_ENABLED": "0"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "starling.replicas", "--least=2", "--most=2", "--cores=0.5", f"--port={self.port}"],
+            [
+                sys.executable,
+                "-m",
+                "starling.replicas",
+                "--min-replicas=2",
+                "--max-replicas=2",
+                "--cores=0.5",
+                f"--port={self.port}",
+            ],
             env=os.environ | environ,
             cwd=ROOT,
             start_new_session=True,
