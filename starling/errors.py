@@ -1,8 +1,13 @@
 """The exception hierarchy. A message gives the value, the rule and the remedy; it never quotes a prompt."""
 
+import sys
+from pathlib import Path
+
+PYTHON = ".venv/bin/python" if Path(sys.prefix).name == ".venv" else "python"  # in a checkout, and in an image
 # The remedy for packages missing outside of serving: for the reference engine, quantizing and perplexity.
 INSTALL_REFERENCE = (
-    "Run: .venv/bin/pip install setuptools && .venv/bin/pip install --no-build-isolation -r requirements-reference.txt"
+    f"Run: {PYTHON} -m pip install setuptools && "
+    f"{PYTHON} -m pip install --no-build-isolation -r requirements-reference.txt"
 )
 
 

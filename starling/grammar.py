@@ -94,7 +94,7 @@ def _brief(error: str) -> str:
     said = re.sub(PLACE, "", " ".join(said.split()))
     for theirs, ours in REWORDED.items():
         said = re.sub(theirs, ours, said)
-    return said[:300].rstrip(".")
+    return re.sub(r"in regex /(.*)/$", r"in the regex \1", said.rstrip("."))[:300]
 
 
 class _Vocabulary:

@@ -219,6 +219,10 @@ def main() -> None:
         place_schema(ROOT)
     except StarlingError as error:
         sys.exit(str(error))
+    health = f"http://localhost:{port}/health-check"
+    print(
+        f"Starting. The server answers once {health} says READY, in seconds to a minute.", file=sys.stderr, flush=True
+    )
     os.execve(sys.executable, [sys.executable, *COMMAND, "0.0.0.0"], server_environment(ROOT, port, os.environ))
 
 

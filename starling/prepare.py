@@ -17,7 +17,8 @@ from starling.weights import locate_weights
 def add_prepare_command(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `prepare` to the command line; `args.run(args)` returns the exit code."""
     text = "compile the kernels and repack the weights now, so that no start has to"
-    subparsers.add_parser("prepare", help=text, description=text).set_defaults(run=run)
+    where = "The weights are those of STARLING_WEIGHTS, or of weights/; without any, only the kernels are compiled."
+    subparsers.add_parser("prepare", help=text, description=f"{text}. {where}").set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

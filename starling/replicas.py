@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starling.errors import EngineError, RequestError, StarlingError, unexpected
+from starling.errors import PYTHON, EngineError, RequestError, StarlingError, unexpected
 from starling.garbage import frozen_heap
 from starling.openapi import declared_concurrency
 from starling.request import OLD_NAMES, Request
@@ -37,7 +38,8 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
 except ImportError as error:
     sys.exit(
-        f"{error.name} is not installed, but replicas need Ray Serve. Run: pip install -r requirements-replicas.txt"
+        f"{error.name} is not installed, but replicas need Ray Serve. "
+        f"Run: {PYTHON} -m pip install -r requirements-replicas.txt"
     )
 
 if TYPE_CHECKING:
@@ -245,6 +247,7 @@ def main() -> None:
     except StarlingError as error:
         sys.exit(str(error))
     serve.start(http_options={"host": options.host, "port": options.port})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray's own handler aborts the process
     with contextlib.suppress(KeyboardInterrupt):
         serve.run(application(settings, least, most, options.cores, options.gpus), blocking=True)
 

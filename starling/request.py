@@ -124,7 +124,8 @@ class Request(BaseModel):
             raise ValueError("json_schema and regex are both given; an answer can follow only one. Drop one")
         if not self.prompt and not self.messages:
             raise ValueError(
-                "neither prompt nor messages is given. Give a prompt, or messages that end with a user turn"
+                "neither prompt nor messages is given. Give a prompt, or messages that end with a user turn; over HTTP "
+                'inside of "input", with Content-Type: application/json'
             )
         if self.messages and not self.prompt and self.messages[-1].role != "user":
             raise ValueError(
@@ -165,6 +166,8 @@ def _fault(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "too_long":  # of a list; pydantic's own message would call it a tuple
         message = "{actual_length} are given; at most {max_length} are accepted. Drop some".format(**error["ctx"])
+    elif error["type"] == "extra_forbidden":
+        message = "There is no such input. Leave it out"
     value = error.get("input")
     shown = f" is {value!r}:" if isinstance(value, int | float | bool) and where else ""
     return f"{where}{shown or ':'} {message}" if where else message

@@ -70,7 +70,6 @@ def chat(client: Client, **inputs: object) -> None:
             return
         if not prompt:
             continue
-        print("Starling: ", end="", flush=True)
         try:
             messages = take_turn(client, messages, prompt, **inputs)
         except AnswerError as error:
@@ -79,14 +78,20 @@ def chat(client: Client, **inputs: object) -> None:
 
 def take_turn(client: Client, messages: list[Turn], prompt: str, **inputs: object) -> list[Turn]:
     """Show the answer to a chat's next prompt. Returns the turns to continue with, this one added if answered."""
-    try:
-        text = show(client, prompt=prompt, messages=messages, **inputs)
-    except AnswerError as error:
-        if not messages or NoRoomError.__name__ not in str(error):
-            raise
-        print("[the chat has grown too long: its older half is left out]")
+    print("Starling: ", end="", flush=True)
+    shortened = False
+    while True:
+        try:
+            text = show(client, prompt=prompt, messages=messages, **inputs)
+            break
+        except AnswerError as error:
+            if not messages or error.kind != NoRoomError.__name__:
+                raise
+        if not shortened:
+            print("[the chat has grown too long: its older part is left out]\nStarling: ", end="", flush=True)
+        shortened = True
         # Half at once: what is kept must be prefilled again, and dropping single turns would cost that at every prompt.
-        return take_turn(client, messages[max(2, len(messages) // 4 * 2) :], prompt, **inputs)
+        messages = messages[max(2, len(messages) // 4 * 2) :]
     turn = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
     return messages + turn if text else messages
 
@@ -120,7 +125,8 @@ def named_input(text: str) -> tuple[str, object]:
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} has no =: write NAME=VALUE")
     if name in ("prompt", "messages"):
-        raise argparse.ArgumentTypeError(f"{name} cannot be set with -i: it is what you type")
+        remedy = "it is what you type" if name == "prompt" else "chat, or send them over HTTP"
+        raise argparse.ArgumentTypeError(f"{name} cannot be set with -i: {remedy}")
     with contextlib.suppress(ValueError):
         return name, json.loads(value) if name in NUMBERS else value
     return name, value
@@ -160,10 +166,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if prompt is None and not sys.stdin.isatty():
             prompt = sys.stdin.read().strip()
+        if prompt is not None and not prompt.strip():
+            raise StarlingError("The prompt is empty. Give one, or none at all for a chat.")
         Request.parse(prompt="Hello" if prompt is None else prompt, **inputs)  # validated before a server is started
         with contextlib.ExitStack() as cleanup:
             url = options.url
             if url is None:
+                if not options.weights.is_dir():
+                    raise StarlingError(f"--weights names {str(options.weights)!r}, which is not a folder.")
                 environ = {"STARLING_WEIGHTS": str(options.weights.resolve())}
                 environ |= {"STARLING_ENGINE": options.engine} if options.engine else {}
                 locate_weights(Settings.from_env({**os.environ, **environ}))  # its error here, not in a server's log

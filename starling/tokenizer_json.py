@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from starling.errors import WeightsError
+from starling.errors import PYTHON, WeightsError
 
 CONTROL_TOKENS = ("<|end_of_turn|>", "<|pad_0|>")  # what Starling's checkpoint adds to Mistral's vocabulary
 
@@ -20,7 +20,7 @@ def starling_tokenizer() -> dict[str, Any]:
     """
     spec = importlib.util.find_spec("mistral_common")
     if spec is None or spec.origin is None:
-        raise WeightsError("mistral-common is not installed. Run: pip install --no-deps mistral-common")
+        raise WeightsError(f"mistral-common is not installed. Run: {PYTHON} -m pip install --no-deps mistral-common")
     return from_sentencepiece(Path(spec.origin).parent / "data" / "tokenizer.model.v1", CONTROL_TOKENS)
 
 

@@ -1,5 +1,6 @@
 """The client's timeouts and errors, without a server."""
 
+import json
 from collections.abc import Iterator
 
 import httpx
@@ -85,3 +86,39 @@ def test_a_timeout_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         said.extend(answer)
     assert said == ["one "]
     client.close()
+
+
+@pytest.mark.parametrize(
+    ("response", "said"),
+    [
+        (httpx.Response(406, json={"error": "Add @cog.streaming"}), f"still starting.*: see {URL}/health-check"),
+        (httpx.Response(405), f"405 Method Not Allowed from {URL}/predictions"),
+        (httpx.Response(422, json={"detail": [{"loc": ["body", "top_p"], "msg": "is 7"}]}), "422 top_p: is 7"),
+    ],
+)
+def test_a_refusal_says_what_to_do(monkeypatch: pytest.MonkeyPatch, response: httpx.Response, said: str) -> None:
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda transport, request: response)
+    client = Client(URL)
+    with pytest.raises(AnswerError, match=said), client.stream(prompt="hello"):
+        pass
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "kind"),
+    [
+        ("Prediction failed: Generator iteration error: RequestError: a: b\nc", "a: b\nc", "RequestError"),
+        ("Prediction failed: worker died", "Prediction failed: worker died", ""),
+    ],
+)
+def test_a_failed_answer_says_what_the_service_said(
+    monkeypatch: pytest.MonkeyPatch, error: str, said: str, kind: str
+) -> None:
+    body = f"event: completed\ndata: {json.dumps({'status': 'failed', 'error': error})}\n\n"
+    response = httpx.Response(200, headers=EVENTS, text=body)
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda transport, request: response)
+    client = Client(URL)
+    with pytest.raises(AnswerError) as caught, client.stream(prompt="hello") as answer:
+        list(answer)
+    client.close()
+    assert (str(caught.value), caught.value.kind) == (said, kind)

@@ -85,7 +85,7 @@ def check_request(prompt: list[int], max_tokens: int, context_limit: int, vocab_
 def no_room(prompt_length: int, max_tokens: int, where: str, limit: int) -> NoRoomError:
     """The error that refuses a request too large for `where`, which holds `limit` tokens."""
     room = limit - prompt_length
-    remedy = f"Lower max_tokens to {room} or less" if room > 0 else "Shorten the prompt"
+    remedy = f"Lower max_tokens to {room} or less" if room > 0 else f"Shorten the prompt to {limit - 1} tokens or fewer"
     return NoRoomError(
         f"The prompt is {prompt_length} tokens long and max_tokens is {max_tokens}, {prompt_length + max_tokens} "
         f"together; {where} holds {limit}. {remedy}."

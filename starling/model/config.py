@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from starling.errors import CheckpointError
+from starling.errors import PYTHON, CheckpointError
 from starling.json_file import read_json_object
 
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
@@ -150,7 +150,7 @@ def _group_size(quantization: Any) -> tuple[int | None, list[str]]:
     if not isinstance(quantization, dict) or str(quantization.get("quant_method")).lower() != "awq":
         return None, [
             f"quantization_config is {quantization!r}; implemented: AWQ, with quant_method 'awq'. "
-            "`python -m starling quantize` makes an AWQ checkpoint from a full-precision one"
+            f"`{PYTHON} -m starling quantize` makes an AWQ checkpoint from a full-precision one"
         ]
     faults = []
     # transformers 5 writes `format`; earlier versions and AutoAWQ wrote `version`, sometimes in capitals.

@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from starling.errors import PYTHON
 from starling.weights.download import pull
 from starling.weights.inspection import FileReport, State, inspect, verify
 from starling.weights.location import LOCK_PATH
@@ -71,15 +72,15 @@ def _show(lock: Lock, folder: Path, reports: list[FileReport]) -> int:
     for report in reports:
         print(f"  {report}")
     if any(report.is_fault for report in reports):
-        print("\nNot usable yet: `python -m starling weights pull` fetches what is missing or wrong.")
+        print(f"\nNot usable yet: `{PYTHON} -m starling weights pull` fetches what is missing or wrong.")
         return 1
     if found := [report for report in reports if report.first_use]:
         print("\nThe lock has no digest for these; they were trusted on first use. Compare them with another source,")
-        print("then commit them: `python -m starling weights pin` writes them into the lock.")
+        print(f"then commit them: `{PYTHON} -m starling weights pin` writes them into the lock.")
         for report in found:
             print(f"  {report.sha256}  {report.name}")
     if any(report.state is State.UNCHECKED for report in reports):
-        print("\nSizes are right; `python -m starling weights verify` computes the digests.")
+        print(f"\nSizes are right; `{PYTHON} -m starling weights verify` computes the digests.")
     return 0
 
 

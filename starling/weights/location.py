@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from starling.errors import WeightsError
+from starling.errors import PYTHON, WeightsError
 from starling.settings import Settings
 from starling.weights.download import pull
 from starling.weights.inspection import FileReport, State, faults, inspect, verify
@@ -20,12 +20,12 @@ ALTERNATIVE = (
     "name the folder of an AWQ checkpoint in STARLING_WEIGHTS. To try it without them, run scripts/demo in a checkout."
 )
 REMEDY = (
-    "Fetch them with `python -m starling weights pull`, let the start do it with STARLING_ALLOW_DOWNLOAD=1, or "
+    f"Fetch them with `{PYTHON} -m starling weights pull`, let the start do it with STARLING_ALLOW_DOWNLOAD=1, or "
     f"{ALTERNATIVE}"
 )
 EXPLICIT_REMEDY = (
     "Name the folder of an AWQ checkpoint there, or unset it to serve the weights that "
-    "`python -m starling weights pull` fetches. To try it without them, run scripts/demo in a checkout."
+    f"`{PYTHON} -m starling weights pull` fetches. To try it without them, run scripts/demo in a checkout."
 )
 
 
