@@ -39,7 +39,7 @@
 // Weights in flight per block: narrow 7 tiles for each of 8 warps, 28 KiB; head 3 tiles, 48 KiB; wide_8 to wide_32 6
 // tiles, 24 KiB; wide_64 4 tiles, 16 KiB; the head's wide ones 32 KiB, 16 KiB at 64 tokens. An A40 needs 5 kB in a
 // multiprocessor, an H100 18 kB. Two blocks of narrow fit in a multiprocessor of either (128 registers; 35 KiB, with a
-// norm 43 KiB); with a norm of two tokens, 51 KiB, only one in an A40's.
+// norm 43 KiB); with a norm of two tokens, 51 KiB, or for the head, 64 KiB, only one in an A40's.
 // Instructions: a multiprocessor must finish a tile every 107 cycles on an A40 and every 38 on an H100 (1.7 GHz), so in
 // 430 and 152 issue slots. narrow takes 86 (head 15 for the same bytes), wide_8 112, wide_16 about 115, wide_32 about
 // 145. With more tokens tensor cores are the limit: a product takes 16 cycles of a quarter of an A40's multiprocessor,
