@@ -120,20 +120,20 @@ class Client:
 
 
 def _failure(error: str) -> AnswerError:
-    """Cog's text for a failed prediction, without what Cog puts before our message."""
-    cog = re.fullmatch(r"(?s)Prediction failed: (?:Generator iteration error: )?(\w+): (.*)", error)
-    return AnswerError(cog[2], cog[1]) if cog else AnswerError(error)
+    """What a failed prediction says, "NoRoomError: message", and Cog before it "Prediction failed: …"."""
+    ours = re.fullmatch(r"(?s)(?:Prediction failed: (?:Generator iteration error: )?)?(\w+Error): (.*)", error)
+    return AnswerError(ours[2], kind=ours[1]) if ours else AnswerError(error)
 
 
 def _refusal(response: httpx.Response) -> str:
     """Why a request was refused, in one line."""
+    if response.status_code == httpx.codes.NOT_ACCEPTABLE:
+        return f"The server is still starting, or its setup has failed: see {response.url.join('/health-check')}"
     text = response.read().decode(errors="replace")
     try:
         body = json.loads(text)
         faults = [f"{detail['loc'][-1]}: {detail['msg']}" for detail in body.get("detail", [])]
     except (ValueError, AttributeError, KeyError, TypeError):
         body, faults = {}, []
-    if response.status_code == httpx.codes.NOT_ACCEPTABLE:
-        return f"The server is still starting, or its setup has failed: see {response.url.join('/health-check')}"
     reason = "; ".join(faults) or body.get("error") or text or f"{response.reason_phrase} from {response.url}"
     return f"{response.status_code} {reason}"

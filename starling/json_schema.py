@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
@@ -73,11 +74,13 @@ def json_grammar(schema: str) -> str:
             f"json_schema has no keyword that an answer can follow (its keys: {', '.join(parsed)[:200]}). Put the "
             'schema itself at the top level, as in {"type": "object", …}; {} allows any JSON.'
         )
-    _check_cost(objects)
+    joins = any(map(_joins, objects))
+    _check_patterns(objects, joins)
+    _check_multiples(objects, joins)
     _check_counts(objects)
     _check_constants(parsed)
     _drop_no_ops(parsed)
-    _close_bounds(parsed, joins=any(map(_joins, objects)))
+    _close_bounds(parsed, joins)
     try:
         schema = json.dumps({**parsed, "x-guidance": OPTIONS}, allow_nan=False)
     except ValueError:  # Python reads NaN, Infinity and 1e400
@@ -85,8 +88,8 @@ def json_grammar(schema: str) -> str:
     return LLMatcher.grammar_from_lark(f'start: " "? body\nbody: %json {schema}\n')
 
 
-def _check_cost(objects: list[dict[str, Any]]) -> None:
-    """Raises RequestError if a schema of these objects could take too long to compile."""
+def _check_patterns(objects: list[dict[str, Any]], joins: bool) -> None:
+    """Raises RequestError if patterns and formats could take too long to compile."""
     named = [each for found in objects if isinstance(each := found.get("patternProperties"), dict)]
     patterns = sum(map(len, named))
     if patterns > MAX_PATTERNS:
@@ -95,7 +98,7 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
             "Name the properties, or drop some patterns."
         )
     texts = {str(found[key]) for found in objects for key in ("pattern", "format") if key in found}
-    if len(texts) > MAX_PATTERNS and any(map(_joins, objects)):
+    if len(texts) > MAX_PATTERNS and joins:
         raise RequestError(
             f"json_schema has {len(texts)} different patterns and formats, and allOf, anyOf, oneOf, $ref or "
             f"patternProperties may apply several to one string; then at most {MAX_PATTERNS} are accepted. Drop some."
@@ -105,6 +108,10 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
         raise RequestError(
             f"json_schema's patterns have {size} bytes in all; at most {MAX_PATTERN_BYTES} are accepted. Shorten them."
         )
+
+
+def _check_multiples(objects: list[dict[str, Any]], joins: bool) -> None:
+    """Raises RequestError if values of multipleOf could take too long to compile, or overflow when joined."""
     values: list[Any] = [each for found in objects if type(each := found.get("multipleOf")) in (int, float)]
     multiples = Counter(map(_digits, values))
     digits = {digits for digits, _ in multiples}
@@ -119,7 +126,7 @@ def _check_cost(objects: list[dict[str, Any]]) -> None:
             f"json_schema's multipleOf values come to more than {MAX_MULTIPLE}, ignoring decimal points: their sum, or "
             "their least common multiple where two may apply to one number. Use smaller or fewer ones."
         )
-    if any(map(_joins, objects)) and _largest_product(multiples) >= 2**32:
+    if joins and _largest_product(multiples) >= 2**32:
         raise RequestError(
             "json_schema has multipleOf values whose product, ignoring decimal points, does not fit 32 bits, and "
             "allOf, anyOf, oneOf, $ref or patternProperties may apply them to one number. Use smaller or fewer ones."
@@ -200,23 +207,23 @@ def _close_bounds(schema: dict[str, Any], joins: bool) -> None:
     It overlooks that a whole number is excluded where the other bound, here or where schemas are joined in another of
     them, is less than 1 away.
     """
-    schemas = list(_schemas(schema))
-    for found in schemas:
-        others = schemas if joins else [found]
-        for own, inclusive, opposite, sign in (
+    schemas = [*_schemas(schema)]
+    for group in [schemas] if joins else [[found] for found in schemas]:
+        for exclusive, inclusive, opposite, sign in (
             ("exclusiveMinimum", "minimum", ("maximum", "exclusiveMaximum"), 1),
             ("exclusiveMaximum", "maximum", ("minimum", "exclusiveMinimum"), -1),
         ):
-            bound: Any = found.get(own)
-            if not _is_exact(bound) or bound != int(bound):
-                continue
-            distances = [sign * (each[key] - bound) for each in others for key in opposite if _is_exact(each.get(key))]
-            if near := [distance for distance in distances if 0 < distance < 1]:
-                moved = bound + sign * min(max(1e-9, math.ulp(bound)), min(near) / 2)
-                if _is_exact(present := found.get(inclusive)):
-                    moved = max(moved, present) if sign > 0 else min(moved, present)
-                del found[own]
-                found[inclusive] = moved
+            others = sorted(sign * found[key] for found in group for key in opposite if _is_exact(found.get(key)))
+            for found in group:
+                bound: Any = found.get(exclusive)
+                if not _is_exact(bound) or bound != int(bound):
+                    continue
+                beyond = bisect_right(others, sign * bound)
+                if beyond < len(others) and (distance := others[beyond] - sign * bound) < 1:
+                    moved = [bound + sign * min(max(1e-9, math.ulp(bound)), distance / 2)]
+                    moved += [found[inclusive]] if _is_exact(found.get(inclusive)) else []
+                    del found[exclusive]
+                    found[inclusive] = max(moved) if sign > 0 else min(moved)
 
 
 def _is_exact(value: Any) -> bool:

@@ -265,10 +265,8 @@ def build_document(signature: Signature) -> dict[str, Any]:
 
 def render(predictor: Path) -> str:
     """The document for a predictor's file, as JSON text."""
-    return (
-        json.dumps(build_document(read_signature(predictor.read_text(encoding="utf-8"))), indent=2, ensure_ascii=False)
-        + "\n"
-    )
+    signature = read_signature(predictor.read_text(encoding="utf-8"))
+    return json.dumps(build_document(signature), indent=2, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def test_a_refusal_says_what_to_do(monkeypatch: pytest.MonkeyPatch, response: ht
     ("error", "said", "kind"),
     [
         ("Prediction failed: Generator iteration error: RequestError: a: b\nc", "a: b\nc", "RequestError"),
+        ("NoRoomError: it is too long", "it is too long", "NoRoomError"),  # as replicas say it
         ("Prediction failed: worker died", "Prediction failed: worker died", ""),
     ],
 )

@@ -25,7 +25,9 @@ def test_blocks_are_full_and_each_starts_with_bos(tokenizer: Tokenizer) -> None:
     assert calibration_blocks("abcdefgh", tokenizer, 0, samples=1, length=4, context=4) == blocks[:1]
 
 
-@pytest.mark.parametrize(("samples", "length"), [(0, 4), (-1, 4), (9, 1), (9, 0), (9, 10), (9, 5)])
-def test_impossible_blocks_are_refused(tokenizer: Tokenizer, samples: int, length: int) -> None:
+@pytest.mark.parametrize(
+    ("samples", "length", "context"), [(0, 4, 16), (-1, 4, 16), (9, 1, 16), (9, 0, 16), (9, 10, 16), (9, 5, 4)]
+)
+def test_impossible_blocks_are_refused(tokenizer: Tokenizer, samples: int, length: int, context: int) -> None:
     with pytest.raises(StarlingError, match="--length"):
-        calibration_blocks("abcdefgh", tokenizer, 0, samples, length, context=4 if length == 5 else 16)
+        calibration_blocks("abcdefgh", tokenizer, 0, samples, length, context)
