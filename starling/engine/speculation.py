@@ -22,7 +22,10 @@ class PromptLookup:
         self._resume_at = 0  # no drafts before the sequence has this many tokens
 
     def draft(self, tokens: list[int], limit: int) -> list[int]:
-        """Up to `limit` tokens that followed the latest earlier occurrence of the final n-gram; often none."""
+        """Up to `limit` tokens that followed the latest earlier occurrence of the final n-gram; often none.
+
+        Where that occurrence is so near that fewer follow, the text repeats itself: so does the draft.
+        """
         size = len(tokens)
         if size < self._resume_at or size <= NGRAM or limit <= 0:
             return []
@@ -33,7 +36,8 @@ class PromptLookup:
         found = self._last.get(tuple(tokens[size - NGRAM :]))
         if found is None:
             return []
-        return tokens[found : found + min(self._length, limit)]
+        count, period = min(self._length, limit), size - found
+        return [tokens[found + i % period] for i in range(count)]
 
     def learn(self, proposed: int, accepted: int, size: int) -> None:
         """Adapt to a verified draft: `accepted` of its tokens were right; the sequence now has `size` tokens."""

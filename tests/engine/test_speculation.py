@@ -31,8 +31,16 @@ def test_what_followed_the_last_occurrence_is_drafted(pieces: list[list[int]]) -
     for piece in pieces:
         tokens += piece
         final, earlier = tokens[-NGRAM:], range(NGRAM, len(tokens))
-        found = [tokens[end : end + 2] for end in earlier if tokens[end - NGRAM : end] == final]
+        found = [(tokens[end:] * 2)[:2] for end in earlier if tokens[end - NGRAM : end] == final]
         assert lookup.draft(tokens, limit=8) == (found[-1] if found else [])
+
+
+def test_the_draft_goes_round_where_the_text_does() -> None:
+    lookup = PromptLookup()
+    for _ in range(2):
+        lookup.learn(1, 1, 0)
+    assert lookup.draft([7, 8, 1, 2, 1, 2, 1], limit=7) == [2, 1, 2, 1, 2, 1, 2]
+    assert lookup.draft([7, 8, 1, 2, 1, 2, 1, 5, 5, 5, 5], limit=8) == [5] * 8
 
 
 def test_drafts_grow_while_they_are_right_and_shrink_to_what_was_right() -> None:
