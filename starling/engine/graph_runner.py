@@ -1,8 +1,9 @@
 """Steps on a GPU: one copy brings a step's inputs, decodes replay a captured graph, results come one step behind.
 
-Everything is queued on one stream, in the order of the steps. A step of decodes alone is padded to the next of SIZES
-and replayed as one graph, from the embedding to the drawn ids; any other step is queued kernel by kernel. So is the
-first step of each size, which is then captured; if the capture fails, later steps of that size are queued that way too.
+Everything is queued on one stream, in the order of the steps. A step of decodes alone, with drafts or without, is
+padded to the next of SIZES and replayed as one graph, from the embedding to the drawn ids; a step with prompts is
+queued kernel by kernel. So is the first step of each size, which is then captured; if the capture fails, later steps of
+that size are queued that way too.
 """
 
 import logging
@@ -25,7 +26,7 @@ from starling.model.ops.cuda import CudaOps
 
 logger = logging.getLogger(__name__)
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # decodes in a captured step
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens in a captured step: decodes and their drafts
 # Graphs whose capture could not be ended. torch's allocators go on asking each of them, by its address, which memory is
 # its own: none may ever be freed.
 _UNFINISHED_CAPTURES: list[torch.cuda.CUDAGraph] = []
@@ -50,7 +51,7 @@ class InFlight:
 
 @dataclass
 class Decodes:
-    """A step of `frame.shape.works` decodes, and its graph once captured."""
+    """A step of `frame.shape.tokens` decodes and drafts, each of which has logits, and its graph once captured."""
 
     frame: Frame
     batch: Batch
@@ -69,8 +70,9 @@ class GraphRunner:
         assert isinstance(ops, CudaOps)
         assert cache.blocks == books.blocks and cache.block_size == books.block_size
         self._model, self._cache, self._books = model, cache, books
-        self._sizes = [size for size in SIZES if size < 2 * limits.max_running]
-        assert self._sizes[-1] >= limits.max_running
+        largest = max(limits.max_running, limits.speculative_rows)
+        self._sizes = [size for size in SIZES if size < 2 * largest]
+        assert self._sizes[-1] >= largest
         works, blocks = self._sizes[-1], books.tables.shape[1]
         rows = max(works, limits.max_running + limits.speculative_rows)
         tokens = limits.prefill_tokens + rows
@@ -97,7 +99,7 @@ class GraphRunner:
         inputs = StepInputs.of(plan, self._books)
         self._turn = (self._turn + 1) % HOST_BUFFERS
         with device_faults(), self._on_stream():
-            decodes = self._decodes_for(plan, inputs)
+            decodes = self._decodes_for(inputs)
             frame = decodes.frame if decodes else self._frame_for(inputs)
             self._send(frame, plan, inputs)
             if decodes and decodes.graph:
@@ -109,9 +111,9 @@ class GraphRunner:
             return self._receive(plan, len(inputs.logit_rows))
 
     @torch.inference_mode()
-    def replay(self, works: int) -> None:
-        """Queue the latest step of `works` decodes again, on the current stream, for benchmarks that time it alone."""
-        decodes = self._decodes[self._padded(works)]
+    def replay(self, tokens: int) -> None:
+        """Queue the latest step of `tokens` decodes again, on the current stream, for benchmarks that time it alone."""
+        decodes = self._decodes[self._padded(tokens)]
         if decodes.graph:
             decodes.graph.replay()
         else:
@@ -119,18 +121,18 @@ class GraphRunner:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _decodes_for(self, plan: list[Work], inputs: StepInputs) -> Decodes | None:
-        """The padded step, if every work is one token to sample after; None for any other."""
-        if not len(plan) == len(inputs.token_ids) == len(inputs.logit_rows):
+    def _decodes_for(self, inputs: StepInputs) -> Decodes | None:
+        """The padded step, if every token has logits: all but the first of a work are drafts. None for any other."""
+        if len(inputs.token_ids) != len(inputs.logit_rows):
             return None
-        size = self._padded(len(plan))
+        size = self._padded(len(inputs.token_ids))
         if size not in self._decodes:
             frame = Frame(Shape(size, size, self._books.tables.shape[1], size), self._inputs)
             self._decodes[size] = Decodes(frame, self._batch(frame, decodes=True))
         return self._decodes[size]
 
-    def _padded(self, works: int) -> int:
-        return next(size for size in self._sizes if size >= works)
+    def _padded(self, tokens: int) -> int:
+        return next(size for size in self._sizes if size >= tokens)
 
     def _frame_for(self, inputs: StepInputs) -> Frame:
         works, blocks = inputs.block_tables.shape
@@ -166,8 +168,8 @@ class GraphRunner:
             decodes.graph = self._capture(decodes) if self._cuda else None
         except Exception:
             decodes.capture_failed = True
-            works = decodes.frame.shape.works
-            logger.exception("steps of %d decodes could not be captured: they run kernel by kernel, slower", works)
+            tokens = decodes.frame.shape.tokens
+            logger.exception("steps of %d decodes could not be captured: they run kernel by kernel, slower", tokens)
 
     def _capture(self, decodes: Decodes) -> torch.cuda.CUDAGraph:
         # Not torch.cuda.graph, which first waits for the device and collects garbage: running answers would stall.

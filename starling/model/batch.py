@@ -22,7 +22,7 @@ class Batch:
     prompt_tokens: torch.Tensor  # bool [tokens]: part of the request's prompt (False: generated, or a draft)
     logit_rows: torch.Tensor  # int64 [rows]: the tokens whose logits are wanted, ascending, each once
     sampled: torch.Tensor | None = None  # int [rows of the previous step]: the ids it draws, perhaps not known yet
-    decodes: bool = False  # no request has more than one token
+    decodes: bool = False  # no request has more tokens than one and its drafts, 16 at most: none computes a prompt
 
     def __post_init__(self) -> None:
         tokens, requests = self.token_ids.numel(), self.context_lens.numel()

@@ -4,7 +4,7 @@ Capturing a graph needs a GPU; without one, the padded steps that it would hold 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +15,21 @@ import torch
 from starling.engine.cache import BlockCache
 from starling.engine.frame import Frame
 from starling.engine.graph_runner import Decodes, GraphRunner, InFlight
-from starling.engine.runner import Runner, StepRunner
+from starling.engine.inputs import StepInputs
+from starling.engine.runner import Runner, Step, StepRunner
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
-from starling.engine.speculation import PromptLookup
+from starling.engine.speculation import MAX_DRAFT, PromptLookup
 from starling.model.batch import Batch
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
+from starling.model.ops.cuda.attention import FEW_TOKENS
 from tests.cuda.emulator import EmulatedStream, emulated_ops
 from tests.engine.fake_model import Loop
 from tests.model.tiny import write_checkpoint
 
 WINDOW, BLOCKS, BLOCK, VOCABULARY = 40, 64, 16, 67
+PROMPT = 5  # tokens, where drafts are foreseen
 
 
 class Alternating:
@@ -45,6 +48,18 @@ class Alternating:
     def advance(self, token: int) -> None:
         assert self.count < 2 and token % 2 == (3 + self.count) % 2
         self.count += 1
+
+
+class Foreseeing(PromptLookup):
+    """Drafts what an answer will be, and now and then something else."""
+
+    def __init__(self, answer: list[int]) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def draft(self, tokens: list[int], limit: int) -> list[int]:
+        coming = self._answer[len(tokens) - PROMPT : len(tokens) - PROMPT + max(0, limit)]
+        return [token if random.random() < 0.8 else 3 for token in coming]
 
 
 STREAM = EmulatedStream()
@@ -163,6 +178,36 @@ def test_answers_are_those_of_the_plain_runner(model: Mistral, speculative_rows:
         answers(model, plain, [sequence])[0] for sequence in sequences(seed, 7, speculative=False)
     ]  # each alone, and without drafts
     assert made == wanted
+
+
+@pytest.mark.parametrize("max_running", [1, 3])
+def test_drafts_are_verified_in_the_steps_that_graphs_hold(
+    model: Mistral, max_running: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launched kernel by kernel, such a step takes an H100 longer than its few more tokens are worth."""
+    with_drafts, other = [], []
+    start, frame_for = GraphRunner.start, GraphRunner._frame_for
+
+    def recording_start(runner: GraphRunner, plan: list[Work]) -> Step:
+        with_drafts.extend(work for work in plan if work.drafts)
+        return start(runner, plan)
+
+    def recording_frame_for(runner: GraphRunner, inputs: StepInputs) -> Frame:
+        other.append(inputs)
+        return frame_for(runner, inputs)
+
+    monkeypatch.setattr(GraphRunner, "start", recording_start)
+    monkeypatch.setattr(GraphRunner, "_frame_for", recording_frame_for)
+
+    def asked(lookups: Iterable[PromptLookup | None]) -> list[Sequence]:
+        params = SamplingParams(max_tokens=12, stop_ids=frozenset(), seed=0)
+        return [Sequence(i, [3 + i] * PROMPT, params, lookup=lookup) for i, lookup in enumerate(lookups)]
+
+    wanted = [answers(model, plain, [sequence])[0] for sequence in asked([None] * 3)]
+    made = answers(model, graphs, asked(map(Foreseeing, wanted)), max_running=max_running, speculative_rows=MAX_DRAFT)
+    assert made == wanted
+    assert with_drafts and max(len(work.drafts) for work in with_drafts) + 1 <= FEW_TOKENS
+    assert all(len(inputs.token_ids) > len(inputs.logit_rows) for inputs in other), "only prompts"
 
 
 @pytest.mark.parametrize("make", [plain, graphs])
