@@ -46,7 +46,7 @@ def ignored(path: str) -> bool:
 
 def context() -> list[str]:
     """The files of this checkout that would be sent to the builder."""
-    skipped = {".git", ".venv", "node_modules"}
+    skipped = {".git", ".venv", ".venv-cuda", "node_modules"}
     found = []
     for top in ROOT.iterdir():
         if top.name not in skipped:

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <set>
@@ -54,12 +55,19 @@ struct CUfunc_st {
   std::string name;
 };
 struct CUmod_st { std::map<std::string, CUfunc_st> functions; };
+typedef std::function<const char*()> Operation;  // of the device; returns what is wrong, or null
 typedef CUmod_st* CUmodule;
 typedef CUfunc_st* CUfunction;
 
 static std::vector<std::unique_ptr<CUmod_st>> modules;
 static std::set<CUfunction> found;
 static u64 seed = 0;
+
+static CUresult run_at_once(CUstream_st*, const std::string& kernel, const Operation& launch) {
+  const char* fault = launch();
+  if (fault) std::fprintf(stderr, "%s: %s\n", kernel.c_str(), fault);
+  return fault ? LAUNCH_FAILED : SUCCESS;
+}
 
 // -- for the tests: the machine, and what it was asked for ----------------------------------------------------------
 
@@ -70,6 +78,11 @@ void* library = nullptr;                 // emulator.py's build of the .cu file 
 // CUlaunchConfig's numbers; the attribute's id and value, 0 without one; the kernel's shared-memory carveout
 u64 launched[12];
 int max_shared_bytes[8], max_shared_calls = 0;  // of cuFuncSetAttribute
+
+// What else emulated_gpu/runtime.cpp sets: who runs a launch, who finds the build, and what a kernel may access.
+CUresult (*submit)(CUstream_st* stream, const std::string& kernel, const Operation& launch) = run_at_once;
+void* (*find_library)(const char* image) = [](const char*) { return library; };
+std::map<u64, u64> tensors;  // first byte → end; none: all of memory
 
 // The bytes of each parameter of a kernel in the module that was loaded last; returns how many it has.
 int parameter_bytes(const char* kernel, int* bytes) {
@@ -148,7 +161,8 @@ extern "C" CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   MAY_FAIL
   std::unique_ptr<CUmod_st> made(new CUmod_st);
   if (const CUresult result = read(*made, (const char*)image)) return result;
-  for (auto& [name, function] : made->functions) function.name = name, function.library = library;
+  void* const build = find_library((const char*)image);
+  for (auto& [name, function] : made->functions) function.name = name, function.library = build;
   *module = made.get();
   modules.push_back(std::move(made));
   return SUCCESS;
@@ -200,18 +214,23 @@ extern "C" CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction fu
   std::memcpy(launched, numbers, sizeof launched);
 
   // The bytes that the GPU's kernel finds in its constant memory.
-  std::vector<char> constants(4096);
-  std::vector<void*> values;
+  struct Values {
+    char constants[4096];
+    std::vector<void*> addresses;
+  };
+  const auto values = std::make_shared<Values>();
   for (const auto& [ordinal, parameter] : function->parameters) {
-    std::memcpy(&constants[parameter.offset], parameters[ordinal], parameter.bytes);
-    values.push_back(&constants[parameter.offset]);
+    std::memcpy(&values->constants[parameter.offset], parameters[ordinal], parameter.bytes);
+    values->addresses.push_back(&values->constants[parameter.offset]);
   }
-  const auto emulated = [&](const std::string& name) { return dlsym(function->library, name.c_str()); };
-  const auto make = (void* (*)(u32, u32, u32, u32, u32, void**))emulated("make_" + function->name);
-  void* launch = make(c.gridDimX, c.gridDimY, c.gridDimZ, c.blockDimX, c.sharedMemBytes, values.data());
-  const char* fault = ((const char* (*)(void*, u32, u64))emulated("begin"))(launch, 0, ++seed);
-  if (!fault) fault = ((const char* (*)(void*))emulated("end"))(launch);
-  ((void (*)(void*))emulated("forget"))(launch);
-  if (fault) std::fprintf(stderr, "%s: %s\n", function->name.c_str(), fault);
-  return fault ? LAUNCH_FAILED : SUCCESS;
+  return submit(c.hStream, function->name, [=, c = *config]() -> const char* {
+    const auto emulated = [&](const std::string& name) { return dlsym(function->library, name.c_str()); };
+    const auto make = (void* (*)(u32, u32, u32, u32, u32, void**))emulated("make_" + function->name);
+    void* launch = make(c.gridDimX, c.gridDimY, c.gridDimZ, c.blockDimX, c.sharedMemBytes, values->addresses.data());
+    for (const auto& [begin, end] : tensors) ((void (*)(void*, u64, u64))emulated("give"))(launch, begin, end);
+    const char* fault = ((const char* (*)(void*, u32, u64))emulated("begin"))(launch, 0, ++seed);
+    if (!fault) fault = ((const char* (*)(void*))emulated("end"))(launch);
+    ((void (*)(void*))emulated("forget"))(launch);
+    return fault;
+  });
 }

@@ -11,7 +11,7 @@ import torch
 from bench.gpu import card, choices, loading, products, sections, serving, trace
 from bench.gpu.choices import FUSED, NARROW, Figures, Site, Variant
 from bench.gpu.clock import Clock, captured
-from bench.gpu.decode import Decoding, filled_cache, step_bytes
+from bench.gpu.decode import ROWS, Decoding, filled_cache, step_bytes
 from bench.gpu.products import Contender, Shape
 from starling.model.awq import AwqWeight
 from starling.model.kv_cache import KVCache
@@ -66,6 +66,8 @@ def test_decoding_is_timed_at_any_context(model: Mistral, cache: KVCache) -> Non
         assert 0 <= found.host_s <= found.wall_s
         assert not decoding.scheduler.running
     assert decoding.scheduler.counters.decode_tokens == 1 * 6 + 2 * 6
+    found = decoding.measure(1, 20, steps=2, drafting=True)
+    assert decoding.scheduler.counters.proposed >= 6 and decoding.device_s(ROWS) > 0 and found.wall_s > 0
     assert decoding.scheduler.cache.available == cache.blocks
 
 

@@ -266,8 +266,8 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(
     made = arriving(model, failing, sequences(1, 60, False), random.Random(1))
     assert made == [answers(model, plain, [sequence])[0] for sequence in sequences(1, 60, False)]
     captured = {size: decodes.graph is not None for size, decodes in runners[0]._decodes.items()}
-    assert captured == {1: True, 2: False, 4: True, 8: False}
-    assert len(caplog.records) == 2
+    assert captured == {size: size not in (2, 8) for size in captured}
+    assert len(caplog.records) == len(captured) - sum(captured.values()) > 0
 
 
 def test_a_step_that_cannot_be_captured_is_computed_all_the_same(

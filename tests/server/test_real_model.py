@@ -16,12 +16,15 @@ from starling.settings import Settings
 from tests.server.conftest import CONTEXT, SLOTS
 from tests.waiting import HANG_S
 
-ENVIRONMENT = {"STARLING_DEVICE": "cpu", "COG_MAX_CONCURRENCY": str(SLOTS)}
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def environment(request: pytest.FixtureRequest) -> dict[str, str]:
+    return {"STARLING_DEVICE": request.param, "COG_MAX_CONCURRENCY": str(SLOTS)}
 
 
 @pytest.fixture(scope="module")
-def server(tiny_folder: Path) -> Iterator[LocalServer]:
-    with LocalServer(environ=ENVIRONMENT | {"STARLING_WEIGHTS": str(tiny_folder)}) as server:
+def server(environment: dict[str, str], tiny_folder: Path) -> Iterator[LocalServer]:
+    with LocalServer(environ=environment | {"STARLING_WEIGHTS": str(tiny_folder)}) as server:
         yield server
 
 
@@ -33,9 +36,9 @@ def client(server: LocalServer) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def service(tiny_folder: Path) -> Iterator[Service]:
+def service(environment: dict[str, str], tiny_folder: Path) -> Iterator[Service]:
     """The same model in this process."""
-    service = Service.from_folder(tiny_folder, Settings.from_env(ENVIRONMENT))
+    service = Service.from_folder(tiny_folder, Settings.from_env(environment))
     yield service
     service.close()
 
