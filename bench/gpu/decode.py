@@ -12,12 +12,14 @@ from starling.engine.graph_runner import GraphRunner
 from starling.engine.runner import Step
 from starling.engine.scheduler import Limits, Scheduler, Work
 from starling.engine.sequence import SamplingParams, Sequence
+from starling.engine.speculation import PromptLookup
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 
 PREFILL_TOKENS = CudaOps.prefill_tokens
 WARM_UP = 4  # steps; the first is the one that is captured
+ROWS = 8  # of a step with drafts: as many as by default
 LOWEST_ID = 3  # ids below are special tokens
 
 
@@ -28,6 +30,16 @@ class StepTimes:
     first_s: float  # the first step of this size, which includes the capture
 
 
+class AlwaysDrafting(PromptLookup):
+    """Drafts for every step, and learns nothing from being wrong."""
+
+    def draft(self, tokens: list[int], limit: int) -> list[int]:
+        return [LOWEST_ID] * limit
+
+    def learn(self, proposed: int, accepted: int, size: int) -> None:
+        pass
+
+
 class Decoding:
     """Up to `max_running` sequences over `cache`, whose content is random."""
 
@@ -36,7 +48,7 @@ class Decoding:
         self.model, self.cache, self.max_running = model, cache, max_running
         self._clock = Clock(model.ops.device)
         self._random = random.Random(seed)
-        limits = Limits(max_running=max_running, prefill_tokens=PREFILL_TOKENS, speculative_rows=0)
+        limits = Limits(max_running=max_running, prefill_tokens=PREFILL_TOKENS, speculative_rows=ROWS)
         books = BlockCache(
             cache.blocks, cache.block_size, max_running, config.max_position_embeddings, config.sliding_window
         )
@@ -46,11 +58,11 @@ class Decoding:
         self._arrivals = 0
         self.waited_s = 0.0
 
-    def add(self, requests: int, computed: int) -> None:
+    def add(self, requests: int, computed: int, drafting: bool = False) -> None:
         """Add sequences whose first `computed` tokens count as computed: they decode from the next step on."""
         books = self.scheduler.cache
         for _ in range(requests):
-            sequence = self._sequence(computed + 1)
+            sequence = self._sequence(computed + 1, AlwaysDrafting() if drafting else None)
             books.admit(sequence)
             assert books.grow(sequence, computed + 1), "the KV cache is too small for this measurement"
             sequence.computed = sequence.settled = computed
@@ -64,6 +76,9 @@ class Decoding:
     def step(self) -> None:
         """Start the next step, then collect the result of the one before, as the engine's loop does."""
         plan = self.scheduler.plan()
+        if not plan:  # it depends on that result
+            self.collect()
+            plan = self.scheduler.plan()
         assert plan
         flight = (plan, self.runner.start(plan))
         self.collect()
@@ -84,11 +99,12 @@ class Decoding:
         for sequence in list(self.scheduler.running):
             self.scheduler.remove(sequence)
 
-    def measure(self, requests: int, context: int, steps: int = 64) -> StepTimes:
-        """Time steps that end with `context` tokens in the cache for each of `requests` sequences."""
+    def measure(self, requests: int, context: int, steps: int = 64, drafting: bool = False) -> StepTimes:
+        """Time steps that end with `context` tokens in the cache for each of `requests` sequences, more if drafts are
+        accepted. With `drafting`, a step has ROWS tokens, and waits for the result of the one before."""
         steps = min(steps, context - WARM_UP - 1)
         assert steps > 0
-        self.add(requests, context - steps - WARM_UP)
+        self.add(requests, context - steps - WARM_UP, drafting)
         began_s = time.perf_counter()
         self.step()
         self.collect()
@@ -109,7 +125,7 @@ class Decoding:
         """Seconds of the latest step of `requests` sequences on the device, replayed again and again."""
         return self._clock.median(lambda: self.runner.replay(requests))
 
-    def _sequence(self, tokens: int) -> Sequence:
+    def _sequence(self, tokens: int, lookup: PromptLookup | None = None) -> Sequence:
         self._arrivals += 1
         # Sampled as the service does by default: greedy decoding would skip half of the sampling.
         params = SamplingParams(
@@ -119,7 +135,8 @@ class Decoding:
             temperature=0.7,
             top_p=0.95,
         )
-        return Sequence(self._arrivals, random_tokens(self._random, self.model.config.vocab_size, tokens), params)
+        prompt = random_tokens(self._random, self.model.config.vocab_size, tokens)
+        return Sequence(self._arrivals, prompt, params, lookup=lookup)
 
 
 def random_tokens(source: random.Random, vocabulary: int, count: int) -> list[int]:

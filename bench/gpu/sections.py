@@ -19,16 +19,19 @@ from bench.cpu import weight_bytes
 from bench.gpu import card, choices, loading, products, serving, trace
 from bench.gpu.card import Ceilings
 from bench.gpu.clock import Clock
-from bench.gpu.decode import PREFILL_TOKENS, Decoding, filled_cache, step_bytes
+from bench.gpu.decode import PREFILL_TOKENS, ROWS, Decoding, filled_cache, step_bytes
 from bench.gpu.models import MODELS
 from bench.gpu.peers import PEERS
 from starling.engine.graph_runner import SIZES
+from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
 from starling.model.memory import finish_loading
 from starling.model.mistral import Mistral
 from starling.model.ops import Ops
 from starling.model.ops.cuda import CudaOps, linear, nvrtc
 from starling.model.ops.cuda.device import architecture
+from starling.service import load_engine
+from starling.settings import Settings
 
 BLOCK = 16
 CONTEXTS = (128, 1024, 4096)
@@ -37,6 +40,7 @@ PROMPTS = (32, 128, 512, 2048)
 OVERLAPS = ((1, 128), (1, 4096), (8, 128), (32, 1024))  # requests, context
 CONCURRENCIES = (1, 8, 32)
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 128
+MAX_SLOTS = 256
 PROFILED_STEPS = 8
 SHOWN_KERNELS = 14
 STDERR = 2  # the process's own, even where sys.stderr is replaced
@@ -173,6 +177,11 @@ def decode(bench: Bench) -> None:
         "", "Device: a captured step, replayed. Step: from result to result with the host one step behind; host: the "
         "part in which it does not wait. First: a size's first step, which is computed and then captured.",
     )  # fmt: skip
+    drafting, device_s = bench.decoding.measure(1, CONTEXTS[0], drafting=True), bench.decoding.device_s(ROWS)
+    say(
+        f"With {ROWS - 1} drafts at {CONTEXTS[0]}: device {ms(device_s)} ms, step {ms(drafting.wall_s)}, "
+        f"host {ms(drafting.host_s)}; such a step waits for the one before."
+    )
 
 
 def overlap(bench: Bench) -> None:
@@ -316,6 +325,27 @@ def memory(bench: Bench) -> None:
     )
 
 
+def plan(bench: Bench) -> None:
+    """What the steps of a server with the most slots take of the memory that is kept for them."""
+    if bench.device.type != "cuda":
+        return
+    settings = Settings(device="cuda", max_concurrency=MAX_SLOTS)
+    engine = load_engine(bench.folder, settings)
+    try:
+        free, total = torch.cuda.mem_get_info(bench.device)
+        callers = serving.Callers(engine, ModelConfig.from_folder(bench.folder).vocab_size)
+        for requests in SIZES:
+            callers.throughput(requests, PROMPT_TOKENS, 8)  # captures the graph of this size
+        callers.throughput(1, max(PROMPTS), 8)
+        taken = free - torch.cuda.mem_get_info(bench.device)[0]
+        say(
+            f"{MAX_SLOTS} slots: {engine.occupancy['kv_blocks']} blocks of KV cache. Once loaded, {free / 1e9:.2f} GB "
+            f"of {total / 1e9:.1f} are free; steps and graphs of every size take {taken / 1e9:.2f} of them."
+        )
+    finally:
+        engine.close()
+
+
 def own_products(bench: Bench) -> None:
     """Our products with the model's matrices: µs, and share of the floor."""
     say("µs (share of the floor) of x [M, K] times a weight [N, K], weights cold; floor: bytes or arithmetic.")
@@ -431,13 +461,14 @@ SECTIONS: dict[str, tuple[str, Callable[[Bench], None]]] = {
     "concurrency": ("Throughput, through the engine", concurrency),
     "memory": ("Memory", memory),
     "kernels": ("Time by kernel", kernels),
+    "plan": ("Memory, as a server plans it", plan),
     "products": ("Matrix products", own_products),
     "choices": ("Matrix products, by kernel", kernel_choices),
     "peers": ("Matrix products, beside other libraries", peers),
     "models": ("Whole models, by other engines", models),
 }
 ISOLATED = ("peers", "models")  # run in processes of their own, each with a time limit
-WITHOUT_MODEL = ("products", "choices", *ISOLATED)  # do not use the model, and need its memory
+WITHOUT_MODEL = ("plan", "products", "choices", *ISOLATED)  # do not use the model, and need its memory
 
 
 def run(bench: Bench, names: list[str]) -> None:
