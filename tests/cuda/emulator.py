@@ -18,7 +18,7 @@ import torch
 from starling.model.ops.build_cache import cached_build
 from starling.model.ops.cpu.compiler import find_compiler
 from starling.model.ops.cuda import CudaOps
-from starling.model.ops.cuda.driver import Arguments
+from starling.model.ops.cuda.driver import Kernel
 from starling.model.ops.cuda.module import Argument, Grid
 from starling.model.ops.cuda.nvrtc import NATIVE
 from starling.model.ops.cuda.nvrtc import _key as nvrtc_key
@@ -94,10 +94,12 @@ class EmulatedLaunch:
         self, library: ctypes.CDLL, kernel: str, numbers: tuple[int, ...], arguments: tuple[Argument, ...]
     ) -> None:
         self._library, self._kernel = library, kernel
-        self._alive = arguments, Arguments(arguments)
+        assert all(x.is_contiguous() for x in arguments if isinstance(x, torch.Tensor)), kernel
+        self._alive = arguments, Kernel(ctypes.c_void_p())
+        addresses = self._alive[1].place(arguments)
         make = library[f"make_{kernel}"]
         make.restype = ctypes.c_void_p
-        self._launch = ctypes.c_void_p(make(*map(ctypes.c_uint, numbers), self._alive[1]))
+        self._launch = ctypes.c_void_p(make(*map(ctypes.c_uint, numbers), addresses))
         for tensor in arguments:
             if isinstance(tensor, torch.Tensor):
                 begin = tensor.data_ptr()

@@ -138,7 +138,7 @@ class AttentionKernels:
         self, qkv: torch.Tensor, batch: Batch, rotary: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """fp16 [T, (heads + 2 * kv_heads) * D] → q fp16 [T, heads, D] rotated; k and v go to the batch's slots."""
-        tokens, block_size = len(qkv), keys.shape[2]
+        tokens, block_size = qkv.shape[0], keys.shape[2]
         q = torch.empty(tokens, self._heads, self._dim, dtype=torch.float16, device=qkv.device)
         threads = tokens * (self._heads + 2 * self._kv_heads) * (self._dim // 16)
         self._rotary.launch(
@@ -176,7 +176,7 @@ class AttentionKernels:
         batch: Batch,
         plan: AttentionPlan,
     ) -> torch.Tensor:
-        out = torch.empty(len(q), self._heads * self._dim, dtype=torch.float16, device=q.device)
+        out = torch.empty(q.shape[0], self._heads * self._dim, dtype=torch.float16, device=q.device)
         self._attention.launch(
             f"attention_{self._padded_dim}",
             (plan.blocks, 1, 1),

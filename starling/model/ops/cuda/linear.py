@@ -145,8 +145,8 @@ class LinearKernels:
         """float32 [T, H] → fp16 [T, H]: normalised in float32, rounded, multiplied by `norm` fp16 [H] in fp16."""
         assert x.dtype == torch.float32 and norm.dtype == torch.float16 and x.shape[1] % 4 == 0
         out = self._empty(x, x.shape[1], torch.float16)
-        if len(out):
-            grid = (len(out), 1, 1)
+        if x.shape[0]:
+            grid = (x.shape[0], 1, 1)
             self._module("norm").launch("rms_norm", grid, THREADS, WARPS * 4, x, norm, out, x.shape[1], eps)
         return out
 
