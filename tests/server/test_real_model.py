@@ -13,8 +13,9 @@ from starling.local_server import LocalServer
 from starling.request import Request
 from starling.service import Service
 from starling.settings import Settings
+from tests.cuda.emulated_gpu import is_emulated
 from tests.server.conftest import CONTEXT, SLOTS
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, wait_for
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -121,3 +122,18 @@ def test_prompts_are_never_logged(server: LocalServer, client: Client) -> None:
         with pytest.raises(AnswerError):
             ask(client, **refused)
     assert secret not in server.log
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_emulated(), reason="needs the emulated GPU, which can be lost")
+def test_a_lost_gpu_ends_what_it_ran_and_is_reported(tiny_folder: Path) -> None:
+    lost = {"EMULATED_GPU_LOST_AFTER": "30", "STARLING_DEVICE": "cuda", "STARLING_WEIGHTS": str(tiny_folder)}
+    with LocalServer(environ=lost) as server:
+        client = Client(server.url, HANG_S)
+        for _ in range(2):
+            with pytest.raises(AnswerError, match=r"Restart the container\.") as caught:
+                ask(client, prompt="a", min_tokens=100, max_tokens=100)
+            assert caught.value.kind == "EngineStoppedError"
+        client.close()
+        wait_for(lambda: server.health().get("status") == "UNHEALTHY")
+        assert "The device is lost" in server.log
