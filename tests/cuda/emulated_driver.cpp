@@ -21,7 +21,7 @@ typedef unsigned long long u64;
 
 // What cuda.h names CUDA_ERROR_*, and others.
 enum CUresult : int {
-  SUCCESS = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, NO_BINARY_FOR_GPU = 209, INVALID_HANDLE = 400, NOT_FOUND = 500,
+  SUCCESS = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NO_BINARY_FOR_GPU = 209, INVALID_HANDLE = 400, NOT_FOUND = 500,
   LAUNCH_OUT_OF_RESOURCES = 701, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801
 };
 enum CUlaunchAttributeID { CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
@@ -83,6 +83,7 @@ int max_shared_bytes[8], max_shared_calls = 0;  // of cuFuncSetAttribute
 CUresult (*submit)(CUstream_st* stream, const std::string& kernel, const Operation& launch) = run_at_once;
 void* (*find_library)(const char* image) = [](const char*) { return library; };
 std::map<u64, u64> tensors;  // first byte → end; none: all of memory
+bool (*has_context)() = [] { return true; };  // whether a context is current on the calling thread
 
 // The bytes of each parameter of a kernel in the module that was loaded last; returns how many it has.
 int parameter_bytes(const char* kernel, int* bytes) {
@@ -96,6 +97,7 @@ static int max_opt_in() {  // CUDA C++ programming guide, "Technical Specificati
   return (architecture == 80 ? 163 : architecture < 90 ? 99 : 227) << 10;
 }
 
+#define NEEDS_CONTEXT if (!has_context()) return INVALID_CONTEXT;
 #define MAY_FAIL if (failure) { const int now = failure; failure = SUCCESS; return (CUresult)now; }
 
 // -- cubins: ELF, of which NVIDIA documents little; names as cuobjdump and readelf print them -------------------------
@@ -148,6 +150,7 @@ extern "C" CUresult cuDriverGetVersion(int* driver_version) {
 extern "C" CUresult cuGetErrorString(CUresult error, const char** text) {
   static const std::map<int, const char*> texts = {
       {SUCCESS, "no error"}, {INVALID_VALUE, "invalid argument"}, {INVALID_IMAGE, "device kernel image is invalid"},
+      {INVALID_CONTEXT, "invalid device context"},
       {NO_BINARY_FOR_GPU, "no kernel image is available for execution on the device"},
       {INVALID_HANDLE, "invalid resource handle"}, {NOT_FOUND, "named symbol not found"},
       {LAUNCH_OUT_OF_RESOURCES, "too many resources requested for launch"},
@@ -158,6 +161,7 @@ extern "C" CUresult cuGetErrorString(CUresult error, const char** text) {
 }
 
 extern "C" CUresult cuModuleLoadData(CUmodule* module, const void* image) {
+  NEEDS_CONTEXT
   MAY_FAIL
   std::unique_ptr<CUmod_st> made(new CUmod_st);
   if (const CUresult result = read(*made, (const char*)image)) return result;
@@ -169,6 +173,7 @@ extern "C" CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 }
 
 extern "C" CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+  NEEDS_CONTEXT
   MAY_FAIL
   bool known = false;
   for (const auto& loaded : modules) known |= loaded.get() == module;
@@ -180,6 +185,7 @@ extern "C" CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, c
 }
 
 extern "C" CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
+  NEEDS_CONTEXT
   MAY_FAIL
   if (!found.count(function)) return INVALID_HANDLE;
   if (which == CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT) {
@@ -195,6 +201,7 @@ extern "C" CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute
 
 extern "C" CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters,
                                      void** extra) {
+  NEEDS_CONTEXT
   MAY_FAIL
   if (!found.count(function)) return INVALID_HANDLE;
   const CUlaunchConfig& c = *config;

@@ -40,6 +40,7 @@ static std::recursive_mutex mutex;
 #define LOCK const std::lock_guard<std::recursive_mutex> lock(mutex);
 static thread_local cudaError_t last = cudaSuccess;
 static cudaError_t lost = cudaSuccess;  // what every call returns once the device is lost
+static thread_local bool context_is_current = false;  // once the thread has made one of the runtime's calls
 
 static cudaError_t returned(cudaError_t error) {
   if (error) last = error;
@@ -168,7 +169,7 @@ static bool breaks_a_capture() {
   return found;
 }
 
-#define BEGIN LOCK if (lost) return returned(lost); advance();
+#define BEGIN LOCK context_is_current = true; if (lost) return returned(lost); advance();
 #define UNSAFE if (breaks_a_capture()) return refused(__func__, cudaErrorStreamCaptureUnsupported);
 
 static cudaError_t breaks(CUstream_st* stream, const char* what, cudaError_t error) {
@@ -222,6 +223,7 @@ __attribute__((constructor)) static void prepare() {
   architecture = (int)setting("ARCHITECTURE", 86);
   submit = queue_launch;
   find_library = build_of;
+  has_context = [] { return context_is_current; };
 }
 
 extern "C" {

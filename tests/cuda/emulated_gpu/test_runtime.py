@@ -1,5 +1,8 @@
 """The emulated GPU does what CUDA promises, and no more; only scripts/emulated-gpu runs these."""
 
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -81,3 +84,20 @@ def test_memory_ends_and_begins_as_nan() -> None:
         torch.empty(free + 1, dtype=torch.uint8, device="cuda")
     torch.cuda.empty_cache()
     assert torch.empty(32 << 20, dtype=torch.float16, device="cuda")[-9:].isnan().all()
+
+
+def test_the_driver_needs_a_context_on_every_thread() -> None:
+    """CUDA's runtime makes its own current, in the first of its calls on a thread."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    torch.cuda.synchronize()
+
+    def load() -> int:
+        return int(driver.cuModuleLoadData(ctypes.byref(ctypes.c_void_p()), b"no machine code"))
+
+    def synchronize_then_load() -> int:
+        torch.cuda.synchronize()
+        return load()
+
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        assert first.submit(load).result() == 201  # CUDA_ERROR_INVALID_CONTEXT
+        assert second.submit(synchronize_then_load).result() == 200  # CUDA_ERROR_INVALID_IMAGE
