@@ -7,6 +7,7 @@ ways that torch and CUDA allow, and how much memory they take: not how fast anyt
 
 import argparse
 import os
+import random
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--processors", type=int, default=6, help="multiprocessors; few, so that there is less to run")
     parser.add_argument("--eagerness", type=int, default=10, help="percent of calls at which the device does some work")
     parser.add_argument("--lost-after", type=int, default=-1, help="replays of graphs until the device is lost")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31), help="of when it works")
     parser.add_argument("--no-kernels", action="store_true", help="none does anything, torch's own included")
     parser.add_argument("command", nargs="+", help="for Python; it follows --")
     options = parser.parse_args()
@@ -45,8 +47,10 @@ def main() -> None:
             "PROCESSORS": options.processors,
             "EAGERNESS": options.eagerness,
             "LOST_AFTER": options.lost_after,
+            "SEED": options.seed,
             "NO_KERNELS": int(options.no_kernels),
         }
+        print(f"emulated GPU: compute capability {options.architecture / 10}, seed {options.seed}", file=sys.stderr)
         environment = os.environ | {
             "LD_PRELOAD": str(build_runtime(folder)),
             "LD_LIBRARY_PATH": str(folder),
