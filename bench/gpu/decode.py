@@ -16,10 +16,11 @@ from starling.engine.speculation import PromptLookup
 from starling.model.kv_cache import KVCache
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
+from starling.settings import Settings
 
 PREFILL_TOKENS = CudaOps.prefill_tokens
 WARM_UP = 4  # steps; the first is the one that is captured
-ROWS = 8  # of a step with drafts: as many as by default
+ROWS = Settings().speculative_rows  # of a step with drafts
 LOWEST_ID = 3  # ids below are special tokens
 
 

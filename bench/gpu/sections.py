@@ -40,7 +40,6 @@ PROMPTS = (32, 128, 512, 2048)
 OVERLAPS = ((1, 128), (1, 4096), (8, 128), (32, 1024))  # requests, context
 CONCURRENCIES = (1, 8, 32)
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 128
-MAX_SLOTS = 256
 PROFILED_STEPS = 8
 SHOWN_KERNELS = 14
 STDERR = 2  # the process's own, even where sys.stderr is replaced
@@ -329,8 +328,7 @@ def plan(bench: Bench) -> None:
     """What the steps of a server with the most slots take of the memory that is kept for them."""
     if bench.device.type != "cuda":
         return
-    settings = Settings(device="cuda", max_concurrency=MAX_SLOTS)
-    engine = load_engine(bench.folder, settings)
+    engine = load_engine(bench.folder, Settings(device="cuda", max_concurrency=SIZES[-1]))
     try:
         free, total = torch.cuda.mem_get_info(bench.device)
         callers = serving.Callers(engine, ModelConfig.from_folder(bench.folder).vocab_size)
@@ -339,11 +337,13 @@ def plan(bench: Bench) -> None:
         callers.throughput(1, max(PROMPTS), 8)
         taken = free - torch.cuda.mem_get_info(bench.device)[0]
         say(
-            f"{MAX_SLOTS} slots: {engine.occupancy['kv_blocks']} blocks of KV cache. Once loaded, {free / 1e9:.2f} GB "
+            f"{SIZES[-1]} slots: {engine.occupancy['kv_blocks']} blocks of KV cache. Once loaded, {free / 1e9:.2f} GB "
             f"of {total / 1e9:.1f} are free; steps and graphs of every size take {taken / 1e9:.2f} of them."
         )
     finally:
         engine.close()
+    del engine, callers
+    bench.free_model()  # the engine's, for the sections that follow
 
 
 def own_products(bench: Bench) -> None:

@@ -154,19 +154,21 @@ def build(path: Path, arch: int) -> Path:
     return compiled(f"{path.stem}-{arch}", HEADER, text, key=(nvrtc_key(source), translators))
 
 
-def compiled(name: str, header: Path, text: Callable[[], str] = lambda: "", key: object = None) -> Path:
+def compiled(
+    name: str, header: Path, text: Callable[[], str] = lambda: "", key: object = None, flags: tuple[str, ...] = ()
+) -> Path:
     """The shared library built from C++, `text` after `header`; from the cache, which checkouts share, if it is there.
 
     `key` changes with the text, which is made only if the library is not found.
     """
     compiler = find_compiler()
     assert compiler is not None
-    digest = hashlib.sha256(repr((FLAGS, key)).encode() + header.read_bytes())
+    digest = hashlib.sha256(repr((FLAGS, flags, key)).encode() + header.read_bytes())
 
     def build(path: Path) -> None:
         wrapper = path.with_suffix(".cpp")
         wrapper.write_text(text())
-        command = [*compiler, *FLAGS, "-include", str(header), str(wrapper), "-o", str(path)]
+        command = [*compiler, *FLAGS, *flags, "-include", str(header), str(wrapper), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert not done.returncode, done.stderr
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from starling.model.ops.cuda import nvrtc
-from tests.cuda.emulator import FLAGS, build
+from tests.cuda.emulator import build, compiled
 
 HERE = Path(__file__).parent
+DRIVER = HERE.with_name("emulated_driver.cpp")
 TORCH = Path(torch.__file__).parent / "lib"
 RUNTIME = "libcudart.so.13"
 HEADERS = Path(torch.__file__).parents[1] / "nvidia/cu13/include"
@@ -62,25 +63,22 @@ def main() -> None:
 
 def build_runtime(folder: Path) -> Path:
     """libcudart and, by another name, libcuda."""
-    source = (HERE / "runtime.cpp").read_text(encoding="utf-8")
+    source = HERE / "runtime.cpp"
     listed = subprocess.run(
         ["nm", "-D", "--undefined-only", *TORCH.glob("libtorch*.so"), *TORCH.glob("libc10*.so")],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
+    text = source.read_text(encoding="utf-8")
     wanted = set(re.findall(rf"(\w+)@{RUNTIME}", listed.stdout))
-    rest = sorted(name for name in wanted if not re.search(rf"\b{name}\(", source))
-    (folder / "versions").write_text(f"{RUNTIME} {{ global: *; }};\n", encoding="utf-8")
-    library = folder / RUNTIME
-    subprocess.run(
-        [
-            "g++", *FLAGS, f"-I{HEADERS}", f"-DREST={' '.join(f'NOT_EMULATED({name})' for name in rest)}",
-            str(HERE / "runtime.cpp"), "-o", str(library), f"-Wl,-soname,{RUNTIME}",
-            f"-Wl,--version-script={folder / 'versions'}",
-        ],
-        check=True,
+    rest = sorted(name for name in wanted if not re.search(rf"\b{name}\(", text))
+    flags = (
+        f"-I{HEADERS}", f"-DREST={' '.join(f'NOT_EMULATED({name})' for name in rest)}", f"-Wl,-soname,{RUNTIME}",
+        f"-Wl,--version-script={HERE / 'versions.map'}",
     )  # fmt: skip
-    (folder / "libcuda.so.1").symlink_to(library)
-    return library
+    library = compiled("runtime", source, key=DRIVER.read_bytes(), flags=flags)
+    for name in (RUNTIME, "libcuda.so.1"):
+        (folder / name).symlink_to(library)
+    return folder / RUNTIME
 
 
 def list_kernels(folder: Path, architecture: int) -> Path:

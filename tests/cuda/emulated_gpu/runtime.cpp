@@ -24,16 +24,13 @@
 
 typedef uint8_t u8;
 
-static long setting(const char* name, long otherwise) {
-  const char* value = std::getenv((std::string("EMULATED_GPU_") + name).c_str());
-  return value ? std::atol(value) : otherwise;
-}
-static const u64 total_bytes = (u64)setting("MEMORY_BYTES", 6l << 30);
-static const int processors = (int)setting("PROCESSORS", 6);
-static const int eagerness = (int)setting("EAGERNESS", 10);  // percent of calls at which the device does some work
-static const bool no_kernels = setting("NO_KERNELS", 0);     // they and copies to memory do nothing: it is zero
-static long replays_left = setting("LOST_AFTER", -1);        // replays of graphs until the device is lost
-static std::mt19937_64 dice(setting("SEED", 0));
+static long setting(const char* name) { return std::atol(std::getenv((std::string("EMULATED_GPU_") + name).c_str())); }
+static const u64 total_bytes = (u64)setting("MEMORY_BYTES");
+static const int processors = (int)setting("PROCESSORS");
+static const int eagerness = (int)setting("EAGERNESS");  // percent of calls at which the device does some work
+static const bool no_kernels = setting("NO_KERNELS");    // they and copies to memory do nothing: it is zero
+static long replays_left = setting("LOST_AFTER");        // replays of graphs until the device is lost
+static std::mt19937_64 dice(setting("SEED"));
 
 static std::recursive_mutex mutex;
 #define LOCK const std::lock_guard<std::recursive_mutex> lock(mutex);
@@ -219,7 +216,7 @@ static void* build_of(const char* image) {
 }
 
 __attribute__((constructor)) static void prepare() {
-  architecture = (int)setting("ARCHITECTURE", 86);
+  architecture = (int)setting("ARCHITECTURE");
   submit = queue_launch;
   find_library = build_of;
   has_context = [] { return context_is_current; };

@@ -17,7 +17,7 @@ KEPT = {
     "is_pinned", "is_set_to", "record_stream", "resize_", "set_", "unfold", "view",
     "view_as_complex", "view_as_real",
 }  # fmt: skip
-ADDED = {"aten::_to_copy", "aten::clone", "aten::copy_"}  # which have no CUDA kernel, but launch some
+COPY = "aten::copy_"  # has no CUDA kernel, but launches some
 NO_KERNELS = os.environ.get("EMULATED_GPU_NO_KERNELS") == "1"  # operations only allocate what they return
 HOST = "meta" if NO_KERNELS else "cpu"
 # Where torch's own copy_ is found, which serves every device: not in the slot that is replaced here.
@@ -30,7 +30,7 @@ def install() -> None:
         warnings.simplefilter("ignore")  # of each that replaces another
         for name in torch._C._dispatch_get_all_op_names():
             stem, _, overload = name.removeprefix("aten::").partition(".")
-            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") or name in ADDED
+            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") or name == COPY
             packet = getattr(torch.ops.aten, stem, None) if name.startswith("aten::") and has_kernel else None
             if packet is not None and stem not in KEPT and (overload or "default") in packet.overloads():
                 run = computed_on_host(getattr(packet, overload or "default"))
@@ -39,29 +39,28 @@ def install() -> None:
 
 def computed_on_host(operation: torch._ops.OpOverload) -> Callable[..., Any]:
     name, arguments = operation.name(), operation._schema.arguments  # type: ignore[no-untyped-call]
+    names = [argument.name for argument in arguments]
+    written = [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]
 
     def run(*given: Any, **named: Any) -> Any:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{name} is called while a graph is captured: not one of our kernels")
-        if name == "aten::copy_" and is_plain(*given[:2]):
+        if name == COPY and is_plain(*given[:2]):
             return operation.redispatch(COMPOSITE, *given, **named)
-        if name == "aten::_to_copy" and (moved := plain_move(given[0], **named)) is not None:
-            return moved
         host_given, host_named = to_host(list(given)), to_host(named)
         # By the packet: it takes numbers where this overload was called with them as tensors.
         result = operation.overloadpacket(*host_given, **host_named)
-        written: dict[int, torch.Tensor] = {}
-        for index, argument in enumerate(arguments):
-            if argument.alias_info and argument.alias_info.is_write:
-                pair = (given[index], host_given[index]) if index < len(given) else None
-                target, value = pair or (named.get(argument.name), host_named.get(argument.name))
-                if isinstance(target, torch.Tensor) and target.device.type == "cuda":
-                    if target.shape != value.shape:
-                        target.resize_(value.shape)
-                    write(target, value)
-                    written[id(value)] = target
-        leaves = name == "aten::_to_copy" and torch.device(named.get("device") or "cuda").type == "cpu"
-        return result if leaves else to_device(result, written)
+        targets = dict(zip(names, given, strict=False)) | named
+        values = dict(zip(names, host_given, strict=False)) | host_named
+        replaced: dict[int, torch.Tensor] = {}
+        for each in written:
+            target, value = targets.get(each), values.get(each)
+            if isinstance(target, torch.Tensor) and target.device.type == "cuda":
+                if target.shape != value.shape:
+                    target.resize_(value.shape)
+                write(target, value)
+                replaced[id(value)] = target
+        return to_device(result, replaced)
 
     return run
 
@@ -70,14 +69,6 @@ def is_plain(to: torch.Tensor, source: torch.Tensor) -> bool:
     """Whether a copy needs no kernel: between the host and the device torch makes what it copies contiguous first."""
     alike = to.dtype == source.dtype and to.shape == source.shape and to.is_contiguous() and source.is_contiguous()
     return alike or to.device != source.device
-
-
-def plain_move(x: torch.Tensor, **named: Any) -> torch.Tensor | None:
-    """x.to(device) where only the device changes, as torch itself does it; otherwise None."""
-    if named.get("dtype") not in (None, x.dtype) or not x.is_contiguous():
-        return None
-    there = torch.empty(x.shape, dtype=x.dtype, device=named.get("device") or x.device)
-    return there.copy_(x, non_blocking=bool(named.get("non_blocking")))
 
 
 def to_host(x: Any) -> Any:
@@ -90,14 +81,14 @@ def to_host(x: Any) -> Any:
     return type(x)(map(to_host, x)) if isinstance(x, (list, tuple)) else x
 
 
-def to_device(x: Any, written: dict[int, torch.Tensor]) -> Any:
+def to_device(x: Any, replaced: dict[int, torch.Tensor]) -> Any:
     if isinstance(x, torch.Tensor):
-        if id(x) in written:
-            return written[id(x)]
+        if id(x) in replaced:
+            return replaced[id(x)]
         made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
         write(made, x)
         return made
-    return type(x)(to_device(part, written) for part in x) if isinstance(x, (list, tuple)) else x
+    return type(x)(to_device(part, replaced) for part in x) if isinstance(x, (list, tuple)) else x
 
 
 def span(x: torch.Tensor) -> torch.Tensor:
