@@ -1,5 +1,6 @@
 """How much memory steps take, and how much control groups leave free, wherever this process is in them."""
 
+import json
 import mmap
 import weakref
 from pathlib import Path
@@ -9,12 +10,21 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from starling.model import control_groups, memory
+from starling.model.checkpoint import expected_tensors
 from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
-from starling.model.memory import GPU_RESERVE_BYTES, activation_bytes, free_bytes, kv_cache_budget, kv_cache_room
+from starling.model.memory import (
+    GPU_RESERVE_BYTES,
+    activation_bytes,
+    finish_loading,
+    free_bytes,
+    kv_cache_budget,
+    kv_cache_room,
+)
 from starling.model.mistral import Mistral
 from starling.model.ops.cuda import CudaOps
 from tests.model.sequences import Sequence, step
@@ -164,3 +174,22 @@ def test_a_step_on_a_gpu_takes_what_is_reserved_for_it(tmp_path: Path) -> None:
         found[tokens] = live.peak
     # A few ints per token come on top.
     assert 1 <= (found[200] - found[100]) / activation_bytes(config, 100) < 1.03
+
+
+@pytest.mark.gpu
+def test_what_packing_needs_leaves_no_gaps_between_the_weights(tmp_path: Path) -> None:
+    raw = {**CONFIG, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    raw |= {"num_key_value_heads": 8, "quantization_config": {**CONFIG["quantization_config"], "group_size": 128}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    expected = expected_tensors(ModelConfig.from_dict(raw)).items()
+    dtypes = {"I32": torch.int32, "F16": torch.float16}
+    zeros = {name: torch.zeros(shape, dtype=dtypes[dtype]) for name, (dtype, shape) in expected}
+    save_file(zeros, tmp_path / "model.safetensors")
+    ops = CudaOps.on_gpu()
+    finish_loading(ops.device)
+    held, used = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    model = Mistral.load(tmp_path, ops)
+    finish_loading(ops.device)
+    held, used = torch.cuda.memory_reserved() - held, torch.cuda.memory_allocated() - used
+    assert used <= held < used * 1.1
+    del model
