@@ -13,7 +13,7 @@ from starling.errors import StarlingError
 logger = logging.getLogger(__name__)
 
 PREFIX = "STARLING_"
-Flag = Annotated[bool, BeforeValidator(lambda v: v.strip().lower() if isinstance(v, str) else v)]
+Flag = Annotated[bool, BeforeValidator(lambda v: v.strip() if isinstance(v, str) else v)]
 # pydantic does not convert text to one of a Literal's numbers.
 BlockSize = Annotated[Literal[16, 32], BeforeValidator(lambda v: int(v) if v in ("16", "32") else v)]
 

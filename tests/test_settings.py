@@ -50,7 +50,9 @@ def test_blocks_may_be_larger() -> None:
         ("STARLING_KV_CACHE_BYTES", "0"),
         ("STARLING_BLOCK_SIZE", "8"),
         ("STARLING_PREFILL_TOKENS", "15"),
+        ("STARLING_PREFILL_TOKENS", "8193"),
         ("STARLING_SPECULATIVE_ROWS", "-1"),
+        ("STARLING_SPECULATIVE_ROWS", "257"),
     ],
 )
 def test_values_that_no_engine_can_run_with_are_refused(name: str, value: str) -> None:
@@ -59,7 +61,7 @@ def test_values_that_no_engine_can_run_with_are_refused(name: str, value: str) -
 
 
 def test_a_flag_is_accepted_as_people_write_it() -> None:
-    for text, meant in (("1", True), (" True\n", True), ("no", False)):
+    for text, meant in (("1", True), (" True\n", True), ("YES", True), ("no", False)):
         assert Settings.from_env({"STARLING_ALLOW_DOWNLOAD": text}).allow_download is meant
 
 
