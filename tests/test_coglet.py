@@ -66,7 +66,7 @@ def test_cancelling_a_future_that_is_done_stops_its_generator(loop: asyncio.Abst
     counting = Counting()
 
     async def predict() -> Iterator[str]:
-        return drain(lambda: counting, nothing, current_signal())
+        return drain(lambda: counting, pytest.fail, current_signal())  # fails if a cancelled answer is recorded
 
     future = asyncio.run_coroutine_threadsafe(predict(), loop)
     chunks = future.result()
@@ -197,6 +197,23 @@ def test_a_cancellation_that_hits_as_the_answer_is_drained_cancels_it() -> None:
 
 def test_nothing_starts_before_it_is_drained() -> None:
     drain(pytest.fail, nothing, CancelSignal())
+
+
+def test_outside_coglet_an_answer_runs_to_its_end() -> None:
+    assert list(drain(lambda: Counting(length=2), nothing, current_signal())) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised"),
+    [(ValueError("a secret prompt"), EngineError), (CancelationException(), asyncio.CancelledError)],
+)
+def test_what_goes_wrong_at_the_start_is_told_like_what_does_later(fault: Exception, raised: type[Exception]) -> None:
+    def start() -> Counting:
+        raise fault
+
+    with pytest.raises(raised) as caught:
+        next(drain(start, nothing, CancelSignal()))
+    assert "secret" not in str(caught.value)
 
 
 def test_a_whole_answer_is_recorded_then_closed() -> None:
