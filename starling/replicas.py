@@ -128,7 +128,7 @@ class Front:
                     if event.get("again") and not begun and attempt < ATTEMPTS:
                         logger.warning("a replica could not begin a request (%s); retrying on another", event["error"])
                         break
-                    begun = begun or "chunk" in event
+                    begun = True
                     yield event
                 else:
                     return

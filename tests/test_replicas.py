@@ -19,20 +19,19 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 from httpx_sse import EventSource
 
+from predict import METRICS
 from starling.client import Answer, AnswerError, Client
-from starling.errors import RequestError
+from starling.errors import EngineStoppedError, NoRoomError, RequestError
+from starling.generation import GenerationResult
 from starling.local_server import free_port
 from tests.waiting import HANG_S, wait_for
-
-if TYPE_CHECKING:
-    from starling.replicas import Event
 
 ROOT = Path(__file__).parent.parent
 SLOTS = 2
@@ -256,6 +255,131 @@ def test_a_caller_that_leaves_stops_the_generation(replicas: ModuleType, begun: 
     replica._threads.shutdown()
 
 
+def replica_of(replicas: ModuleType, service: object) -> Any:
+    replica = object.__new__(replicas.Replica)
+    replica._service, replica._threads = service, ThreadPoolExecutor(1)
+    return replica
+
+
+def test_a_replica_streams_text_and_then_metrics(replicas: ModuleType) -> None:
+    class Whole:
+        result = GenerationResult("ab", "stop", 3, 2, 0, 0.25, 10.0, seed=7)
+        __next__ = iter("ab").__next__
+
+        def cancel(self) -> None: ...
+
+    replica = replica_of(replicas, SimpleNamespace(generate=lambda request: Whole()))
+    *chunks, last = collected(replica.stream({"prompt": "x"}))
+    assert chunks == [{"chunk": "a"}, {"chunk": "b"}]
+    assert set(last["result"]) == set(METRICS) and last["result"]["seed"] == 7
+    replica._threads.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("fault", "told", "again"),
+    [
+        (NoRoomError("too long"), "NoRoomError: too long", False),
+        (EngineStoppedError("hung"), "EngineStoppedError: hung", True),
+        (KeyError("a secret prompt"), "The server failed on this request (KeyError)", False),
+    ],
+)
+def test_a_replica_says_what_another_could_do_better(
+    replicas: ModuleType, fault: Exception, told: str, again: bool
+) -> None:
+    def generate(request: object) -> None:
+        raise fault
+
+    replica = replica_of(replicas, SimpleNamespace(generate=generate))
+    (event,) = collected(replica.stream({"prompt": "x"}))
+    assert event["error"].startswith(told) and "secret" not in event["error"] and event["again"] == again
+    replica._threads.shutdown()
+
+
+def test_a_replica_whose_engine_hangs_is_unhealthy(replicas: ModuleType) -> None:
+    asyncio.run(replica_of(replicas, SimpleNamespace(healthy=True)).check_health())
+    with pytest.raises(RuntimeError, match="not making progress"):
+        asyncio.run(replica_of(replicas, SimpleNamespace(healthy=False)).check_health())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "accept", "status", "said"),
+    [
+        ("GET", "/health-check", b"", "*/*", 200, "READY"),
+        ("GET", "/predictions", b"", "*/*", 404, "Use POST"),
+        ("POST", "/", b"", "*/*", 404, "Use POST"),
+        ("POST", "/predictions", b"{", "*/*", 400, "not JSON"),
+        ("POST", "/predictions", b"[]", "*/*", 422, "not of the form"),
+        ("POST", "/predictions", b'{"input": {"prompt": "x"}}', "application/json", 200, "succeeded"),
+        ("POST", "/predictions", b'{"input": {"prompt": "x"}}', "text/event-stream", 200, "event: completed"),
+    ],
+)
+def test_the_front_answers_as_cogs_server_does(
+    replicas: ModuleType, monkeypatch: pytest.MonkeyPatch,
+    method: str, path: str, body: bytes, accept: str, status: int, said: str,
+) -> None:  # fmt: skip
+    async def parts() -> AsyncIterator[bytes]:
+        yield body
+
+    monkeypatch.setattr(replicas, "JSONResponse", lambda content, status=200: (status, json.dumps(content)))
+    monkeypatch.setattr(replicas, "StreamingResponse", lambda events, media_type: (200, events))
+    http = SimpleNamespace(url=SimpleNamespace(path=path), method=method, headers={"accept": accept}, stream=parts)
+
+    async def ask() -> tuple[int, str]:
+        code, content = await replicas.Front(Replicas([CHUNK, RESULT]))(http)
+        return code, content if isinstance(content, str) else "".join([event async for event in content])
+
+    code, content = asyncio.run(ask())
+    assert code == status and said in content
+
+
+def test_the_rest_of_a_body_that_is_too_long_is_not_read(replicas: ModuleType) -> None:
+    taken = 0
+
+    async def parts() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1 << 20
+            yield bytes(1 << 20)
+
+    with pytest.raises(replicas.BodyError, match="longer than 8388608 bytes") as caught:
+        asyncio.run(replicas.body_of(SimpleNamespace(stream=parts)))
+    assert caught.value.status == 413
+    assert taken == replicas.MAX_BODY_BYTES + (1 << 20)
+
+
+def test_ray_is_told_what_the_options_and_the_environment_say(
+    replicas: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployed: dict[str, dict[str, Any]] = {}
+
+    def deployment(served: type, name: str, **options: Any) -> Any:
+        deployed[name] = options
+        return SimpleNamespace(bind=lambda *_: None)
+
+    ray = SimpleNamespace(deployment=deployment, start=lambda **_: None, run=lambda *_, **__: None)
+    monkeypatch.setattr(replicas, "serve", ray)
+    monkeypatch.setattr(replicas, "locate_weights", lambda settings: None)
+    monkeypatch.setattr(replicas, "signal", SimpleNamespace(signal=lambda *_: None, SIGTERM=0, default_int_handler=0))
+    monkeypatch.setattr(sys, "argv", ["replicas", "--min-replicas=0", "--max-replicas=3", "--cores=2", "--gpus=0.5"])
+    for slots in (32, 5):  # 32 as in an image, unless the environment says otherwise
+        replicas.main()
+        assert deployed["starling"]["max_ongoing_requests"] == slots
+        scaling = deployed["starling"]["autoscaling_config"]
+        assert (scaling["min_replicas"], scaling["max_replicas"], scaling["target_ongoing_requests"]) == (0, 3, slots)
+        assert deployed["starling"]["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 0.5}
+        monkeypatch.setenv("COG_MAX_CONCURRENCY", "5")
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (2, 1), (-1, 1)])
+def test_a_number_of_replicas_that_cannot_be_is_refused(
+    replicas: ModuleType, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["replicas", f"--min-replicas={counts[0]}", f"--max-replicas={counts[1]}"])
+    monkeypatch.setattr(replicas, "locate_weights", pytest.fail)
+    with pytest.raises(SystemExit):
+        replicas.main()
+
+
 @pytest.fixture(scope="module")
 def cluster(demo_folder: Path) -> Iterator[Cluster]:
     cluster = Cluster(demo_folder)
@@ -291,42 +415,6 @@ def test_what_cannot_run_is_refused(cluster: Cluster, content: bytes, status: in
     answer = httpx.post(f"{cluster.url}/predictions", content=content)
     assert answer.status_code == status
     assert fault in answer.text
-
-
-@on_ray
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from importing Ray
-def test_the_rest_of_a_body_that_is_too_long_is_not_read() -> None:
-    from starlette.requests import Request
-
-    from starling.replicas import MAX_BODY_BYTES, BodyError, body_of
-
-    taken = 0
-
-    async def receive() -> dict[str, Any]:
-        nonlocal taken
-        taken += 1 << 20
-        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
-
-    with pytest.raises(BodyError):
-        asyncio.run(body_of(Request({"type": "http"}, receive)))
-    assert taken == MAX_BODY_BYTES + (1 << 20)
-
-
-@on_ray
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_an_error_of_our_own_ends_its_request_with_an_error() -> None:
-    from starling.replicas import Replica
-
-    class Broken(Replica):
-        def __init__(self) -> None:
-            self._service = SimpleNamespace(generate=lambda request: {}["a secret prompt"])  # type: ignore[assignment]
-            self._threads = ThreadPoolExecutor(1)
-
-    async def events() -> list["Event"]:
-        return [event async for event in Broken().stream({"prompt": "a"})]
-
-    (event,) = asyncio.run(events())
-    assert "KeyError" in event["error"] and "secret" not in event["error"] and not event["again"]
 
 
 @on_ray
