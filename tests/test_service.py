@@ -19,6 +19,7 @@ from starling.engine.engine import Delivery, TokenStream
 from starling.engine.sequence import SamplingParams
 from starling.errors import CheckpointError, DeviceError, GenerationCancelled, NoRoomError, RequestError
 from starling.generation import Generation, GenerationResult
+from starling.model.memory import activation_bytes
 from starling.model.ops.cpu import CpuOps
 from starling.request import Request
 from starling.service import Service, load_engine
@@ -97,6 +98,9 @@ def test_an_answer_and_its_metrics(service: Service) -> None:
     assert (result.finish_reason, result.output_token_count, result.seed) == ("stop", 7, 0)
     assert result.input_token_count == 19
     assert result.time_to_first_token > 0 and result.tokens_per_second > 0
+    before = service.counters
+    ask(service, prompt=FRANCE)
+    assert service.counters.steps > before.steps
 
 
 def test_a_blank_seed_is_drawn_and_reported(service: Service) -> None:
@@ -463,6 +467,7 @@ def test_the_kv_cache_has_what_its_settings_say(tmp_path: Path) -> None:
         ({"max_concurrency": 1, "block_size": 32}, 1024 // 32 + 1),
         ({"kv_cache_bytes": 1 << 40}, 1024 // 16 + 1),  # no more is allocated than can be used
         ({"kv_cache_bytes": 10 * block - 1}, 9),
+        ({"kv_cache_bytes": block}, 1),
         ({"kv_cache_bytes": 10 * block, "kv_dtype": "float32", "cpu_precision": "float32", "device": "cpu"}, 5),
     ):
         engine = load_engine(tmp_path, Settings.model_validate(fields))
@@ -473,6 +478,22 @@ def test_the_kv_cache_has_what_its_settings_say(tmp_path: Path) -> None:
     assert list(tmp_path.glob("packed-*-head16.bin")), "the output projection is kept as precisely as was asked for"
     with pytest.raises(DeviceError, match=rf"one block of 16 positions needs {block}.*raise STARLING_KV_CACHE_BYTES"):
         load_engine(tmp_path, Settings(kv_cache_bytes=block - 1))
+
+
+def test_memory_for_the_largest_step_is_left_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_checkpoint(tmp_path)
+    left: list[int] = []
+
+    def room(device: object, step_bytes: int) -> int:
+        left.append(step_bytes)
+        return 1 << 20
+
+    for name in ("kv_cache_budget", "kv_cache_room"):  # the latter checks what the operator set
+        monkeypatch.setattr(f"starling.service.{name}", room)
+    settings = Settings(device="cpu", prefill_tokens=64, max_concurrency=3, speculative_rows=5)
+    for set_by_hand in ({}, {"kv_cache_bytes": 1 << 20}):
+        load_engine(tmp_path, settings.model_copy(update=set_by_hand)).close()
+    assert left == [activation_bytes(config, 64 + 3 + 5)] * 2
 
 
 def test_steps_are_as_large_as_their_settings_say(tmp_path: Path) -> None:
@@ -502,12 +523,13 @@ def test_a_whole_context_fits_in_the_blocks_of_its_window(tmp_path: Path) -> Non
 class Recorder:
     """A stand-in for the engine: records the sampling parameters, and answers nothing."""
 
+    prompt: list[int]
     params: SamplingParams
 
     def check(self, prompt: list[int], max_tokens: int) -> None: ...
 
     def submit(self, prompt: list[int], params: SamplingParams, constraint: object = None) -> TokenStream:
-        self.params = params
+        self.prompt, self.params = prompt, params
         return TokenStream(lambda: None)
 
 
@@ -522,19 +544,37 @@ def test_the_engine_is_asked_for_what_the_request_says(demo_folder: Path) -> Non
     assert asdict(engine.params) == fields | {"stop_ids": {7, tokenizer.token_id("<|end_of_turn|>")}}
 
 
+def test_a_prompt_begins_and_an_answer_ends_as_the_checkpoint_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, bos_token_id=256, eos_token_id=7)
+    controls = {"<s>": 256, "<|end_of_turn|>": 257}
+    tokenizer_json.write(tokenizer_json.byte_level(byte_alphabet() | controls, [], controls), tmp_path)
+    engine = Recorder()
+    monkeypatch.setattr("starling.service.load_engine", lambda *_: engine)
+    Service.from_folder(tmp_path).generate(Request.parse(prompt="x"))
+    assert engine.prompt[0] == 256
+    assert engine.params.stop_ids == {7, 257}
+
+
 def test_the_start_line_says_what_is_served(demo_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="starling")
     source = "https://user:secret@mirror.example"
     settings = Settings(weights=demo_folder, weights_source=source, device="cpu", threads=1)
     service = Service.load(settings)
-    service.answer(Request.parse(prompt="My secret is out.", max_tokens=2))
-    service.answer(Request.parse(prompt="My secret is out.", max_tokens=2, regex="yes|no"))
+    answer = service.answer(Request.parse(prompt="My secret is out.", max_tokens=2))
+    for grammar in ({"regex": "yes|no"}, {"json_schema": '{"enum": ["secret"]}'}):
+        service.answer(Request.parse(prompt="My secret is out.", max_tokens=2, **grammar))
     service.close()
+    assert not service.healthy
     lines = [json.loads(record.message) for record in caplog.records if record.message.startswith("{")]
     (start,) = [line for line in lines if line["event"] == "start"]
     assert start["stand_in"] is True and start["weights"] == str(demo_folder)
     assert "1 threads" in start["operations"]
-    *_, request, constrained = [line for line in lines if line["event"] == "request"]
+    *_, request, constrained, also_constrained = [line for line in lines if line["event"] == "request"]
     assert (request["outcome"], request["output_tokens"], request["constrained"]) == ("length", 2, False)
-    assert constrained["constrained"] and constrained["cached_tokens"] >= 16 > request["cached_tokens"]
+    assert (request["input_tokens"], request["seed"]) == (answer.input_token_count, answer.seed)
+    assert request["first_token_s"] == round(answer.time_to_first_token, 4)
+    assert constrained["constrained"] and also_constrained["constrained"]
+    assert constrained["cached_tokens"] >= 16 > request["cached_tokens"]
     assert "secret" not in caplog.text
