@@ -121,7 +121,10 @@ def main() -> None:
     parser.add_argument("--pip-options", default="", help="added to every pip install")
     parser.add_argument("--requirements", action="store_true", help="print the requirements instead")
     options = parser.parse_args()
-    config = CogYaml.read(options.file)
+    try:
+        config = CogYaml.read(options.file)
+    except (CogYamlError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
     if options.requirements:
         print(requirements(config), end="")
     else:

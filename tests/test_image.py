@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,16 @@ def test_what_cog_would_refuse_is_refused(tmp_path: Path, text: str, fault: str)
     (tmp_path / "cog.yaml").write_text(text)
     with pytest.raises(CogYamlError, match=fault):
         CogYaml.read(tmp_path / "cog.yaml")
+
+
+def test_a_faulty_file_is_reported_in_a_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.cog_build", str(tmp_path / "cog.yaml")]
+    missing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (tmp_path / "cog.yaml").write_text("build: {python_version: '3.9'}\npredict: p")
+    faulty = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert missing.returncode == faulty.returncode == 1
+    assert re.fullmatch("error: .*No such file.*\n", missing.stderr)
+    assert faulty.stderr == "error: cog.yaml: python_version is '3.9'; write '3.11' to '3.13'\n"
 
 
 # -- what the server imports ---------------------------------------------------------------------------------------
