@@ -234,9 +234,7 @@ def test_a_caller_that_leaves_stops_the_generation(replicas: ModuleType, begun: 
         assert begun or started.wait(HANG_S)
         return Endless()
 
-    replica = object.__new__(replicas.Replica)
-    replica._service = SimpleNamespace(generate=generate)
-    replica._threads = ThreadPoolExecutor(1)
+    replica = replica_of(replicas, SimpleNamespace(generate=generate))
 
     async def leave() -> None:
         events = replica.stream({"prompt": "a"})

@@ -17,12 +17,11 @@ from starling.model.ops import FusedLayers, Ops, Packed
 from starling.model.reading import read_tensor
 from starling.model.staging import Staging
 
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 LINEARS = {  # of a layer, from the smallest
     "out": ("self_attn.o_proj",),
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "down": ("mlp.down_proj",),
-    "gate_up": GATE_UP,
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
 }
 
 
@@ -159,7 +158,11 @@ def _repack(checkpoint: Checkpoint, ops: Ops) -> Iterator[tuple[str, Packed]]:
         yield f"{i}.post_attention_norm", {"weight": checkpoint.tensor(f"{layer}.post_attention_layernorm.weight")}
     for kind, names in LINEARS.items():
         for i, layer in enumerate(layers):
-            parts = (checkpoint.linear(f"{layer}.{name}") for name in names)
-            yield f"{i}.{kind}", ops.pack_awq(concatenate(list(parts)), paired=names == GATE_UP)
+            yield (
+                f"{i}.{kind}",
+                ops.pack_awq(
+                    concatenate([checkpoint.linear(f"{layer}.{name}") for name in names]), paired=kind == "gate_up"
+                ),
+            )
     tied = checkpoint.config.tie_word_embeddings
     yield "head", ops.pack_head(embedding if tied else checkpoint.tensor("lm_head.weight"))

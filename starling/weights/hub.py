@@ -19,7 +19,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
     parse_ratelimit_headers,
 )
 
-import starling
+from starling import __version__
 from starling.errors import WeightsError
 from starling.weights.address import checked, without_secrets
 from starling.weights.source import FileFaultError, Offer, RetryPolicy, SourceUnavailableError
@@ -69,7 +69,7 @@ class Hub:
                 token=self._token,
                 timeout=self._retry.stall_s,
                 library_name="starling",
-                library_version=starling.__version__,
+                library_version=__version__,
                 endpoint=self._endpoint,
             )
             if metadata.commit_hash not in {None, self._revision}:
@@ -136,7 +136,7 @@ class Hub:
     def _stream(self, name: str, file: BinaryIO, size: int, advance: Callable[[int], None]) -> None:
         """One connection: append to `file` until it holds `size` bytes."""
         have = file.tell()
-        headers = build_hf_headers(token=self._token, library_name="starling", library_version=starling.__version__) | {
+        headers = build_hf_headers(token=self._token, library_name="starling", library_version=__version__) | {
             "Accept-Encoding": "identity"
         }
         if have:

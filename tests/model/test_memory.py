@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from starling.model import control_groups, memory
-from starling.model.checkpoint import expected_tensors
+from starling.model.checkpoint import DTYPES, expected_tensors
 from starling.model.config import ModelConfig
 from starling.model.kv_cache import KVCache
 from starling.model.memory import (
@@ -182,8 +182,7 @@ def test_what_packing_needs_leaves_no_gaps_between_the_weights(tmp_path: Path) -
     raw |= {"num_key_value_heads": 8, "quantization_config": {**CONFIG["quantization_config"], "group_size": 128}}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     expected = expected_tensors(ModelConfig.from_dict(raw)).items()
-    dtypes = {"I32": torch.int32, "F16": torch.float16}
-    zeros = {name: torch.zeros(shape, dtype=dtypes[dtype]) for name, (dtype, shape) in expected}
+    zeros = {name: torch.zeros(shape, dtype=DTYPES[dtype]) for name, (dtype, shape) in expected}
     save_file(zeros, tmp_path / "model.safetensors")
     ops = CudaOps.on_gpu()
     finish_loading(ops.device)
