@@ -3,8 +3,9 @@
     python scripts/cog_build.py cog-cpu.yaml --base my-python > Dockerfile
 
 It follows the order of Cog 0.23: base, environment, system packages, requirements, cog itself, build.run, working
-directory, port, predictor, source, schema. It differs where Cog needs network access that a test lacks: pip instead
-of uv, and tini is expected in the base. tests/test_image.py checks the rendered text; scripts/image builds it.
+directory, port, predictor, source, schema. It differs where Cog needs network access that a test lacks: cog is
+installed by pip instead of uv, and tini is expected in the base. tests/test_image.py checks the rendered text;
+scripts/image builds it.
 """
 
 import argparse
@@ -21,9 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 from starling.openapi import declared_concurrency  # noqa: E402
 
-REQUIREMENTS = ".cog/tmp/requirements.txt"  # written by the builder: the project's file without cog and coglet
+REQUIREMENTS = ".cog/tmp/requirements.txt"  # written by the builder: see `requirements`
 SCHEMA = ".cog/openapi_schema.json"
 UV = "uv pip install --break-system-packages --no-cache"  # as Cog calls it
+TORCH_INDEX = "https://download.pytorch.org/whl"
 MANAGED = ("cog", "coglet")  # dropped from the requirements: Cog installs cog, which brings coglet
 
 TOP_KEYS = {"build", "image", "model", "run", "predict", "train", "concurrency", "observability", "environment"}
@@ -85,8 +87,14 @@ class CogYaml:
 
 
 def requirements(config: CogYaml, root: Path = ROOT) -> str:
-    """The requirements that Cog installs: the project's, without the packages that Cog manages itself."""
+    """The requirements that Cog installs: the project's, without the packages that Cog manages itself.
+
+    For a GPU, Cog names PyTorch's index for the image's CUDA first, if it knows the version of torch
+    (pkg/config/torch_compatibility.json). pip prefers the build there, 2.11.0+cu128, to PyPI's, which is for CUDA 13.0.
+    """
     lines = (root / config.build["python_requirements"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    if config.build.get("gpu"):
+        lines.insert(0, f"--extra-index-url {TORCH_INDEX}/cu{config.build['cuda'].replace('.', '')}/\n")
     return "".join(line for line in lines if re.split(r"[=<>\[ ]", line.strip())[0] not in MANAGED)
 
 
