@@ -5,7 +5,7 @@ and generated tokens; Keskar et al. 2019, section 4.1), applied as vLLM does: re
 temperature and the filters of `Ops.sample`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -72,23 +72,29 @@ class RowRules:
 def rules(plan: list[Work]) -> list[RowRules]:
     """Penalties, bans and grammars of a step's logit rows, as if the drafts before each had been generated."""
     found = []
+    for row, work in ruled(plan):
+        params, constraint = work.sequence.params, work.sequence.constraint
+        below = rows_below_min_tokens(work)
+        assert work.source < 0 or not (params.penalized or constraint), "these need every token known"
+        for ahead in range(1 + len(work.drafts)):
+            prompt, generated = _history(work, ahead) if params.penalized else ([], [])
+            banned = list(params.stop_ids) if ahead < below else []
+            allowed = None
+            if constraint is not None:
+                banned, allowed = [], permitted(constraint, banned)
+            found.append(RowRules(row + ahead, params, prompt, generated, banned, allowed))
+    return found
+
+
+def ruled(plan: list[Work]) -> Iterator[tuple[int, Work]]:
+    """The works whose logits are changed before a token is drawn, each with its first row of the step's logits."""
     row = 0
     for work in plan:
-        if not work.samples:
-            continue
-        params, constraint = work.sequence.params, work.sequence.constraint
-        if params.penalized or params.min_tokens or constraint is not None:
-            below = rows_below_min_tokens(work)
-            assert work.source < 0 or not (params.penalized or constraint), "these need every token known"
-            for ahead in range(1 + len(work.drafts)):
-                prompt, generated = _history(work, ahead) if params.penalized else ([], [])
-                banned = list(params.stop_ids) if ahead < below else []
-                allowed = None
-                if constraint is not None:
-                    banned, allowed = [], permitted(constraint, banned)
-                found.append(RowRules(row + ahead, params, prompt, generated, banned, allowed))
-        row += 1 + len(work.drafts)
-    return found
+        if work.samples:
+            params = work.sequence.params
+            if params.penalized or params.min_tokens or work.sequence.constraint is not None:
+                yield row, work
+            row += 1 + len(work.drafts)
 
 
 def rows_below_min_tokens(work: Work) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from starling.engine.frame import TAIL
 from starling.engine.inputs import StepInputs
-from starling.engine.sampling import clear, permitted, rows_below_min_tokens
+from starling.engine.sampling import clear, permitted, rows_below_min_tokens, ruled
 from starling.engine.scheduler import Work
 from starling.engine.sequence import Sequence
 from starling.model.ops.cuda.sampling import SETTINGS, settings_of
@@ -34,26 +34,22 @@ class Shaping:
         rules[: len(inputs.logit_rows)] = settings_of(
             inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.uniform
         )
-        row = used = end = 0
-        for work in plan:
-            if not work.samples:
-                continue
+        used = end = 0
+        for row, work in ruled(plan):
             params, constraint = work.sequence.params, work.sequence.constraint
-            if params.penalized or params.min_tokens or constraint is not None:
-                own = rules[row : row + 1 + len(work.drafts)]
-                if params.penalized:
-                    end = self._penalize(work, own, tail, end)
-                below = rows_below_min_tokens(work)
-                for first, last, banned in ((0, below, params.stop_ids), (below, len(own), frozenset[int]())):
-                    if first < last and (banned or constraint is not None):
-                        if constraint is None:
-                            masks[used] = ALL
-                            clear(masks[used], banned)
-                        else:
-                            masks[used] = permitted(constraint, banned)
-                        used += 1
-                        own["mask"][first:last] = used
-            row += 1 + len(work.drafts)
+            own = rules[row : row + 1 + len(work.drafts)]
+            if params.penalized:
+                end = self._penalize(work, own, tail, end)
+            below = rows_below_min_tokens(work)
+            for first, last, banned in ((0, below, params.stop_ids), (below, len(own), frozenset[int]())):
+                if first < last and (banned or constraint is not None):
+                    if constraint is None:
+                        masks[used] = ALL
+                        clear(masks[used], banned)
+                    else:
+                        masks[used] = permitted(constraint, banned)
+                    used += 1
+                    own["mask"][first:last] = used
         return used
 
     def _penalize(self, work: Work, own: np.ndarray, tail: np.ndarray, begin: int) -> int:
