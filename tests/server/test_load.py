@@ -3,33 +3,26 @@
 import asyncio
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from bench.load import load
-from starling import tokenizer_json
 from starling.client import Client
 from starling.local_server import LocalServer
-from starling.tokenizer import byte_alphabet
-from tests.model.tiny import write_checkpoint
 from tests.server.conftest import events
 from tests.waiting import HANG_S, wait_for
 
 CONCURRENCY = 32
-BOS, END_OF_TURN = 256, 257
 SPARE_BYTES = 48 << 20  # what an allocator may keep
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(folder, bos_token_id=BOS, eos_token_id=END_OF_TURN, max_position_embeddings=4096)
-    controls = {"<s>": BOS, "<|end_of_turn|>": END_OF_TURN}
-    tokenizer_json.write(tokenizer_json.byte_level(byte_alphabet() | controls, [], controls), folder)
+def server(tiny_folder: Path) -> Iterator[LocalServer]:
     environ = {
-        "STARLING_WEIGHTS": str(folder),
+        "STARLING_WEIGHTS": str(tiny_folder),
         "STARLING_DEVICE": "cpu",
         "COG_MAX_CONCURRENCY": str(CONCURRENCY),
         # Too small for 32 long requests at once, so that some are preempted.
