@@ -21,6 +21,8 @@ os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")
 # Settings for the developer's own servers and downloads must not reach those of the tests.
 for name in [name for name in os.environ if name.startswith(("STARLING_", "HF_")) and name != "STARLING_TEST_SEED"]:
     del os.environ[name]
+# It would hide a flush that is missing.
+os.environ.pop("PYTHONUNBUFFERED", None)
 # A slow machine is not the code's fault.
 settings.register_profile("starling", deadline=None, print_blob=True)
 settings.load_profile("starling")

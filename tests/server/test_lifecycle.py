@@ -101,12 +101,11 @@ def test_a_server_that_is_late_is_ended_and_its_log_kept(logs: Path) -> None:
 INTERRUPTS_ITS_PARENT_WHEN_STOPPED = """
 import os, signal, time
 
-def interrupt(number, frame):
-    print("SIGTERM", flush=True)
-    os.kill(os.getppid(), signal.SIGINT)
-
-signal.signal(signal.SIGTERM, interrupt)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 print("began", flush=True)
+signal.sigwait({signal.SIGTERM})
+print("SIGTERM", flush=True)
+os.kill(os.getppid(), signal.SIGINT)
 while True:
     time.sleep(3600)
 """
