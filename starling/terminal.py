@@ -21,7 +21,7 @@ from types import FrameType
 from starling.client import Answer, AnswerError, Client
 from starling.errors import NoRoomError, StarlingError
 from starling.local_server import LocalServer
-from starling.request import Request
+from starling.request import OLD_NAMES, Request
 from starling.settings import Settings
 from starling.weights import locate_weights
 
@@ -106,7 +106,8 @@ def start(server: LocalServer) -> None:
             print(f"\rStarting the server: {seconds:.1f} s", end="", file=sys.stderr, flush=True)
 
     server.start(waiting=waiting)
-    print(f"{chr(13) if interactive else ''}Server ready in {time.monotonic() - began_s:.1f} s", file=sys.stderr)
+    erase = "\r\x1b[K" if interactive else ""  # the line that counts the seconds, which is longer
+    print(f"{erase}Server ready in {time.monotonic() - began_s:.1f} s", file=sys.stderr)
 
 
 def leave(number: int, frame: FrameType | None) -> None:
@@ -128,7 +129,7 @@ def named_input(text: str) -> tuple[str, object]:
         remedy = "it is what you type" if name == "prompt" else "chat, or send them over HTTP"
         raise argparse.ArgumentTypeError(f"{name} cannot be set with -i: {remedy}")
     with contextlib.suppress(ValueError):
-        return name, json.loads(value) if name in NUMBERS else value
+        return name, json.loads(value) if OLD_NAMES.get(name, name) in NUMBERS else value
     return name, value
 
 

@@ -6,9 +6,11 @@ What happens is written to $ECHO_FOLDER/journal. Words with an effect:
     turns:      says how many messages precede the prompt, and the mode
     heat:       says the temperature
     regex:      says the regular expression
+    asked:      says the earlier turns and the prompt, as a list
     room:N      raises if more than N messages precede the prompt
 """
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from types import SimpleNamespace
 
 import predict
 from starling.errors import EngineError, GenerationCancelled, NoRoomError, RequestError
-from starling.request import Request
+from starling.request import Message, Request
 from starling.settings import Settings
 
 FAILURES: dict[str, Exception] = {
@@ -25,6 +27,10 @@ FAILURES: dict[str, Exception] = {
     "engine": EngineError("the engine is out of luck"),
     "surprise": KeyError("a surprise"),
 }
+
+
+def turn(message: Message) -> str:
+    return f"{message.role}: {message.content}"
 
 
 class EchoGeneration:
@@ -75,6 +81,7 @@ class EchoGeneration:
                     "turns": f"{len(self._request.messages)} {self._request.mode}",
                     "heat": f"{self._request.temperature}",
                     "regex": f"{self._request.regex}",
+                    "asked": json.dumps([*map(turn, self._request.messages), self._request.prompt]),
                 }
                 yield acts.get(kind, word) + " "
         self.result = SimpleNamespace(

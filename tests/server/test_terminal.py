@@ -15,11 +15,13 @@ import psutil
 import pytest
 
 from starling.local_server import ROOT
-from starling.terminal import main
+from starling.request import MAX_TEXT_BYTES
+from starling.terminal import main, start
 from tests.server.conftest import Echo
 from tests.waiting import HANG_S, wait_for
 
 CTRL_D = b"\x04"
+UP = b"\x1b[A"
 
 
 class Terminal:
@@ -99,9 +101,9 @@ def test_one_answer_is_shown_as_it_is_generated(echo: Echo, terminals: list[Term
 
 
 def test_piped_input_is_one_prompt_and_only_the_answer_goes_to_stdout(echo: Echo) -> None:
-    done = piped("--url", echo.server.url, stdin="one\ntwo\n")
-    assert (done.returncode, done.stdout) == (0, "one two \n")
-    assert done.stderr.startswith("\n[2 tokens at 10.0/s")
+    done = piped("--url", echo.server.url, stdin="one\ntwo asked:\n")
+    assert (done.returncode, done.stdout) == (0, 'one two ["one\\ntwo asked:"] \n')
+    assert done.stderr.startswith("\n[3 tokens at 10.0/s")
 
 
 def test_a_blank_prompt_and_one_without_quotes_are_refused(echo: Echo) -> None:
@@ -113,10 +115,26 @@ def test_a_blank_prompt_and_one_without_quotes_are_refused(echo: Echo) -> None:
     assert "put it in quotes" in done.stderr
 
 
-def test_an_engine_can_be_chosen_only_for_its_own_server(capsys: pytest.CaptureFixture[str]) -> None:
+URL = ("--url", "http://127.0.0.1:1")
+WEIGHTS = ("--weights", "/absent")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "one of the arguments --url --weights is required"),
+        ((*URL, *WEIGHTS), "not allowed with argument --url"),
+        ((*URL, "--engine", "engine"), "--engine goes with --weights"),
+        ((*WEIGHTS, "--engine", "motor"), "invalid choice: 'motor'"),
+    ],
+    ids=["no server", "two servers", "an engine for a running server", "an unknown engine"],
+)
+def test_options_that_name_no_server_or_contradict_each_other_are_refused(
+    options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        main(["--url", "http://127.0.0.1:1", "--engine", "engine", "hello"])
-    assert "--engine goes with --weights" in capsys.readouterr().err
+        main([*options, "hello"])
+    assert said in capsys.readouterr().err
 
 
 def test_a_closed_or_full_output_ends_it_without_a_traceback(echo: Echo) -> None:
@@ -167,6 +185,59 @@ def test_a_failure_to_begin_is_reported_in_one_line(
     screen = capsys.readouterr().err
     assert said in screen
     assert len(screen.strip().splitlines()) == 1
+
+
+def test_a_prompt_that_no_server_would_accept_starts_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WEIGHTS, "a" * (MAX_TEXT_BYTES + 1)]) == 1
+    assert f"at most {MAX_TEXT_BYTES} are accepted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WEIGHTS", "/elsewhere", "STARLING_WEIGHTS names {}, which lacks config.json"),
+        ("THREADS", "0", "_THREADS is '0'"),
+    ],
+)
+def test_weights_or_settings_that_cannot_be_served_start_no_server(
+    name: str,
+    value: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """--weights goes before STARLING_WEIGHTS."""
+    monkeypatch.setenv(f"STARLING_{name}", value)
+    assert main(["--weights", str(tmp_path), "hello"]) == 1
+    screen = capsys.readouterr().err
+    assert said.format(tmp_path) in screen
+    assert len(screen.strip().splitlines()) == 1
+
+
+class SlowServer:
+    """A stand-in for LocalServer."""
+
+    def start(self, waiting: Callable[[float], None]) -> None:
+        waiting(0.04)
+        waiting(12.34)
+
+
+@pytest.mark.parametrize(
+    ("interactive", "begins"),
+    [
+        (True, "\rStarting the server: 0.0 s\rStarting the server: 12.3 s\r\x1b[KServer ready in "),
+        (False, "Server ready in "),
+    ],
+    ids=["to a terminal", "to a file"],
+)
+def test_only_a_terminal_is_shown_the_seconds_that_a_server_takes_to_start(
+    interactive: bool, begins: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: interactive)
+    start(SlowServer())  # type: ignore[arg-type]
+    output, told = capsys.readouterr()
+    assert output == "" and told.startswith(begins)
 
 
 def test_an_answer_that_someone_else_cancels_is_shown_so_far(echo: Echo, terminals: list[Terminal]) -> None:
@@ -246,6 +317,7 @@ def test_a_chat_and_both_uses_of_ctrl_c(echo: Echo, terminals: list[Terminal]) -
 
     silent = f"gate:{echo.name()}"
     terminal.type(silent)
+    terminal.read_until("Starling: ")  # before there is an answer
     wait_for(lambda: ("start", 0) in echo.journal(silent))
     terminal.interrupt()
     assert "[stopped]" in terminal.read_until("You: ")
@@ -378,8 +450,39 @@ def test_earlier_turns_are_sent_along(echo: Echo, terminals: list[Terminal]) -> 
         assert f"Starling: {turns} code " in terminal.read_until("]")
 
 
+def test_a_chat_sends_who_said_what(echo: Echo, terminals: list[Terminal]) -> None:
+    terminal = Terminal(echo)
+    terminals.append(terminal)
+    for prompt in ("hello", "how are you?", "asked:"):
+        terminal.read_until("You: ")
+        terminal.type(prompt)
+    turns = '"user: hello", "assistant: hello ", "user: how are you?", "assistant: how are you? "'
+    assert f'Starling: [{turns}, "asked:"]' in terminal.read_until("You: ")
+
+
+def test_an_earlier_line_can_be_recalled(echo: Echo) -> None:
+    """Only where input and output are both a terminal."""
+    pytest.importorskip("readline")
+    screen, terminal = pty.openpty()
+    command = [sys.executable, "-m", "starling.terminal", "--url", echo.server.url]
+    with subprocess.Popen(command, cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        try:
+            seen = b""
+            for keys in (b"one\n", UP + b"\n", CTRL_D):
+                while b"You: " not in seen:
+                    seen += os.read(screen, 4096)
+                shown, seen = seen, b""
+                os.write(screen, keys)
+            assert b"Starling: one " in shown
+        finally:
+            process.kill()
+    os.close(screen)
+
+
 def test_any_input_can_be_named(echo: Echo, terminals: list[Terminal]) -> None:
-    given = ("-i", "temperature=0.25", "--input", "mode=code", "-i", "regex=1=1")
+    given = ("-i", "temperature=0.25", "--input", "mode=code", "-i", "regex=1=1", "-i", "top_k=5", "-i", "seed=5")
+    given += ("-i", "max_new_tokens=5")  # the old name of max_tokens
     done = piped("--url", echo.server.url, *given, "heat: turns: regex:")
     assert (done.returncode, done.stdout) == (0, "0.25 0 code 1=1 \n")
     terminal = Terminal(echo, "--temperature", "1", *given)
@@ -390,11 +493,13 @@ def test_any_input_can_be_named(echo: Echo, terminals: list[Terminal]) -> None:
         assert f"Starling: 0.25 {turns} code " in terminal.read_until("]")
 
 
-@pytest.mark.parametrize("name", ["regex", "prompt=a", "messages=[]"])
-def test_an_input_named_wrongly_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "remedy"), [("regex", "write NAME=VALUE"), ("prompt=a", "you type"), ("messages=[]", "over HTTP")]
+)
+def test_an_input_named_wrongly_is_refused(given: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--url", "http://127.0.0.1:1", "-i", name, "hello"])
-    assert capsys.readouterr().err.rstrip().endswith(("write NAME=VALUE", "you type", "over HTTP"))
+        main([*URL, "-i", given, "hello"])
+    assert capsys.readouterr().err.rstrip().endswith(remedy)
 
 
 def test_a_chat_s_options_blank_lines_and_the_end_of_its_input(echo: Echo, terminals: list[Terminal]) -> None:
@@ -418,9 +523,10 @@ def test_a_chat_too_long_for_the_context_goes_on_without_its_older_half(echo: Ec
         terminal.type("turns:")
         assert f"Starling: {2 * turns} chat " in terminal.read_until("]")
     terminal.read_until("You: ")
-    terminal.type("room:4 turns:")
+    terminal.type("room:4 turns: asked:")
     said = terminal.read_until("You: ")
     assert said.count("its older part is left out") == 1 and "\nStarling: 4 chat " in said, "though left out twice"
+    assert '["user: turns:", "assistant: 8 chat ", "user: turns:", "assistant: 10 chat ", "room:4' in said
     terminal.type("room:-1 turns:")
     assert "\n[it is too long]" in terminal.read_until("You: ")
     terminal.type("turns:")
