@@ -27,8 +27,8 @@ from starling.model.ops.cuda import CudaOps
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens in a captured step: decodes and their drafts
-# Graphs whose capture could not be ended. torch's allocators go on asking each of them, by its address, which memory is
-# its own: none may ever be freed.
+# Graphs whose capture could not be ended. torch's allocator of pinned memory goes on asking each of them, by its
+# address, which memory is its own: none may ever be freed.
 _UNFINISHED_CAPTURES: list[torch.cuda.CUDAGraph] = []
 
 
@@ -188,6 +188,9 @@ class GraphRunner:
                 graph.pool()  # fails unless the capture has ended
             except RuntimeError:
                 _UNFINISHED_CAPTURES.append(graph)
+                # As capture_end would have. During a capture the allocator frees nothing that another stream has used.
+                with suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
             self._pool = torch.cuda.graph_pool_handle()  # torch refuses a pool whose last graph is gone
             raise
         return graph

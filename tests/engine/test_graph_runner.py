@@ -268,6 +268,18 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(
     captured = {size: decodes.graph is not None for size, decodes in runners[0]._decodes.items()}
     assert captured == {size: size not in (2, 8) for size in captured}
     assert len(caplog.records) == len(captured) - sum(captured.values()) > 0
+    assert kept_of_what_another_stream_used() == 0
+
+
+def kept_of_what_another_stream_used() -> int:
+    """Bytes that torch does not reuse, as during a capture."""
+    stream = torch.cuda.Stream()
+    held = []
+    for _ in range(3):
+        torch.empty(32 << 20, dtype=torch.uint8, device="cuda").record_stream(stream)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_reserved())
+    return held[-1] - held[0]
 
 
 def test_a_step_that_cannot_be_captured_is_computed_all_the_same(
