@@ -87,7 +87,8 @@ class Predictor(BasePredictor):
             default=1.0, ge=0.1, le=10, description="Above 1, tokens in prompt or answer become less likely. 1 is off."
         ),
         stop_sequences: str = Input(
-            default="", description='Strings that end the answer: comma-separated, or a JSON list like ["one", "two"].'
+            default="",
+            description='Texts that end the answer: comma-separated (spaces count) or a JSON list like ["one", "two"].',
         ),
         seed: int | None = Input(
             default=None,

@@ -1,5 +1,6 @@
 """What a caller may ask for. The single source of bounds and defaults."""
 
+import difflib
 import json
 from typing import Annotated, Any, Literal
 
@@ -125,7 +126,7 @@ class Request(BaseModel):
         if not self.prompt and not self.messages:
             raise ValueError(
                 "neither prompt nor messages is given. Give a prompt, or messages that end with a user turn; over HTTP "
-                'inside of "input", with Content-Type: application/json'
+                'inside of "input" and spelled like this (other names are ignored), with Content-Type: application/json'
             )
         if self.messages and not self.prompt and self.messages[-1].role != "user":
             raise ValueError(
@@ -166,8 +167,11 @@ def _fault(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "too_long":  # of a list; pydantic's own message would call it a tuple
         message = "{actual_length} are given; at most {max_length} are accepted. Drop some".format(**error["ctx"])
+    elif error["type"] == "extra_forbidden" and len(error["loc"]) > 1:
+        message = "A message has a role and content, nothing else. Leave it out"
     elif error["type"] == "extra_forbidden":
-        message = "There is no such input. Leave it out"
+        near = difflib.get_close_matches(where, (*Request.model_fields, *OLD_NAMES), 1)
+        message = f"There is no such input. {f'Did you mean {near[0]}?' if near else 'Leave it out'}"
     value = error.get("input")
     shown = f" is {value!r}:" if isinstance(value, int | float | bool) and where else ""
     return f"{where}{shown or ':'} {message}" if where else message

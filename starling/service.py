@@ -250,4 +250,6 @@ def _plan_blocks(model: Mistral, ops: Ops, settings: Settings, limits: Limits) -
             f"of that; memory has room for {room}. Lower it, or leave it unset."
         )
     logger.info("KV cache: %d blocks of %d positions, %.2f GB", blocks, size, blocks * per_block / 1e9)
+    if (held := blocks * size) < positions:
+        logger.warning("the KV cache holds %d of the %d tokens of the context: longer requests fail", held, positions)
     return blocks

@@ -128,8 +128,12 @@ def named_input(text: str) -> tuple[str, object]:
     if name in ("prompt", "messages"):
         remedy = "it is what you type" if name == "prompt" else "chat, or send them over HTTP"
         raise argparse.ArgumentTypeError(f"{name} cannot be set with -i: {remedy}")
+    if OLD_NAMES.get(name, name) not in NUMBERS:
+        return name, value
+    if not value.strip():
+        raise argparse.ArgumentTypeError(f"{name} is blank: give a number, or leave it out")
     with contextlib.suppress(ValueError):
-        return name, json.loads(value) if OLD_NAMES.get(name, name) in NUMBERS else value
+        return name, json.loads(value)
     return name, value
 
 

@@ -457,7 +457,7 @@ def test_a_kv_cache_that_does_not_fit_in_memory_is_refused(tmp_path: Path, monke
     load_engine(tmp_path, Settings(kv_cache_bytes=50_000, max_concurrency=256)).close()
 
 
-def test_the_kv_cache_has_what_its_settings_say(tmp_path: Path) -> None:
+def test_the_kv_cache_has_what_its_settings_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = write_checkpoint(tmp_path)
     block = (
         2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 16 * 2
@@ -470,8 +470,11 @@ def test_the_kv_cache_has_what_its_settings_say(tmp_path: Path) -> None:
         ({"kv_cache_bytes": block}, 1),
         ({"kv_cache_bytes": 10 * block, "kv_dtype": "float32", "cpu_precision": "float32", "device": "cpu"}, 5),
     ):
+        caplog.clear()
         engine = load_engine(tmp_path, Settings.model_validate(fields))
         assert engine.occupancy["kv_blocks"] == blocks, fields
+        size = fields.get("block_size", 16)
+        assert (f"the KV cache holds {blocks * size} of the 1024 tokens" in caplog.text) == (blocks <= 10)
         if blocks > 10:
             engine.check([5] * 1000, 24)  # a whole context has room
         engine.close()

@@ -85,7 +85,12 @@ def check_request(prompt: list[int], max_tokens: int, context_limit: int, vocab_
 def no_room(prompt_length: int, max_tokens: int, where: str, limit: int) -> NoRoomError:
     """The error that refuses a request too large for `where`, which holds `limit` tokens."""
     room = limit - prompt_length
-    remedy = f"Lower max_tokens to {room} or less" if room > 0 else f"Shorten the prompt to {limit - 1} tokens or fewer"
+    if room > 0:
+        remedy = f"Lower max_tokens to {room}" + (" or less" if room > 1 else "")
+    elif limit > max_tokens:
+        remedy = f"Shorten the prompt to {limit - max_tokens} tokens or fewer"
+    else:
+        remedy = f"Shorten the prompt to {limit - 1} tokens or fewer, and lower max_tokens to what it leaves"
     return NoRoomError(
         f"The prompt is {prompt_length} tokens long and max_tokens is {max_tokens}, {prompt_length + max_tokens} "
         f"together; {where} holds {limit}. {remedy}."

@@ -327,8 +327,12 @@ def test_what_cannot_run_is_refused_with_numbers() -> None:
     with running(FakeRunner, overlaps=False, blocks=8) as (engine, _):
         with pytest.raises(RequestError, match=r"100 tokens long and max_tokens is 29, 129 together.*128.*28 or less"):
             engine.submit([1] * 100, params(29))
-        with pytest.raises(RequestError, match=r"200 tokens long.*Shorten the prompt"):
-            engine.submit([1] * 200, params(1))
+        with pytest.raises(RequestError, match=r"200 tokens long.*Shorten the prompt to 125 tokens or fewer\.$"):
+            engine.submit([1] * 200, params(3))
+        with pytest.raises(RequestError, match=r"Shorten the prompt to 127 tokens or fewer, and lower max_tokens"):
+            engine.submit([1] * 200, params(128))
+        with pytest.raises(RequestError, match=r"Lower max_tokens to 1\.$"):
+            engine.submit([1] * 127, params(2))
         with pytest.raises(RequestError, match=r"40 together; .*KV_CACHE_BYTES\) holds 32\. .* to 2 or less"):
             engine.submit([1] * 30, params(10))
         with pytest.raises(RequestError, match=r"KV cache .* holds 32\. Shorten the prompt"):

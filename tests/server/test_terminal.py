@@ -494,7 +494,13 @@ def test_any_input_can_be_named(echo: Echo, terminals: list[Terminal]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "remedy"), [("regex", "write NAME=VALUE"), ("prompt=a", "you type"), ("messages=[]", "over HTTP")]
+    ("given", "remedy"),
+    [
+        ("regex", "write NAME=VALUE"),
+        ("prompt=a", "you type"),
+        ("messages=[]", "over HTTP"),
+        ("max_new_tokens= ", "max_new_tokens is blank: give a number, or leave it out"),
+    ],
 )
 def test_an_input_named_wrongly_is_refused(given: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
