@@ -32,10 +32,8 @@ class Startup:
     @contextmanager
     def lap(self, name: str) -> Iterator[None]:
         began_s = time.monotonic()
-        try:
-            yield
-        finally:
-            self.laps_s[name] = time.monotonic() - began_s
+        yield
+        self.laps_s[name] = time.monotonic() - began_s
 
     def report(self, located: Located, settings: Settings, occupancy: dict[str, int]) -> None:
         """Log what is running: versions, device, weights, settings, and seconds per lap."""

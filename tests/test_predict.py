@@ -1,5 +1,6 @@
 """The form that Cog shows agrees with what a request may hold, and with what Cog reads from the source."""
 
+import gc
 import inspect
 import json
 import re
@@ -16,7 +17,8 @@ from predict import METRICS, Predictor
 from starling.errors import RequestError
 from starling.openapi import Field, SignatureError, declared_concurrency, read_signature, render
 from starling.request import MAX_STOP_SEQUENCES, OLD_NAMES, Request
-from starling.service import GenerationResult
+from starling.service import GenerationResult, Service
+from starling.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 SIGNATURE = read_signature((ROOT / "predict.py").read_text())
@@ -37,6 +39,25 @@ def test_inputs_are_the_request_s_fields_in_the_documented_order() -> None:
     """
     assert " ".join(INPUTS) == " ".join(order.split())
     assert {OLD_NAMES.get(name, name) for name in INPUTS} == set(Request.model_fields)
+
+
+def test_a_setup_that_fails_shows_its_traceback_and_leaves_time_to_read_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Exiting(Predictor):
+        def load_service(self, settings: Settings) -> Service:
+            assert not gc.isenabled(), "what setup loads is not collected"
+            raise SystemExit("no weights here")
+
+    shown = []
+    for name in ("configure_logs", "install_cancellation"):
+        monkeypatch.setattr(f"predict.{name}", lambda: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: shown.append(capsys.readouterr().err))
+    with pytest.raises(SystemExit):
+        Exiting().setup()
+    gc.unfreeze()
+    (told,) = shown
+    assert "Traceback" in told and "no weights here" in told
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
