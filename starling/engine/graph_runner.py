@@ -122,10 +122,15 @@ class GraphRunner:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _decodes_for(self, inputs: StepInputs) -> Decodes | None:
-        """The padded step, if every token has logits: all but the first of a work are drafts. None for any other."""
-        if len(inputs.token_ids) != len(inputs.logit_rows):
+        """The padded step, if every token has logits: all but the first of a work are drafts. None for any other.
+
+        Nor for one larger than any graph: decodes and their drafts fit, but new requests whose prompts are cached but
+        for the last token may come on top.
+        """
+        tokens = len(inputs.token_ids)
+        if tokens != len(inputs.logit_rows) or tokens > self._sizes[-1]:
             return None
-        size = self._padded(len(inputs.token_ids))
+        size = self._padded(tokens)
         if size not in self._decodes:
             frame = Frame(Shape(size, size, self._books.tables.shape[1], size), self._inputs)
             self._decodes[size] = Decodes(frame, self._batch(frame, decodes=True))

@@ -210,6 +210,44 @@ def test_drafts_are_verified_in_the_steps_that_graphs_hold(
     assert all(len(inputs.token_ids) > len(inputs.logit_rows) for inputs in other), "only prompts"
 
 
+class Hopeful(PromptLookup):
+    """Drafts as much as it may, right or wrong."""
+
+    def draft(self, tokens: list[int], limit: int) -> list[int]:
+        return [3] * max(0, min(MAX_DRAFT, limit))
+
+
+def test_a_step_may_be_larger_than_any_graph(model: Mistral, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With drafts in every row of a graph, and a new request whose prompt is cached but for its last token."""
+    limits = Limits(max_running=4, prefill_tokens=24, speculative_rows=8)
+    books = BlockCache(BLOCKS, BLOCK, limits.max_running, 256, WINDOW)
+    scheduler = Scheduler(books, limits, device_counts=True)
+    loop = Loop(scheduler, graphs(model, books, limits))
+    sizes = []
+    frame_for = GraphRunner._frame_for
+
+    def recording_frame_for(runner: GraphRunner, inputs: StepInputs) -> Frame:
+        sizes.append((len(inputs.token_ids), len(inputs.logit_rows)))
+        return frame_for(runner, inputs)
+
+    monkeypatch.setattr(GraphRunner, "_frame_for", recording_frame_for)
+
+    def asked(arrival: int) -> Sequence:
+        params = SamplingParams(max_tokens=12, stop_ids=frozenset(), seed=arrival)
+        return Sequence(arrival, [5, 6, 7, 8] * (BLOCK // 4) + [5], params, lookup=Hopeful())
+
+    made = [asked(arrival) for arrival in range(2)]
+    scheduler.add(made[0])
+    while len(made[0].tokens) < BLOCK + 4:
+        loop.step()
+    scheduler.add(made[1])
+    while not loop.idle:
+        loop.step()
+    assert (limits.speculative_rows + 1,) * 2 in sizes
+    for sequence in made:
+        assert [sequence.tokens[BLOCK + 1 :]] == answers(model, plain, [asked(sequence.arrival)])
+
+
 @pytest.mark.parametrize("make", [plain, graphs])
 def test_non_finite_logits_end_their_own_request(
     model: Mistral, make: Callable[[Mistral, BlockCache, Limits], StepRunner]
