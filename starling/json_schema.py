@@ -52,6 +52,8 @@ MAX_PATTERNS = 16
 MAX_PATTERN_BYTES = MAX_REGEX_BYTES
 MAX_MULTIPLE = 100_000
 LARGEST_INTEGER = 2**53  # llguidance's constants are float64
+SAFE_DIGITS = 15  # of other numbers: llguidance reads some that have more as the next float
+UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")  # under OPTIONS; llguidance drops them from constants
 JOINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}  # through these, two schemas may apply to one value
 
 
@@ -175,7 +177,7 @@ def _check_counts(objects: list[dict[str, Any]]) -> None:
 
 
 def _check_constants(schema: dict[str, Any]) -> None:
-    """Raises RequestError for an integer constant that llguidance would round: no answer could equal it."""
+    """Raises RequestError for a constant that llguidance would change: no answer could equal it."""
     for found in _schemas(schema):
         pending = [found.get("const"), found.get("enum")]
         while pending:
@@ -185,8 +187,18 @@ def _check_constants(schema: dict[str, Any]) -> None:
                         f"json_schema has {number} in const or enum; integers beyond {LARGEST_INTEGER} (2^53) would be "
                         "rounded there. Write it as a string."
                     )
+                case float() as number if abs(number) < math.inf and float(f"{number:.{SAFE_DIGITS}g}") != number:
+                    raise RequestError(
+                        f"json_schema has {number} in const or enum; numbers of more than {SAFE_DIGITS} digits may "
+                        "change there. Round it."
+                    )
+                case str() as text if unwritable := UNWRITABLE.search(text):
+                    raise RequestError(
+                        f"json_schema has the character U+{ord(unwritable[0]):04X} in const or enum; answers have no "
+                        "control characters but \\b, \\t, \\n, \\f and \\r. Remove it."
+                    )
                 case dict() as values:
-                    pending += values.values()
+                    pending += [*values, *values.values()]
                 case list() as values:
                     pending += values
 

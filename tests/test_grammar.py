@@ -264,6 +264,23 @@ def test_a_constant_that_would_be_rounded_is_refused(follows: Follows, key: str)
             follows("1", schema(exact + (1 if exact > 0 else -1)))
 
 
+@given(value=st.text(st.characters(max_codepoint=0xFFFF, codec="utf-8")) | st.text("\x00\x08\t\x0b\n\r\x1fa\x7f"))
+def test_a_text_is_written_as_it_is_or_refused(follows: Follows, value: str) -> None:
+    schema = {"const": {"key": value}}
+    if bad := [each for each in value if (each < " " and each not in "\b\t\n\f\r") or each == "\x7f"]:
+        with pytest.raises(RequestError, match=rf"U\+{ord(bad[0]):04X} in const or enum.*Remove it"):
+            follows("1", schema)
+    else:
+        assert follows(json.dumps({"key": value}, ensure_ascii=False), schema)
+
+
+def test_a_number_of_too_many_digits_is_refused(follows: Follows) -> None:
+    for number in (0.1, -123456789.123456, 2.5):
+        assert follows(str(number), {"enum": [number]})
+    with pytest.raises(RequestError, match=r"24\.580338977940386 in const or enum.*15 digits.*Round it"):
+        follows("1", {"enum": ["x", 24.580338977940386]})
+
+
 @pytest.mark.parametrize("name", ["const", "enum", "format", "properties"])
 @pytest.mark.parametrize("keyword", ["$defs", "definitions", "patternProperties", "properties"])
 def test_a_name_is_not_mistaken_for_a_keyword(follows: Follows, keyword: str, name: str) -> None:
