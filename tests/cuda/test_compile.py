@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from starling.model.ops.cpu.compiler import find_compiler
 from starling.model.ops.cuda import nvrtc
 from tests.cuda.emulator import KERNEL
 from tests.cuda.ptx import kernels_of, ptx_of
+from tests.waiting import HANG_S
 
 USED = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+)", re.S
@@ -72,6 +74,24 @@ def test_the_cache_keeps_what_was_compiled_by_this_compiler(tmp_path: Path, monk
     assert nvrtc.cubin(source, 86, tmp_path) == made
     monkeypatch.setattr(nvrtc, "version", lambda: "999.0")
     assert nvrtc.cubin(source, 86, tmp_path) == b"of another compiler"
+
+
+def test_kernels_are_compiled_while_the_caller_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone_on = threading.Event()
+
+    def compile_source(source: str, arch: int) -> tuple[bytes, str]:
+        assert gone_on.wait(HANG_S)
+        if source == "head":
+            raise DeviceError(f"{source}.cu does not compile")
+        return f"{source} for {arch}".encode(), ""
+
+    monkeypatch.setattr(nvrtc, "compile_source", compile_source)
+    compiling = nvrtc.compiling(86, tmp_path)
+    gone_on.set()
+    assert compiling["norm"].result() == b"norm for 86"
+    with pytest.raises(DeviceError, match=r"head\.cu does not compile"):
+        compiling["head"].result()
+    assert compiling.keys() == set(nvrtc.SOURCES)
 
 
 def test_whatever_changes_the_machine_code_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,6 +47,14 @@ def compile_ahead(archs: Iterable[int] = ARCHS, cache: Path | None = None) -> No
     wanted = [(source, arch) for source in SOURCES for arch in archs]
     with ThreadPoolExecutor(usable_cores()) as pool:  # NVRTC compiles in parallel, without the GIL
         list(pool.map(lambda pair: cubin(pair[0], pair[1], cache), wanted))
+
+
+def compiling(arch: int, cache: Path | None = None) -> dict[str, Future[bytes]]:
+    """Each source's machine code as of `cubin`, compiled in parallel while the caller goes on."""
+    pool = ThreadPoolExecutor(usable_cores())
+    found = {source: pool.submit(cubin, source, arch, cache) for source in SOURCES}
+    pool.shutdown(wait=False)
+    return found
 
 
 def compile_source(source: str, arch: int, ptx: bool = False) -> tuple[bytes, str]:

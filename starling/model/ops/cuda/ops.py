@@ -46,8 +46,13 @@ class CudaOps:
     def on_gpu(cls, overlap: bool = True) -> "CudaOps":
         """`overlap`: see DriverModule. Raises DeviceError where there is no usable GPU."""
         device = usable_gpu()
-        nvrtc.compile_ahead((architecture(device),))  # here, in parallel, not one by one in the first step
-        return cls(device, cache(lambda source: DriverModule.on_gpu(source, device, overlap)))
+        compiling = nvrtc.compiling(architecture(device))  # what is not cached, while the weights are read
+
+        def load(source: str) -> Module:
+            compiling[source].result()
+            return DriverModule.on_gpu(source, device, overlap)
+
+        return cls(device, cache(load))
 
     def sampling(self, rows: int, vocabulary: int, sequences: int) -> SamplingKernels:
         """The kernels that turn logits into ids on the device."""
