@@ -289,6 +289,8 @@ def test_its_own_server_follows_its_options_and_ends_with_it(tiny_folder: Path, 
         assert terminal.stdout.readline(), "it did not start"  # the hint, once the server is ready
         server = psutil.Process(terminal.pid).children(recursive=True)
         assert server[0].environ()["STARLING_ENGINE"] == "engine"
+        # Python does not notice a signal between its last look for one and the read that waits for the keyboard.
+        wait_for(lambda: psutil.Process(terminal.pid).status() == psutil.STATUS_SLEEPING)
         terminal.send_signal(number)
         assert terminal.wait(HANG_S) == 128 + number
         assert server and not any(process.is_running() for process in server)
