@@ -59,14 +59,19 @@ class Terminal:
         return seen.decode()
 
     def interrupt(self) -> None:
-        """Ctrl-C, once the terminal is blocked waiting: Python would sit through one that comes just before that."""
-        wait_for(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_SLEEPING)
-        self.process.send_signal(signal.SIGINT)
+        """Ctrl-C."""
+        send_signal(self.process, signal.SIGINT)
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
         os.close(self._keyboard)
+
+
+def send_signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    """Once it is blocked waiting: Python would sit through a signal that comes just before that."""
+    wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
+    process.send_signal(number)
 
 
 def piped(
@@ -289,9 +294,7 @@ def test_its_own_server_follows_its_options_and_ends_with_it(tiny_folder: Path, 
         assert terminal.stdout.readline(), "it did not start"  # the hint, once the server is ready
         server = psutil.Process(terminal.pid).children(recursive=True)
         assert server[0].environ()["STARLING_ENGINE"] == "engine"
-        # Python does not notice a signal between its last look for one and the read that waits for the keyboard.
-        wait_for(lambda: psutil.Process(terminal.pid).status() == psutil.STATUS_SLEEPING)
-        terminal.send_signal(number)
+        send_signal(terminal, number)
         assert terminal.wait(HANG_S) == 128 + number
         assert server and not any(process.is_running() for process in server)
     finally:
